@@ -1,0 +1,29 @@
+import logging
+import re
+
+from tinytrain.logs import setup_logging
+
+
+def test_the_format_is_the_guides_on_screen_and_in_the_file(tmp_path, capsys):
+    file = tmp_path / "run" / "training.log"
+    setup_logging(file)
+    logging.getLogger("tinytrain.training").info("步骤 1")
+    line = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - INFO: 步骤 1\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
+    assert re.fullmatch(line, file.read_text(encoding="utf-8"))
+
+
+def test_set_up_twice_shows_each_message_once(tmp_path, capsys):
+    setup_logging(tmp_path / "first.log")
+    setup_logging(tmp_path / "second.log")
+    logging.getLogger("tinytrain").warning("once")
+    assert capsys.readouterr().out.count("once") == 1
+    assert (tmp_path / "first.log").read_text(encoding="utf-8") == ""
+    assert (tmp_path / "second.log").read_text(encoding="utf-8").count("once") == 1
+
+
+def test_the_log_goes_on_where_an_earlier_run_stopped(tmp_path):
+    for message in ("before", "after"):
+        setup_logging(tmp_path / "training.log").info(message)
+    text = (tmp_path / "training.log").read_text(encoding="utf-8")
+    assert text.index("before") < text.index("after")

@@ -1,0 +1,47 @@
+"""Rules of the house: modules can be copied, importing is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tinytrain
+
+MODULES = sorted(Path(tinytrain.__file__).parent.glob("*.py"))
+SHARED = {"recipes", "logs"}
+JOINS_THE_OTHERS = {"steps.py"}
+
+
+def imported_from_tinytrain(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            if node.module == "tinytrain":
+                yield from (alias.name for alias in node.names)
+            elif node.module.startswith("tinytrain."):
+                yield node.module.split(".")[1]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield "a relative import"
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("tinytrain."))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+def test_a_module_never_reaches_sideways(path):
+    if path.name not in JOINS_THE_OTHERS:
+        assert set(imported_from_tinytrain(path)) <= SHARED
+
+
+def test_importing_is_cheap():
+    heavy = "torch transformers datasets modelscope huggingface_hub matplotlib pandas"
+    code = f"import tinytrain, sys; print([m for m in {heavy.split()} if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_a_module_mirrors_each_notebook():
+    table = tinytrain.__doc__
+    notebooks = (Path(tinytrain.__file__).parent.parent / "notebooks").glob("[0-9]*.ipynb")
+    for notebook in notebooks:
+        assert notebook.stem in table

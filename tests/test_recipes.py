@@ -1,0 +1,66 @@
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from tinytrain import recipes
+from tinytrain.recipes import RECIPES, Recipe, get_recipe
+
+
+def test_seed_is_the_guide_number_for_number():
+    seed = RECIPES["seed"]
+    guide = {
+        "test_size": 0.1,
+        "split_seed": 2222,
+        "tokenizer": "qwen2.5",
+        "vocab_size": None,
+        "context_length": 512,
+        "packing": False,
+        "drop_duplicates": False,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 12,
+        "learning_rate": 2e-5,
+        "lr_scheduler": "cosine",
+        "warmup_steps": 200,
+        "weight_decay": 0.1,
+        "batch_size": 16,
+        "gradient_accumulation": 8,
+        "logging_steps": 50,
+        "eval_steps": 500,
+        "save_steps": 500,
+    }
+    assert {name: getattr(seed, name) for name in guide} == guide
+    assert seed.tokens_per_step == 16 * 8 * 512
+
+
+def test_the_environment_selects_recipe_and_text(monkeypatch):
+    assert get_recipe().name == "pocket"
+    assert get_recipe(has_gpu=True).name == "wiki"
+    monkeypatch.setenv("TINYTRAIN_RECIPE", "smoke")
+    assert get_recipe(has_gpu=True).name == "smoke"
+    assert get_recipe("seed").name == "seed"  # a name in the notebook wins
+    monkeypatch.setenv("TINYTRAIN_CORPUS", "my/text.jsonl")
+    assert get_recipe("seed").corpus == "my/text.jsonl"
+
+
+def test_an_unknown_recipe_names_the_known_ones():
+    with pytest.raises(ValueError, match="'pocked'.*smoke, pocket, seed, wiki, qwen-0.5b"):
+        get_recipe("pocked")
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RECIPES["pocket"].learning_rate = 1.0
+
+
+def test_every_number_has_a_comment_that_says_why():
+    source = Path(recipes.__file__).read_text(encoding="utf-8")
+    body = source[source.index("class Recipe") : source.index("@property")]
+    commented = set(re.findall(r"^    (\w+): [^#\n]+  # .{10,}$", body, re.M))
+    # The widths of the model are explained together, at the last of each group.
+    together = {"name", "hidden_size", "num_hidden_layers", "weight_decay", "epochs"}
+    together |= {"logging_steps", "eval_steps", "save_steps", "lr_scheduler"}
+    assert {field.name for field in dataclasses.fields(Recipe)} - commented <= together

@@ -1,0 +1,21 @@
+"""Train a Chinese language model from scratch, on the machine you have.
+
+Each module holds the helpers of one notebook and can be copied on its own:
+
+====================  =============================  ==============================
+notebook              module                         what it is about
+====================  =============================  ==============================
+01_gpu_check          ``tinytrain.hardware``         this machine, and its precision
+02_data_split         ``tinytrain.corpus``           load, validate, split the text
+03_tokenization       ``tinytrain.tokenization``     tokenizers, chunks and packing
+04_model_config       ``tinytrain.modeling``         configuration and exact counts
+05_train_bf16         ``tinytrain.training``         the Trainer, watched while it runs
+====================  =============================  ==============================
+
+``tinytrain.recipes`` holds every number of a run. ``tinytrain.steps`` joins the modules: one
+function a step, which keeps its result on disk.
+
+Importing ``tinytrain`` imports none of them, nor torch.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,174 @@
+"""Every number of a run, in one place, with its reason.
+
+A `Recipe` is frozen: a run is described by one value that is written beside its results, and
+nothing changes it half-way. The price is that trying a number means ``dataclasses.replace``:
+
+>>> from dataclasses import replace
+>>> hotter = replace(RECIPES["pocket"], learning_rate=5e-3)
+
+Five recipes: ``smoke`` (seconds, for CI), ``pocket`` (minutes on a laptop CPU; the default without
+a GPU), ``seed`` (the guide this project follows, number for number), ``wiki`` (the guide's model,
+better trained; the default with a GPU) and ``qwen-0.5b`` (the real 494M model).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The numbers of one run; defaults are those of the guide where it gives one."""
+
+    name: str
+
+    # --- text ---------------------------------------------------------------------------------
+    corpus: str = "wikipedia"  # "encyclopedia" (built in), "wikipedia" (download) or a path
+    max_documents: int | None = None  # take only the first ones; None takes all
+    test_size: float = 0.1  # share of the documents that the model never trains on
+    split_seed: int = 2222  # the guide's
+    drop_duplicates: bool = True  # held-out copies of training articles flatter the result
+
+    # --- tokens -------------------------------------------------------------------------------
+    tokenizer: str = "qwen2.5"  # "qwen2.5" (151,665 words) or "own" (trained on the text)
+    vocab_size: int | None = None  # embedding rows; None: as many as the tokenizer has words
+    context_length: int = 512  # tokens the model sees at once; memory grows with it
+    packing: bool = True  # False keeps only full chunks of an article, as the guide does
+
+    # --- model --------------------------------------------------------------------------------
+    hidden_size: int = 512
+    intermediate_size: int = 2048  # 4 times the width, the usual proportion
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8  # heads of 64, the size attention kernels are written for
+    num_key_value_heads: int = 2  # as in Qwen2.5-0.5B: shared keys and values save memory
+
+    # --- optimisation -------------------------------------------------------------------------
+    learning_rate: float = 2e-5  # the guide's; a rate for fine-tuning, see recipe "wiki"
+    lr_scheduler: str = "cosine"  # falls to 0 at the end
+    warmup_steps: int = 200  # Adam's averages are noise at first, so start gently
+    weight_decay: float = 0.1
+    adam_beta2: float = 0.999  # memory of Adam's squared gradients: 1 / (1 - beta2) steps
+    batch_size: int = 16  # blocks that pass through the device at once
+    gradient_accumulation: int = 8  # batches added up before one step of the optimiser
+    epochs: float = 1.0
+    max_steps: int = -1  # stop after so many optimiser steps; -1: the epochs decide
+    seed: int = 42  # initial weights and the order of the blocks
+
+    # --- rhythm -------------------------------------------------------------------------------
+    logging_steps: int = 50
+    eval_steps: int = 500
+    save_steps: int = 500
+    save_total_limit: int = 2  # checkpoints kept; one is three times the size of the model
+    eval_blocks: int | None = None  # held-out blocks per evaluation while training; None: all
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one step of the optimiser learns from, on one device."""
+        return self.batch_size * self.gradient_accumulation * self.context_length
+
+
+SEED = Recipe(name="seed", drop_duplicates=False, packing=False)
+
+WIKI = replace(
+    SEED,
+    name="wiki",
+    drop_duplicates=True,
+    packing=True,
+    learning_rate=6e-4,  # GPT-3's rate for its 125M model; 30 times the guide's
+    adam_beta2=0.95,  # shorter memory: the usual choice for pre-training in large batches
+)
+
+QWEN = replace(
+    WIKI,
+    name="qwen-0.5b",
+    vocab_size=151_936,  # 151,665 rounded up, as in the published model
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    learning_rate=3e-4,  # wider models want smaller steps
+    batch_size=4,  # with 151,936 words a block of float32 logits alone takes 311 MB
+    gradient_accumulation=32,  # the same 65,536 tokens a step
+)
+
+POCKET = Recipe(
+    name="pocket",
+    corpus="encyclopedia",
+    tokenizer="own",
+    vocab_size=4096,  # with 151,665 words nearly all of a small model would be embeddings
+    context_length=256,  # an article of the built-in text fits in
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=4,  # heads of 64
+    num_key_value_heads=2,
+    learning_rate=3e-3,  # small models bear, and short runs need, large steps
+    warmup_steps=40,
+    adam_beta2=0.95,
+    batch_size=16,
+    gradient_accumulation=1,  # few tokens to learn from: many small steps, not few large ones
+    epochs=2.0,
+    logging_steps=10,
+    eval_steps=100,
+    save_steps=100,
+    eval_blocks=32,
+)
+
+SMOKE = replace(
+    POCKET,
+    name="smoke",
+    max_documents=300,
+    vocab_size=1024,
+    context_length=64,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    warmup_steps=2,
+    batch_size=8,
+    max_steps=20,
+    logging_steps=2,
+    eval_steps=10,
+    save_steps=10,
+    eval_blocks=16,
+)
+
+RECIPES = {recipe.name: recipe for recipe in (SMOKE, POCKET, SEED, WIKI, QWEN)}
+
+
+def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
+    """Return the recipe of this run.
+
+    The environment has its say, so that one notebook serves all recipes: ``TINYTRAIN_RECIPE``
+    selects the recipe if no name is given, ``TINYTRAIN_CORPUS`` replaces its text by a file of
+    your own.
+
+    Parameters
+    ----------
+    name : str, optional
+        One of `RECIPES`.
+    has_gpu : bool
+        Whether to default to ``wiki`` rather than ``pocket``.
+
+    Returns
+    -------
+    Recipe
+
+    Raises
+    ------
+    ValueError
+        If there is no recipe of that name.
+
+    Examples
+    --------
+    >>> get_recipe("seed").learning_rate
+    2e-05
+    """
+    name = name or os.environ.get("TINYTRAIN_RECIPE") or ("wiki" if has_gpu else "pocket")
+    if name not in RECIPES:
+        raise ValueError(f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    corpus = os.environ.get("TINYTRAIN_CORPUS")
+    return replace(recipe, corpus=corpus) if corpus else recipe
