@@ -1,0 +1,34 @@
+"""What several tests share: one small, real run of recipe ``smoke``, made once a session."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+# Nothing here may reach out for a hub or write into a home folder's history of experiments.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def no_choice_from_outside(monkeypatch):
+    """The recipes of the tests are their own, whatever the shell has set."""
+    monkeypatch.delenv("TINYTRAIN_RECIPE", raising=False)
+    monkeypatch.delenv("TINYTRAIN_CORPUS", raising=False)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """Text, tokenizer, blocks and configuration of recipe ``smoke``, in a folder of its own."""
+    from tinytrain import steps
+    from tinytrain.recipes import RECIPES
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYTRAIN_RUNS", str(tmp_path_factory.mktemp("runs")))
+        recipe = RECIPES["smoke"]
+        return SimpleNamespace(
+            recipe=recipe,
+            split=steps.get_split(recipe),
+            tokenizer=steps.get_tokenizer(recipe),
+            blocks=steps.get_blocks(recipe),
+            config=steps.get_config(recipe),
+        )
