@@ -1,0 +1,240 @@
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tinytrain import hardware
+from tinytrain.hardware import (
+    check_cuda_availability,
+    choose_precision,
+    cpu_flags,
+    hardware_report,
+    matmul_tflops,
+)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Give this machine a GPU, as far as questions about it go."""
+
+    def plug_in(name, major, minor):
+        properties = SimpleNamespace(
+            name=name, major=major, minor=minor, total_memory=15_800_000_000
+        )
+        fakes = {
+            "is_available": lambda: True,
+            "device_count": lambda: 1,
+            "current_device": lambda: 0,
+            "get_device_properties": lambda device=0: properties,
+            "get_device_name": lambda device=0: name,
+            "mem_get_info": lambda device=0: (15_000_000_000, 15_800_000_000),
+            # A tensor can be made in bf16 even where it is emulated.
+            "_check_bf16_tensor_supported": lambda device: True,
+        }
+        for function, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, function, fake)
+
+    return plug_in
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Answer commands from a dict; those that are not in it are not installed."""
+    answers = {}
+
+    def run(command, **options):
+        if command[0] not in answers:
+            raise FileNotFoundError(command[0])
+        return SimpleNamespace(stdout=answers[command[0]])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("name", "major", "minor", "expected"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 8, 0, "bf16"),
+        ("NVIDIA H100 80GB HBM3", 9, 0, "bf16"),
+        ("Tesla T4", 7, 5, "fp16"),
+        ("Tesla V100-SXM2-16GB", 7, 0, "fp16"),
+        ("Tesla P100-PCIE-16GB", 6, 0, "float32"),
+    ],
+)
+def test_precision_on_a_gpu(gpu, name, major, minor, expected):
+    gpu(name, major, minor)
+    precision = choose_precision()
+    assert precision.name == expected
+    assert f"{name} (compute capability {major}.{minor})" in precision.reason
+
+
+def test_pytorch_alone_would_choose_emulated_bf16_on_a_t4(gpu):
+    gpu("Tesla T4", 7, 5)
+    assert torch.cuda.is_bf16_supported()
+    assert "emulates" in choose_precision().reason
+
+
+def test_precision_on_an_apple_gpu(monkeypatch, no_gpu):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    name, reason = choose_precision()
+    assert name == "float32"
+    assert "MPS" in reason
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"avx2", "avx512f", "avx512_bf16"}, "bf16"),
+        ({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, "bf16"),
+        ({"asimd", "bf16"}, "bf16"),  # ARM on Linux
+        ({"avx2", "avx512f"}, "float32"),  # here bf16 runs, four times slower than float32
+        ({"avx2"}, "float32"),
+        ({"feat_bf16"}, "float32"),  # macOS
+        (set(), "float32"),
+    ],
+)
+def test_precision_on_a_cpu(monkeypatch, no_gpu, flags, expected):
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset(flags))
+    name, reason = choose_precision()
+    assert name == expected
+    if expected == "bf16":
+        assert all(flag in reason for flag in flags if flag.endswith("bf16"))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\nbugs\t: x\n\nprocessor\t: 1\n", "bf16"),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\nCPU part\t: 0xd40\n", "bf16"),
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f\n", "float32"),
+        ("", "float32"),
+    ],
+)
+def test_linux_flags_are_read_and_lead_to_the_precision(monkeypatch, no_gpu, cpuinfo, expected):
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr(hardware, "_read", {"/proc/cpuinfo": cpuinfo}.get)
+    assert choose_precision().name == expected
+
+
+def test_macos_flags_are_read(monkeypatch, commands):
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    commands["sysctl"] = "hw.optional.arm.FEAT_BF16: 1\nhw.optional.arm.FEAT_SME: 0\n"
+    assert cpu_flags() == {"feat_bf16"}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        (lambda: {"avx512_bf16": True, "amx_bf16": False, "num_sockets": 1}, {"avx512_bf16"}),
+        (None, set()),  # a PyTorch that cannot say
+    ],
+)
+def test_windows_flags_come_from_pytorch(monkeypatch, capabilities, expected):
+    monkeypatch.setattr("platform.system", lambda: "Windows")
+    if capabilities:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", capabilities, raising=False)
+    else:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert cpu_flags() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_flags_of_this_machine():
+    assert len(cpu_flags()) > 5
+
+
+def test_check_says_what_gpu_there_is(gpu, capsys):
+    gpu("Tesla T4", 7, 5)
+    assert check_cuda_availability() is True
+    printed = capsys.readouterr().out
+    assert "1 GPU." in printed
+    assert "Tesla T4, 15.8 GB, compute capability 7.5" in printed
+
+
+def test_check_says_that_the_cpu_will_do(no_gpu, commands, capsys):
+    assert check_cuda_availability() is False
+    printed = capsys.readouterr().out
+    assert "will run on the CPU" in printed
+    assert "cannot use it" not in printed
+
+
+def test_check_notices_a_gpu_that_this_pytorch_cannot_use(no_gpu, commands, capsys):
+    commands["nvidia-smi"] = "NVIDIA GeForce RTX 4090\n"
+    assert check_cuda_availability() is False
+    printed = capsys.readouterr().out
+    assert "RTX 4090" in printed
+    assert "install a CUDA build" in printed
+
+
+def test_report_without_gpu_and_tools(no_gpu, commands, tmp_path):
+    report = hardware_report(tmp_path / "not" / "made" / "yet")
+    assert list(report) == [
+        "Python",
+        "platform",
+        "CPU",
+        "CPU cores",
+        "CPU flags",
+        "memory",
+        "GPU",
+        "GPU driver",
+        "PyTorch",
+        "CUDA of PyTorch",
+        "free disk",
+        "precision",
+        "because",
+    ]
+    assert all(isinstance(value, str) and value for value in report.values())
+    assert report["GPU"] == report["GPU driver"] == "none"
+    assert report["PyTorch"] == torch.__version__
+    assert (report["precision"], report["because"]) == choose_precision()
+    assert float(report["free disk"].removesuffix(" GB")) > 0
+
+
+def test_report_with_gpu(gpu, commands):
+    gpu("Tesla T4", 7, 5)
+    commands["nvidia-smi"] = "580.65.06\n"
+    report = hardware_report()
+    assert report["GPU"] == "Tesla T4 (15.8 GB, 15.0 GB free)"
+    assert report["GPU driver"] == "580.65.06"
+    assert report["precision"] == "fp16"
+
+
+def test_report_survives_a_driver_that_hangs_or_fails(no_gpu, monkeypatch):
+    for error in (subprocess.TimeoutExpired("x", 10), subprocess.CalledProcessError(9, "x")):
+
+        def run(*args, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(subprocess, "run", run)
+        assert hardware_report()["GPU driver"] == "none"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
+def test_a_containers_limits_count(no_gpu, monkeypatch):
+    files = {
+        "/sys/fs/cgroup/cpu.max": "150000 100000\n",
+        "/sys/fs/cgroup/memory.max": "2000000000\n",
+    }
+    monkeypatch.setattr(hardware, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    report = hardware_report()
+    assert report["CPU cores"].startswith("1 usable")
+    assert report["memory"].startswith("2.0 GB")
+    files.update({"/sys/fs/cgroup/cpu.max": "max 100000\n", "/sys/fs/cgroup/memory.max": "max\n"})
+    assert hardware_report()["CPU cores"].startswith("8 usable")
+
+
+def test_matmul_speed_is_a_positive_number():
+    assert matmul_tflops("float32", size=64, seconds=0.01) > 0
+    assert matmul_tflops("bf16", size=64, seconds=0.01) > 0
+    with pytest.raises(ValueError, match="float64"):
+        matmul_tflops("float64")

@@ -1,0 +1,300 @@
+import json
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+from tinytrain.modeling import (
+    QWEN2_5_0_5B,
+    build_model,
+    count_parameters,
+    expected_initial_loss,
+    flops_per_token,
+    initial_loss,
+    plot_parameters,
+    qwen2_config,
+    training_memory,
+)
+
+GUIDE = {
+    "vocab_size": 151_665,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "eos_token_id": 151_643,
+}
+REAL = {
+    "vocab_size": 151_936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "eos_token_id": 151_643,
+}
+# The guide's shape with fewer dimensions.
+SMALL = {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "eos_token_id": 3,
+}
+
+
+def small_config(**changes):
+    return qwen2_config(**{**SMALL, **changes})
+
+
+def test_config_takes_the_overrides_and_keeps_the_parents_numbers():
+    config = qwen2_config(**GUIDE, context_length=512)
+    for name, value in GUIDE.items():
+        assert getattr(config, name) == value
+    assert config.num_key_value_heads == 2
+    assert config.tie_word_embeddings is True
+    assert config.rope_parameters["rope_theta"] == 1e6
+    assert config.rms_norm_eps == 1e-6
+    assert config.max_position_embeddings == 512
+    assert config.bos_token_id == config.eos_token_id
+    assert config.layer_types == ["full_attention"] * 12
+    assert config.max_window_layers == 12
+
+
+def test_the_embedded_numbers_are_a_configuration_of_the_parent():
+    config = Qwen2Config(**QWEN2_5_0_5B)
+    assert count_parameters(config)["total"] == 494_032_768
+    assert len(config.layer_types) == 24
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 65}, "hidden_size 65 .* 8 attention heads"),
+        ({"hidden_size": 72}, "heads of 9 numbers"),
+        ({"num_key_value_heads": 3}, "8 attention heads cannot share 3"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"context_length": -1}, "context_length is -1"),
+        ({"eos_token_id": 500}, "eos_token_id 500 is outside the vocabulary of 500"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_config(**changes)
+
+
+def test_the_seed_decides_the_weights_and_leaves_the_global_state_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    one, same, other = (build_model(small_config(), seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(one.lm_head.weight, same.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+def test_weights_are_float32_whatever_the_configuration_says():
+    config = small_config()
+    config.dtype = "bfloat16"
+    assert {weight.dtype for weight in build_model(config).parameters()} == {torch.float32}
+
+
+def test_the_end_of_text_token_learns_like_any_other():
+    # pad_token_id = eos_token_id in the configuration would zero its row and its gradient.
+    model = build_model(small_config(num_hidden_layers=1))
+    embedding = model.model.embed_tokens.weight
+    model.model(torch.tensor([[3, 5, 6]])).last_hidden_state[..., 0].sum().backward()
+    assert embedding[3].any()
+    assert embedding.grad[3].any()
+
+
+def test_a_batch_of_texts_can_be_generated():
+    model = build_model(small_config(num_hidden_layers=1)).eval()
+    generated = model.generate(torch.tensor([[1, 2], [4, 5]]), max_new_tokens=3, do_sample=False)
+    assert generated.shape[0] == 2
+    assert model.generation_config.pad_token_id == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "total"), [(GUIDE, 123_287_552), (REAL, 494_032_768)], ids=["guide", "real"]
+)
+def test_the_big_shapes_have_exactly_so_many_parameters(shape, total):
+    config = qwen2_config(**shape)
+    assert count_parameters(config)["total"] == total
+    assert sum(parameters_of(config).values()) == total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3},
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 100},
+    ],
+)
+def test_counts_by_component_are_those_of_the_model(changes):
+    config = small_config(**changes)
+    counts = count_parameters(config)
+    assert counts.pop("total") == sum(counts.values())
+    assert counts == parameters_of(config)
+
+
+def parameters_of(config):
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    counts = dict.fromkeys(("embeddings", "attention", "mlp", "norms", "lm_head"), 0)
+    parts = {"embed_tokens": "embeddings", "self_attn": "attention", "norm": "norms"}
+    for name, weight in model.named_parameters():
+        found = [part for key, part in parts.items() if key in name]
+        component = found[0] if found else "mlp" if ".mlp." in name else "lm_head"
+        counts[component] += weight.numel()
+    return counts
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_activations_are_what_the_forward_pass_keeps(precision, kv_heads):
+    config = small_config(
+        hidden_size=256, num_attention_heads=4, num_key_value_heads=kv_heads, num_hidden_layers=3
+    )
+    batch, context = 4, 128
+    model = build_model(config)
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept, alive = {}, []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)  # so that no address is used twice
+        return tensor
+
+    ids = torch.randint(0, 500, (batch, context))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        model(input_ids=ids, labels=ids)
+    log_probabilities = 4 * batch * context * 500
+    memory = training_memory(config, batch, context, precision)
+    assert sum(kept.values()) - log_probabilities == pytest.approx(memory["activations"], rel=0.01)
+
+
+def test_memory_of_the_guides_model():
+    config = qwen2_config(**GUIDE)
+    memory = training_memory(config, 16, 512, "bf16")
+    assert memory["weights"] == memory["gradients"] == 4 * 123_287_552
+    assert memory["optimizer"] == 8 * 123_287_552
+    assert memory["logits"] == 3 * 4 * 16 * 512 * 151_665
+    assert memory["total"] == sum(memory.values()) - memory["total"]
+    assert training_memory(config, 16, 512, "fp16") == memory
+    assert training_memory(config, 16, 512)["activations"] > memory["activations"]
+    with pytest.raises(ValueError, match="float16"):
+        training_memory(config, 16, 512, "float16")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_are_those_that_pytorch_counts(tied):
+    config = small_config(tie_word_embeddings=tied, num_hidden_layers=3)
+    config._attn_implementation = "eager"  # plain products, which the counter sees
+    model = build_model(config)
+    ids = torch.randint(0, 500, (2, 32))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    flops = flops_per_token(config, context_length=32)
+    assert flops["total"] == sum(flops.values()) - flops["total"]
+    # The counter adds the few products that make the table of rotations.
+    assert flops["total"] * ids.numel() == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_the_initial_loss_is_near_that_of_guessing():
+    model = build_model(small_config(vocab_size=5000))
+    ids = torch.randint(0, 5000, (8, 64), generator=torch.Generator().manual_seed(0))
+    loss = initial_loss(model, ids)
+    assert expected_initial_loss(5000) == math.log(5000)
+    assert loss == pytest.approx(math.log(5000), abs=0.15)
+    assert initial_loss(model, ids.tolist()) == pytest.approx(loss)
+    assert model.training
+    assert model.lm_head.weight.grad is None
+
+
+def test_the_plot_shows_every_component_of_every_model():
+    figure = plot_parameters({"guide": qwen2_config(**GUIDE), "real": qwen2_config(**REAL)})
+    axes = figure.axes[0]
+    *_, last = axes.containers  # the bars stand end to end, so the last one ends at the total
+    ends = [bar.get_x() + bar.get_width() for bar in last]
+    assert ends == pytest.approx([123.287552, 494.032768])
+    texts = {text.get_text().strip() for text in axes.texts}
+    assert {"123.3M", "494.0M", "63%"} <= texts
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["guide", "real"]
+    untied = plot_parameters(small_config(tie_word_embeddings=False))
+    assert "lm head" in [text.get_text() for text in untied.legends[0].get_texts()]
+
+
+def trainer_for(model, folder):
+    blocks = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 2
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=1,
+        save_steps=1,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    return Trainer(model=model, args=arguments, train_dataset=blocks)
+
+
+def test_the_guides_own_lines_train_and_fail_at_the_first_checkpoint(tmp_path):
+    parent = {**QWEN2_5_0_5B, "model_type": "qwen2", "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(parent), encoding="utf-8")
+    config = AutoConfig.from_pretrained(
+        tmp_path,
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=256,
+        num_attention_heads=8,
+        num_hidden_layers=12,
+        n_ctx=512,
+    )
+    assert (config.num_hidden_layers, len(config.layer_types)) == (12, 24)
+    trainer = trainer_for(AutoModelForCausalLM.from_config(config), tmp_path / "run")
+    with pytest.raises(Exception, match=r"`num_hidden_layers` \(12\) .* `layer_types` \(24\)"):
+        trainer.train()
+    assert trainer.state.global_step == 1  # the step was done; saving it failed
+    assert not list((tmp_path / "run").glob("checkpoint-*/model.safetensors"))
+
+
+def test_ours_passes_the_first_checkpoint_and_loads_again(tmp_path):
+    model = build_model(small_config())
+    trainer_for(model, tmp_path).train()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
+    assert loaded.config.to_dict()["layer_types"] == ["full_attention"] * 12
+    assert_same_logits(model, loaded)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load_give_the_same_model(tmp_path, tied):
+    model = build_model(small_config(tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path)
+    loaded = Qwen2ForCausalLM.from_pretrained(tmp_path)
+    assert loaded.num_parameters() == count_parameters(model.config)["total"]
+    assert loaded.generation_config.pad_token_id == 3
+    assert_same_logits(model, loaded)
+
+
+def assert_same_logits(one, other):
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(one.eval()(ids).logits, other.eval()(ids).logits)

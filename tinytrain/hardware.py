@@ -1,0 +1,320 @@
+"""What this machine is, which precision suits it, and why.
+
+Asking PyTorch "is bf16 supported?" is not enough: it says yes wherever bf16 can be emulated, and
+emulated bf16 is slower than float32. So the choice here looks at what the hardware computes
+itself (compute capability, CPU flags) and returns its reason along with the choice. The price is
+a short list of facts about processors that will have to grow as they do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+
+class Precision(NamedTuple):
+    """What the matrix products of training are computed in, and why."""
+
+    name: str  # "bf16", "fp16" or "float32"
+    reason: str
+
+
+def check_cuda_availability() -> bool:
+    """Print which GPUs CUDA offers, or that training will do without.
+
+    Returns
+    -------
+    bool
+        Whether there is at least one.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        print(f"CUDA is available: {_count(torch.cuda.device_count(), 'GPU')}.")
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            print(
+                f"  {index}: {gpu.name}, {_gigabytes(gpu.total_memory)}, "
+                f"compute capability {gpu.major}.{gpu.minor}"
+            )
+        return True
+    if torch.backends.mps.is_available():
+        print("CUDA is not available. Training will run on Apple's GPU (MPS).")
+    else:
+        cores = _count(_usable_cores(), "core")
+        print(f"CUDA is not available. Training will run on the CPU ({cores}).")
+    if gpus := _nvidia_smi("name"):
+        print(f"There is a GPU here ({gpus[0]}), but this PyTorch ({torch.__version__}) ", end="")
+        print("cannot use it: install a CUDA build of PyTorch that fits the driver.")
+    return False
+
+
+def choose_precision() -> Precision:
+    """Choose the precision to train in on this machine.
+
+    bf16 where the hardware computes it: half the memory traffic with the range of float32. fp16 on
+    GPUs that have only that: as fast, but small gradients vanish unless the loss is scaled up,
+    which the Trainer does. float32 everywhere else.
+
+    Returns
+    -------
+    Precision
+        A name and a sentence with the reason.
+
+    Examples
+    --------
+    >>> name, reason = choose_precision()
+    >>> name in ("bf16", "fp16", "float32")
+    True
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return _choose_for_cuda(
+            f"{gpu.name} (compute capability {gpu.major}.{gpu.minor})",
+            # Without the argument the answer is True on a T4, which emulates bf16.
+            computes_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+            has_tensor_cores=gpu.major >= 7,
+        )
+    if torch.backends.mps.is_available():
+        return Precision(
+            "float32",
+            "Apple's GPU (MPS) computes float32 well; bf16 depends on the version of macOS",
+        )
+    return _choose_for_cpu(cpu_flags())
+
+
+def _choose_for_cuda(gpu: str, computes_bf16: bool, has_tensor_cores: bool) -> Precision:
+    if computes_bf16:
+        return Precision("bf16", f"{gpu} computes bf16 itself, with the range of float32")
+    if has_tensor_cores:
+        return Precision("fp16", f"{gpu} only emulates bf16, slowly; fp16 it computes itself")
+    return Precision(
+        "float32",
+        f"{gpu} has no bf16 and no tensor cores, so that fp16 would gain little and risk overflow",
+    )
+
+
+# "bf16" is what Linux calls it on ARM. macOS reports "feat_bf16", which is left out on purpose:
+# PyTorch's CPU kernels for macOS make no use of it in matrix products.
+_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
+
+
+def _choose_for_cpu(flags: frozenset[str]) -> Precision:
+    found = [flag for flag in _BF16_FLAGS if flag in flags]
+    if found:
+        return Precision("bf16", f"this CPU multiplies bf16 in hardware ({', '.join(found)})")
+    return Precision(
+        "float32",
+        "this CPU does not multiply bf16 in hardware (no amx_bf16, no avx512_bf16), "
+        "and emulating it costs more than it saves",
+    )
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return the instruction sets of this CPU, as the operating system names them.
+
+    Returns
+    -------
+    frozenset of str
+        For example ``{"avx2", "avx512f", "avx512_bf16", ...}``; empty if nothing could be read.
+    """
+    system = platform.system()
+    if system == "Linux":
+        text = _cpuinfo("flags") or _cpuinfo("Features")  # x86, ARM
+        return frozenset(text.split())
+    if system == "Darwin":
+        lines = [line.partition(":") for line in _output("sysctl", "hw.optional").splitlines()]
+        return frozenset(
+            name.rpartition(".")[2].lower() for name, _, value in lines if value.strip() == "1"
+        )
+    import torch
+
+    # Windows has no list of flags, but recent versions of PyTorch ask the processor itself.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return frozenset(name for name, value in capabilities.items() if value is True)
+
+
+def hardware_report(path: str | Path = ".") -> dict[str, str]:
+    """Describe this machine, for a table.
+
+    Parameters
+    ----------
+    path : str or Path
+        Where the run will write; free space is that of its disk. Need not exist yet.
+
+    Returns
+    -------
+    dict of str to str
+        What and how much. What cannot be found out reads "unknown" or "none".
+    """
+    import psutil
+    import torch
+
+    flags = cpu_flags()
+    known = ("avx2", "avx512f", "avx512_f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "feat_bf16")
+    memory = psutil.virtual_memory()
+    folder = Path(path).absolute()
+    folder = next((part for part in (folder, *folder.parents) if part.exists()), Path.cwd())
+    precision = choose_precision()
+    return {
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+        "CPU": _cpu_name(),
+        "CPU cores": f"{_usable_cores()} usable, "
+        f"{psutil.cpu_count(logical=False) or 'unknown'} physical, "
+        f"{psutil.cpu_count() or 'unknown'} logical",
+        "CPU flags": ", ".join(flag for flag in known if flag in flags) or "unknown",
+        "memory": f"{_gigabytes(_memory_limit(memory.total))}, "
+        f"{_gigabytes(min(memory.available, _memory_limit(memory.total)))} available",
+        "GPU": _gpus(),
+        "GPU driver": next(iter(_nvidia_smi("driver_version")), "none"),
+        "PyTorch": torch.__version__,
+        "CUDA of PyTorch": torch.version.cuda or "none",
+        "free disk": _gigabytes(shutil.disk_usage(folder).free),
+        "precision": precision.name,
+        "because": precision.reason,
+    }
+
+
+def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -> float:
+    """Measure how fast this machine multiplies two square matrices.
+
+    The number is an upper bound for training, which spends time on much else. What tells is the
+    ratio between two precisions.
+
+    Parameters
+    ----------
+    precision_name : {"float32", "bf16", "fp16"}
+        Type of the matrices.
+    size : int
+        Their rows and columns.
+    seconds : float
+        How long to measure, about.
+
+    Returns
+    -------
+    float
+        10^12 floating-point operations a second, on the GPU if there is one.
+
+    Raises
+    ------
+    ValueError
+        If the precision is none of the three.
+    """
+    import torch
+
+    types = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision_name not in types:
+        raise ValueError(f"precision {precision_name!r} is none of float32, bf16, fp16")
+    device, synchronize = "cpu", lambda: None
+    if torch.cuda.is_available():
+        device, synchronize = "cuda", torch.cuda.synchronize
+    elif torch.backends.mps.is_available():
+        device, synchronize = "mps", torch.mps.synchronize
+    left, right = (torch.randn(size, size, device=device).to(types[precision_name]) for _ in "ab")
+
+    def measure(products: int) -> float:
+        synchronize()  # a GPU works on after the call returns, so wait before and after
+        start = time.perf_counter()
+        for _ in range(products):
+            left @ right
+        synchronize()
+        return time.perf_counter() - start
+
+    left[:64, :64] @ right[:64, :64]  # the very first product pays for loading the library
+    products = 1
+    while (elapsed := measure(products)) < seconds / 2:
+        products *= 2
+    return products * 2 * size**3 / elapsed / 1e12
+
+
+def _gpus() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        gpus = []
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            name = torch.cuda.get_device_name(index)
+            gpus.append(f"{name} ({_gigabytes(total)}, {_gigabytes(free)} free)")
+        return "; ".join(gpus)
+    if torch.backends.mps.is_available():
+        return "Apple (MPS), shares the memory"
+    if gpus := _nvidia_smi("name"):
+        return f"{', '.join(gpus)}, which this build of PyTorch cannot use"
+    return "none"
+
+
+def _nvidia_smi(field: str) -> list[str]:
+    """Return a field for each GPU; nothing if there is no driver."""
+    return _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader").splitlines()
+
+
+def _output(*command: str) -> str:
+    """Return what a command prints; nothing if it is missing, fails or hangs."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.debug("%s: %s", command[0], error)
+        return ""
+    return run.stdout.strip()
+
+
+def _cpuinfo(field: str) -> str:
+    """Return the first value of a field in ``/proc/cpuinfo``; nothing if there is none."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return ""
+
+
+def _cpu_name() -> str:
+    if platform.system() == "Darwin":
+        name = _output("sysctl", "-n", "machdep.cpu.brand_string")
+    else:
+        name = _cpuinfo("model name")
+    return name or platform.processor() or platform.machine() or "unknown"
+
+
+def _usable_cores() -> int:
+    """Return how many cores this process may use: fewer than there are in a container."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").strip().partition(" ")
+    if quota.isdigit() and period.isdigit():
+        cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def _memory_limit(total: int) -> int:
+    """Return the memory this process may use: less than there is in a container."""
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
