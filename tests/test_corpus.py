@@ -1,0 +1,391 @@
+"""Tests of loading, checking and splitting text."""
+
+import gzip
+import json
+import logging
+import lzma
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict, load_dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tinytrain.corpus import (
+    count_sources,
+    describe,
+    drop_duplicates,
+    find_duplicates,
+    load_documents,
+    plot_lengths,
+    plot_sources,
+    split_documents,
+)
+
+TEXTS = ["春眠不觉晓，处处闻啼鸟。", 'line one\nline two "quoted"', "夜来风雨声\u2028花落知多少 😀"]
+
+
+def write(path, content):
+    """Write text or bytes, compressed as the suffix says."""
+    content = content.encode() if isinstance(content, str) else content
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "wb") as file:
+        file.write(content)
+    return path
+
+
+def as_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def as_parquet(columns):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def halves(train, test):
+    return DatasetDict(
+        {"train": Dataset.from_dict({"text": train}), "test": Dataset.from_dict({"text": test})}
+    )
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".xz"])
+@pytest.mark.parametrize("name", ["a.json", "lines.json", "a.jsonl", "a.ndjson", "a.parquet"])
+def test_every_format_gives_the_same_documents(tmp_path, name, compression):
+    rows = [{"completion": text, "source": f"s{i}"} for i, text in enumerate(TEXTS)]
+    content = {
+        "a.json": json.dumps(rows, ensure_ascii=False, indent=1),
+        "a.parquet": as_parquet({"completion": TEXTS, "source": ["s0", "s1", "s2"], "n": [1] * 3}),
+    }.get(name, as_lines(rows))
+    documents = load_documents(write(tmp_path / (name + compression), content))
+    assert documents.to_dict() == {"text": TEXTS, "source": ["s0", "s1", "s2"]}
+
+
+@pytest.mark.parametrize(
+    "content, texts",
+    [
+        ("one\ntwo\n\nthree\n", ["one\ntwo", "three"]),
+        ("one\r\ntwo\r\n \r\n\r\nthree", ["one\ntwo", "three"]),
+        ("one\ntwo\nthree\n\n", ["one", "two", "three"]),
+        ("\ufeffone", ["one"]),
+    ],
+)
+def test_plain_text_is_cut_at_blank_lines_or_else_at_every_line(tmp_path, content, texts):
+    documents = load_documents(write(tmp_path / "a.TXT.gz", content))
+    assert documents["text"][:] == texts
+    assert set(documents["source"]) == {"a.TXT.gz"}
+
+
+def test_the_text_field_is_found_or_given(tmp_path):
+    path = write(tmp_path / "a.jsonl", as_lines([{"content": "c", "text": "t", "body": "b"}]))
+    assert load_documents(path)["text"][:] == ["t"]
+    assert load_documents(path, text_field="body")["text"][:] == ["b"]
+
+
+def test_a_missing_source_becomes_the_file_name(tmp_path):
+    rows = [{"text": "a", "source": None}, {"text": "b"}, {"text": "c", "source": 7}]
+    documents = load_documents(write(tmp_path / "a.jsonl", as_lines(rows)))
+    assert documents["source"][:] == ["a.jsonl", "a.jsonl", "7"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    documents = load_documents(write(tmp_path / "a.json", b'\xef\xbb\xbf[{"text": "a"}]'))
+    assert documents["text"][:] == ["a"]
+
+
+def test_texts_that_are_no_text_are_skipped_and_counted_once(tmp_path, caplog):
+    texts = ["a", "", None, " \n\u3000", 5, ["x"], "\ud83d", "b", None]
+    path = write(tmp_path / "a.json", json.dumps([{"text": text} for text in texts]))
+    with caplog.at_level(logging.WARNING):
+        assert load_documents(path)["text"][:] == ["a", "b"]
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "left out 7 of 9 documents" in message
+    for part in ("2 empty", "2 null", "2 not a string", "1 with half a character"):
+        assert part in message
+
+
+def test_a_single_50_mb_document_loads(tmp_path):
+    text = "天地玄黄宇宙洪荒" * 2_100_000
+    path = write(tmp_path / "a.jsonl", as_lines([{"text": text}]))
+    assert path.stat().st_size > 50_000_000
+    assert load_documents(path)["text"][0] == text
+
+
+def test_the_fingerprint_is_that_of_the_content(tmp_path):
+    def fingerprint(name, texts):
+        rows = [{"text": text, "source": "s"} for text in texts]
+        return load_documents(write(tmp_path / name, as_lines(rows)))._fingerprint
+
+    first = fingerprint("a.jsonl", ["ab", "c"])
+    assert fingerprint("b.jsonl.gz", ["ab", "c"]) == first
+    assert fingerprint("c.jsonl", ["a", "bc"]) != first
+    assert fingerprint("d.jsonl", ["c", "ab"]) != first
+    assert fingerprint("e.jsonl", ["absc"]) != first
+
+
+json_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(texts=st.lists(json_text, min_size=1), lines=st.booleans(), ascii=st.booleans())
+def test_whatever_json_can_hold_comes_back(tmp_path, texts, lines, ascii):
+    rows = [{"text": text} for text in ["first", *texts]]
+    separator = "\n" if lines else ","
+    content = separator.join(json.dumps(row, ensure_ascii=ascii) for row in rows)
+    path = write(tmp_path / "a.json", content if lines else f"[{content}]")
+    kept = [text for text in texts if text.strip()]
+    assert load_documents(path)["text"][:] == ["first", *kept]
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+CHINESE = json.dumps([{"text": "春眠不觉晓，处处闻啼鸟。夜来风雨声。"}] * 20, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("cut.json", '[\n{"text": "a"},\n{"text": "b', ["line 3", "cut off", "again"]),
+        ("cut.json", '[{"text": "a"},', ["line 1", "cut off"]),
+        ("comma.json", '[\n{"text": "a"}\n{"text": "b"}]', ["line 3", "Correct"]),
+        ("deep.json", "[" * 200_000 + "]" * 200_000, ["not valid JSON"]),
+        ("bad.jsonl", '{"text": "a"}\n\n{"text": b}\n', ["line 3", "not valid JSON"]),
+        ("pretty.json", '{\n"text": "a"\n}', ["line 1", "whole object"]),
+        ("html.json", "<html>", ["'<'", '[{"text": "..."}']),
+        ("strings.json", '["a", "b"]', ["document 1", "str", "object"]),
+        ("f.json", '[{"title": "a", "id": 1}]', ["document 1", "'completion'", "'title', 'id'"]),
+        ("f.json", '[{"text": "a"}, {"body": "b"}]', ["document 2", "'text'", "'body'"]),
+        ("f.jsonl", '{"text": "a"}\n\n{"body": "b"}', ["line 3", "'text'", "text_field="]),
+        ("empty.json", "", ["no documents"]),
+        ("empty.json", "[]", ["no documents"]),
+        ("empty.txt", "\n\n", ["no documents"]),
+        ("empty.parquet", as_parquet({"text": pa.array([], pa.string())}), ["no documents"]),
+        ("nulls.json", '[{"text": null}, {"text": ""}]', ["no documents", "1 null", "1 empty"]),
+        ("numbers.parquet", as_parquet({"text": [1, 2]}), ["no documents", "2 not a string"]),
+        ("f.parquet", as_parquet({"body": ["a"]}), ["'body'", "text_field="]),
+        ("no.parquet", b"no parquet at all", ["as parquet", "again"]),
+        ("cut.parquet", as_parquet({"text": ["a" * 99]})[:-20], ["as parquet", "again"]),
+        (
+            "bytes.parquet",
+            as_parquet({"text": pa.array([b"\xff"]).view(pa.string())}),
+            ["as parquet"],
+        ),
+        ("latin.txt", "one\ncafé".encode("latin-1"), ["byte 7", "line 2", "0xe9", "UTF-8"]),
+        ("latin.txt", "naïve, übel".encode("latin-1"), ["byte 2", "line 1", "0xef", "UTF-8"]),
+        ("big5.txt", "這一篇文章是用繁體中文寫成的".encode("big5"), ["byte 0", "UTF-8"]),
+        ("bad.json", CHINESE.encode()[:200] + b"\xff" + CHINESE.encode()[200:], ["is not UTF-8"]),
+        ("name.csv", "text\na", [".json", ".parquet", ".xz"]),
+        ("noname", "a", [".json", ".txt"]),
+    ],
+)
+def test_bad_input_names_the_place_and_what_to_do(tmp_path, name, content, words):
+    path = write(tmp_path / name, content)
+    with pytest.raises(ValueError) as caught:
+        load_documents(path)
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+    assert "GB18030" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not compressed"])
+def test_a_damaged_compressed_file(tmp_path, suffix, damage):
+    path = write(tmp_path / f"a.jsonl{suffix}", as_lines([{"text": str(i)} for i in range(999)]))
+    data = path.read_bytes()
+    middle = len(data) // 2
+    path.write_bytes(
+        {
+            "cut": data[:middle],
+            "flipped": data[:middle] + bytes(255 - b for b in data[middle:]),
+            "not compressed": b'{"text": "a"}',
+        }[damage]
+    )
+    with pytest.raises(ValueError, match="cannot decompress") as caught:
+        load_documents(path)
+    assert str(path) in str(caught.value) and "again" in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+def test_another_encoding_is_recognised_and_the_given_lines_convert_it(tmp_path, encoding, suffix):
+    long_start = "\n" * 100_001
+    path = write(tmp_path / f"古诗.json{suffix}", (long_start + CHINESE).encode(encoding))
+    with pytest.raises(ValueError, match=f"looks like {encoding.upper()}") as caught:
+        load_documents(path)
+    code = str(caught.value).split("\n", 1)[1]
+    subprocess.run([sys.executable, "-c", code], check=True)
+    documents = load_documents(tmp_path / "古诗-utf8.json")
+    assert documents["text"][:] == [row["text"] for row in json.loads(CHINESE)]
+
+
+def test_a_folder_or_missing_path_names_what_could_be_meant(tmp_path):
+    for i in range(7):
+        write(tmp_path / f"part{i}.jsonl.gz", "")
+    write(tmp_path / "notes.md", "")
+    with pytest.raises(IsADirectoryError, match=r"part0.jsonl.gz, .* and 2 more") as caught:
+        load_documents(tmp_path)
+    assert "notes.md" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"no\.json.*part0.jsonl.gz"):
+        load_documents(tmp_path / "no.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(IsADirectoryError, match="holds no"):
+        load_documents(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError):
+        load_documents(tmp_path / "no" / "where" / "a.json")
+
+
+# --- split ----------------------------------------------------------------------------------------
+
+
+def test_the_split_is_that_of_the_guide(tmp_path):
+    rows = [{"completion": f"第{i}篇", "source": "wikipedia.zh2307"} for i in range(237)]
+    path = write(tmp_path / "wiki.json", json.dumps(rows, ensure_ascii=False))
+    guide = load_dataset("json", data_files=str(path), cache_dir=str(tmp_path / "cache"))
+    guide = guide["train"].train_test_split(test_size=0.1, seed=2222)
+    split = split_documents(load_documents(path))
+    assert len(split["test"]) == 24
+    for half in ("train", "test"):
+        assert split[half]["text"][:] == guide[half]["completion"][:]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_document_cannot_be_split(count):
+    with pytest.raises(ValueError, match=f"cannot split {count} document"):
+        split_documents(Dataset.from_dict({"text": ["a"] * count}))
+
+
+# --- duplicates -----------------------------------------------------------------------------------
+
+
+def random_text(rng, length):
+    return "".join(map(chr, rng.integers(0x4E00, 0x4E00 + 3000, length)))
+
+
+def pieces(text):
+    letters = "".join(filter(str.isalnum, text))
+    return {letters[i : i + 5] for i in range(len(letters) - 4)}
+
+
+def test_duplicates_are_the_ones_that_comparing_all_pairs_finds():
+    rng = np.random.default_rng(0)
+    train = [random_text(rng, 300) for _ in range(120)]
+    test = [random_text(rng, 300) for _ in range(20)]
+    for row in range(100):  # more and more characters changed, so that some pairs fall below
+        text = list(train[row])
+        for place in rng.integers(0, 300, row // 5):
+            text[place] = "，" if place % 2 else "换"
+        test.append("".join(text))
+
+    found = {(d.test, d.train): d.similarity for d in find_duplicates(halves(train, test))}
+    train_pieces = [pieces(text) for text in train]
+    expected = {}
+    for i, a in enumerate(map(pieces, test)):
+        for j, b in enumerate(train_pieces):
+            if (similarity := len(a & b) / len(a | b)) >= 0.8:
+                expected[i, j] = similarity
+    assert 25 < len(expected) < 100
+    assert found.items() <= expected.items()
+    assert len(found) >= 0.9 * len(expected)
+    clear = {pair for pair, similarity in expected.items() if similarity >= 0.9}
+    assert clear <= found.keys()
+
+
+def test_exact_duplicates_win_over_near_ones():
+    poem = "白日依山尽黄河入海流欲穷千里目更上一层楼" * 3
+    other = "红豆生南国春来发几枝愿君多采撷此物最相思" * 3
+    train = [other, poem + "。", poem, poem]
+    test = ["举头望明月", poem, poem.replace("楼", "楼，"), "。！", "a", poem]
+    found = find_duplicates(halves(train, test))
+    assert [tuple(d) for d in found] == [
+        (1, 2, 1.0, "exact"),
+        (2, 1, 1.0, "near"),
+        (5, 2, 1.0, "exact"),
+    ]
+
+
+def test_short_and_unmarked_texts_are_compared_too():
+    found = find_duplicates(halves(["？", "短 文", "ABC"], ["短文", "abc", "？", "！", "短"]))
+    assert [(d.test, d.train, d.kind) for d in found] == [
+        (0, 1, "near"),
+        (1, 2, "near"),
+        (2, 0, "exact"),
+    ]
+
+
+@pytest.mark.parametrize("threshold", [0, -1, 1.5])
+def test_a_threshold_that_means_nothing(threshold):
+    with pytest.raises(ValueError, match="threshold"):
+        find_duplicates(halves(["a"], ["b"]), threshold=threshold)
+
+
+def test_only_held_out_copies_are_dropped():
+    split = halves(["甲", "乙", "丙"], ["乙", "丁", "丙"])
+    clean = drop_duplicates(split, find_duplicates(split))
+    assert clean["train"]["text"][:] == ["甲", "乙", "丙"]
+    assert clean["test"]["text"][:] == ["丁"]
+    assert find_duplicates(clean) == []
+    assert drop_duplicates(clean, [])["test"]["text"][:] == ["丁"]
+
+
+def test_the_held_out_half_never_ends_up_empty():
+    split = halves(["甲", "乙"], ["乙", "甲"])
+    with pytest.raises(ValueError, match="all 2 held-out documents .*test_size"):
+        drop_duplicates(split, find_duplicates(split))
+
+
+# --- description and plots ------------------------------------------------------------------------
+
+
+def test_describe_counts_characters_not_bytes():
+    assert describe(Dataset.from_dict({"text": ["春眠", "不觉晓", "处处闻啼鸟"]})) == {
+        "documents": 3,
+        "characters": 10,
+        "shortest": 2,
+        "median": 3.0,
+        "mean": pytest.approx(10 / 3),
+        "longest": 5,
+    }
+
+
+def test_sources_are_grouped_and_the_rest_is_counted():
+    sources = ["史记/本纪", "史记/世家", "https://a.org/1", "https://a.org/2", "史记", "x", "y"]
+    documents = Dataset.from_dict({"source": sources})
+    assert count_sources(documents, top=2) == {"史记": 3, "a.org": 2, "others": 2}
+    assert count_sources(documents) == {"史记": 3, "a.org": 2, "x": 1, "y": 1}
+
+
+def test_plots_draw_without_pyplot_and_without_warnings(tmp_path):
+    split = halves(["字" * n for n in (1, 10, 100, 1000)], ["字" * 50])
+    sources = Dataset.from_dict({"source": ["wiki", "史记/本纪", "史记/世家"]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lengths = plot_lengths(split, mark=75, mark_label="one context")
+        lengths.savefig(tmp_path / "lengths.png")
+        names = plot_sources(sources)
+        names.savefig(tmp_path / "sources.png")
+    (axes,) = lengths.axes
+    assert axes.get_xscale() == "log" and axes.get_xlabel() == "characters in a document"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "training (4)",
+        "held out (1)",
+    ]
+    assert axes.get_ylim()[1] > 100  # the one held-out document is 100% of its half
+    assert "one context" in [text.get_text().strip() for text in axes.texts]
+    assert [bar.get_width() for bar in names.axes[0].patches] == [2, 1]
+
+
+def test_importing_the_module_is_cheap():
+    heavy = "{'datasets', 'matplotlib', 'pyarrow', 'datasketch', 'torch', 'numpy'}"
+    code = f"import sys, tinytrain.corpus; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
