@@ -1,0 +1,39 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+BIN := .venv/bin
+TEST_RUNS := $(CURDIR)/build/test-runs
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=1500 --timeout=1600
+
+.DEFAULT_GOAL := help
+.PHONY: help tutorial test lint lab notebooks clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("tinytrain needs Python 3.11 or newer, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12" % sys.version_info[:2])'
+	@echo "Installing into .venv; the first time this takes some minutes."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[notebook,test]'
+	@touch $@
+
+tutorial: .venv/ready  ## run notebooks 01 to 05 and show what the trained model has learned
+	@$(BIN)/python notebooks/run_all.py
+
+test: .venv/ready lint  ## lint, every notebook (training included) under nbval, all tests
+	rm -rf $(TEST_RUNS)
+	TINYTRAIN_RUNS=$(TEST_RUNS) TINYTRAIN_RECIPE=pocket $(BIN)/python -m pytest -v $(NBVAL) notebooks
+	TINYTRAIN_RUNS=$(TEST_RUNS) $(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: .venv/ready  ## open JupyterLab at notebook 01
+	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks/01_gpu_check.ipynb
+
+notebooks: .venv/ready  ## run the notebooks and keep their outputs in place, to be committed
+	@$(BIN)/python notebooks/run_all.py --in-place
+
+clean:  ## remove .venv and what the tests made; your runs stay
+	rm -rf .venv build

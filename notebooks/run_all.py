@@ -1,0 +1,169 @@
+"""Run the notebooks in order, tell what is going on, and keep what comes of it.
+
+``make tutorial`` calls this; the executed notebooks and one HTML report go to the run's folder.
+``make notebooks`` calls it with ``--in-place``: the outputs are kept in the notebooks themselves,
+for the repository, and the set-up cells get the project's address from ``pyproject.toml``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+HERE = Path(__file__).resolve().parent
+LOG_LINE = re.compile(r"^[\d-]+ [\d:]+ - (?:INFO|WARNING): (.*)")
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def clock(start: float) -> str:
+    """Return the time since start as minutes and seconds."""
+    minutes, seconds = divmod(int(time.monotonic() - start), 60)
+    return f"{minutes:2d}:{seconds:02d}"
+
+
+class TalkingClient(NotebookClient):
+    """Runs a notebook and passes on, while a cell runs, the log messages that it prints."""
+
+    begun = 0.0
+
+    def output(self, outs, msg, display_id, cell_index):
+        """Keep an output as usual, and print its log messages."""
+        if msg["msg_type"] == "stream":
+            for line in msg["content"]["text"].splitlines():
+                if match := LOG_LINE.match(line):
+                    print(f"  {clock(self.begun)}      {match[1]}", flush=True)
+        return super().output(outs, msg, display_id, cell_index)
+
+
+def run_notebook(path: Path, begun: float) -> nbformat.NotebookNode:
+    """Execute one notebook, printing a line a cell; stop at the first error."""
+    notebook = nbformat.read(path, as_version=4)
+    code = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+
+    def announce(cell, cell_index):
+        if cell.cell_type == "code":
+            passed_over = ("#", "from ", "import ", " ", "%", "if ", ")")
+            lines = [line for line in cell.source.splitlines() if line.strip()]
+            telling = [line for line in lines if not line.startswith(passed_over)]
+            number, line = code.index(cell_index) + 1, (telling or lines)[0]
+            print(f"  {clock(begun)} cell {number:2}/{len(code)}  {line:.70}", flush=True)
+
+    client = TalkingClient(
+        notebook,
+        timeout=None,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        on_cell_execute=announce,
+        record_timing=False,
+        extra_arguments=["--log-level=40"],  # the kernel's own warnings are not for the reader
+    )
+    client.begun = begun
+    # The kernel is this very Python, whatever kernels are installed for the user.
+    client.create_kernel_manager()
+    client.km.kernel_spec.argv = [sys.executable, *client.km.kernel_spec.argv[1:]]
+    client.execute()
+    for cell in notebook.cells:
+        # A progress bar that has run is a widget without its state: nothing to look at.
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
+    notebook.metadata.pop("widgets", None)
+    return notebook
+
+
+def set_address(notebook: nbformat.NotebookNode) -> None:
+    """Write the project's address into the set-up cell."""
+    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = re.sub(
+                r"(tinytrain @ git\+)[^\"]+",
+                lambda match: match[1] + project["urls"]["Repository"],
+                cell.source,
+            )
+
+
+def write_report(notebooks: list[nbformat.NotebookNode], path: Path) -> None:
+    """Write all notebooks as one HTML page."""
+    from nbconvert import HTMLExporter
+
+    report = nbformat.v4.new_notebook()
+    report.metadata.title = "tinytrain"
+    report.cells = [cell for notebook in notebooks for cell in notebook.cells]
+    html, _ = HTMLExporter().from_notebook_node(report)
+    path.write_text(html, encoding="utf-8")
+
+
+def tell_results(folder: Path, seconds: float) -> None:
+    """Print what the run has come to and where everything is."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    print(f"\nDone in {int(seconds) // 60} min {int(seconds) % 60:02d} s.\n")
+    print(f"  train loss     {summary['train_loss']:.3f}")
+    print(f"  held-out loss  {summary['held_out_loss']:.3f}")
+    if summary.get("cloze_after") is not None:
+        before, after = summary["cloze_before"], summary["cloze_after"]
+        print(f"  questions      {before:.0%} right before training, {after:.0%} after")
+    print("\nThe trained model completes:")
+    for prompt, text in summary["completions"]:
+        print(f"  {prompt} → {' '.join(text.split())}")
+    print("\nLook at:")
+    for name, what in (
+        ("report.html", "all five notebooks as one page"),
+        ("notebooks", "the executed notebooks"),
+        ("loss.png", "the loss plot"),
+        ("model", "the model and its tokenizer"),
+    ):
+        shown = folder / name
+        if shown.is_relative_to(Path.cwd()):
+            shown = shown.relative_to(Path.cwd())
+        print(f"  {shown}  ({what})")
+
+
+def main() -> int:
+    """Run from the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--in-place", action="store_true", help="keep the outputs in notebooks/")
+    in_place = parser.parse_args().in_place
+
+    corpus = os.environ.get("TINYTRAIN_CORPUS")
+    if corpus and Path(corpus).exists():  # the kernels work in another folder
+        os.environ["TINYTRAIN_CORPUS"] = str(Path(corpus).absolute())
+    import torch
+
+    from tinytrain.recipes import get_recipe
+    from tinytrain.steps import run_folder
+
+    begun = time.monotonic()
+    folder = run_folder(get_recipe(has_gpu=torch.cuda.is_available()))
+    (folder / "notebooks").mkdir(exist_ok=True)
+    paths, done = sorted(HERE.glob("[0-9]*.ipynb")), []
+    for number, path in enumerate(paths, 1):
+        print(f"{clock(begun)} notebook {number} of {len(paths)}: {path.stem}", flush=True)
+        try:
+            notebook = run_notebook(path, begun)
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            print(f"\n{path.name} stopped here:\n{error}", file=sys.stderr)
+            return 1
+        target = folder / "notebooks" / path.name
+        if in_place:
+            set_address(notebook)
+            target = path
+        nbformat.write(notebook, target)
+        done.append(notebook)
+    write_report(done, folder / "report.html")
+    tell_results(folder, time.monotonic() - begun)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

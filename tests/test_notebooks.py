@@ -1,0 +1,154 @@
+"""The notebooks as they are committed; that they run is nbval's part of ``make test``."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PATHS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in PATHS}
+EACH = pytest.mark.parametrize("name", NOTEBOOKS)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def prose(notebook):
+    return [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+
+
+def test_they_are_all_here():
+    names = ["01_gpu_check", "02_data_split", "03_tokenization", "04_model_config", "05_train_bf16"]
+    assert list(NOTEBOOKS) == names
+
+
+def test_the_set_up_cell_is_the_same_and_the_address_stands_in_one_place():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cells = {code(notebook)[0].source for notebook in NOTEBOOKS.values()}
+    assert len(cells) == 1
+    assert f'"tinytrain @ git+{project["urls"]["Repository"]}"' in cells.pop()
+
+
+@EACH
+def test_valid_and_small(name):
+    nbformat.validate(NOTEBOOKS[name])
+    assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size < 500_000
+
+
+@EACH
+def test_committed_as_run_in_order_without_errors(name):
+    cells = code(NOTEBOOKS[name])
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert str(Path.home()) not in json.dumps(outputs)
+
+
+@EACH
+def test_short_cells_between_prose(name):
+    notebook = NOTEBOOKS[name]
+    for cell in code(notebook)[1:]:
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert len(lines) <= 12, cell.source
+    kinds = "".join(cell.cell_type[0] for cell in notebook.cells)
+    assert kinds.startswith("mcc") and kinds.endswith("m")
+    assert "cccc" not in kinds  # never a wall of code
+
+
+@EACH
+def test_opening_and_close(name):
+    texts = prose(NOTEBOOKS[name])
+    assert texts[0].startswith(f"# {name[:2]} · ")
+    for part in ("At the end of this notebook", "→", "*"):
+        assert part in texts[0]
+    whole = "\n".join(texts)
+    for part in ("**Predict", "## What we learned", "## Try it"):
+        assert part in whole
+    following = [other for other in NOTEBOOKS if other > name]
+    if following:
+        assert f"]({following[0]}.ipynb)" in texts[-1]
+
+
+@EACH
+def test_links_between_notebooks_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)#:]+)\)", "\n".join(prose(NOTEBOOKS[name]))):
+        assert (ROOT / "notebooks" / link).exists(), link
+
+
+def test_five_minutes_from_nothing_on_recipe_smoke(tmp_path):
+    """The tutorial's own command: progress, results, report, and no trace in the checkout."""
+    import os
+
+    environment = os.environ | {"TINYTRAIN_RECIPE": "smoke", "TINYTRAIN_RUNS": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "notebooks" / "run_all.py")]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    shown = result.stdout
+    for words in (
+        "notebook 1 of 5: 01_gpu_check",
+        "notebook 5 of 5: 05_train_bf16",
+        "cell 1/",
+        "step 20/20: loss",
+        "train loss",
+        "held-out loss",
+        "法国的首都是 →",
+    ):
+        assert words in shown
+    assert shown.count(" → ") == 5
+    run = tmp_path / "smoke"
+    for name in ("report.html", "loss.png", "model/model.safetensors", "training.log"):
+        assert (run / name).stat().st_size > 0
+    assert len(list((run / "notebooks").glob("*.ipynb"))) == 5
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert report.count("<h1") == 5 and "image/png" in report
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert summary["cloze_before"] == 0 and summary["parameters"] > 0
+
+
+@pytest.mark.parametrize("name", ["03_tokenization", "05_train_bf16"])
+def test_any_notebook_can_be_opened_first(name, tmp_path):
+    """Alone, in an empty folder of runs, on a text of one's own."""
+    from nbclient import NotebookClient
+
+    text = tmp_path / "mine.txt"
+    lines = [f"第{n}天，我走了{n * 3}公里，看见了{n % 9 + 1}条河和一座小城。" for n in range(200)]
+    text.write_text("\n\n".join(lines), encoding="utf-8")
+    client = NotebookClient(
+        nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4),
+        resources={"metadata": {"path": str(ROOT / "notebooks")}},
+        timeout=300,
+    )
+    client.create_kernel_manager()
+    client.km.kernel_spec.argv = [sys.executable, *client.km.kernel_spec.argv[1:]]
+    import os
+
+    environment = os.environ | {
+        "TINYTRAIN_RECIPE": "smoke",
+        "TINYTRAIN_CORPUS": str(text),
+        "TINYTRAIN_RUNS": str(tmp_path / "runs"),
+    }
+    client.execute(env=environment)
+    assert (tmp_path / "runs" / "smoke-mine" / "blocks" / "inputs.json").is_file()
+
+
+def test_the_default_run_has_learned():
+    """Looks at what nbval's run of the notebooks, the training one included, has left."""
+    import os
+
+    folder = os.environ.get("TINYTRAIN_RUNS")
+    if not folder or not (Path(folder) / "pocket" / "summary.json").is_file():
+        pytest.skip("looks at the run that `make test` makes before")
+    summary = json.loads((Path(folder) / "pocket" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["cloze_before"] < 0.02
+    assert summary["cloze_after"] >= 0.5
+    assert summary["held_out_loss"] < 2.5

@@ -1,0 +1,149 @@
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tinytrain import steps
+from tinytrain.recipes import RECIPES
+
+
+@pytest.fixture(autouse=True)
+def own_runs_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Recipe ``smoke`` on a text of the reader's own."""
+    path = tmp_path / "我的.jsonl"
+    towns = ["北京", "上海", "天津", "重庆", "广州", "深圳", "成都", "杭州"]
+    texts = [f"第{n}篇：{towns[n % 8]}是中国的一座城市，编号{n * 7}。" * 3 for n in range(80)]
+    lines = [json.dumps({"content": text}, ensure_ascii=False) for text in texts]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return replace(RECIPES["smoke"], corpus=str(path), vocab_size=400, context_length=32)
+
+
+def modified(folder):
+    return {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_any_step_builds_what_it_lacks(mine):
+    blocks = steps.get_blocks(mine)
+    assert len(blocks["train"]) > len(blocks["test"]) > 0
+    assert {len(row) for row in blocks["train"]["input_ids"]} == {32}
+    assert steps.run_folder(mine).name == "smoke-我的"
+    config = steps.get_config(mine)
+    assert config.vocab_size == len(steps.get_tokenizer(mine))
+    assert config.max_position_embeddings >= 32
+
+
+def test_a_second_call_uses_what_is_there(mine):
+    steps.get_blocks(mine)
+    before = modified(steps.run_folder(mine))
+    steps.get_blocks(mine)
+    assert modified(steps.run_folder(mine)) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "made_anew"),
+    [
+        ({"split_seed": 1}, {"split", "tokenizer", "blocks"}),
+        ({"vocab_size": 300}, {"tokenizer", "blocks"}),
+        ({"context_length": 16}, {"blocks"}),
+        ({"packing": False}, {"blocks"}),
+        ({"learning_rate": 1.0}, set()),
+    ],
+)
+def test_only_what_a_change_concerns_is_made_anew(mine, change, made_anew):
+    steps.get_blocks(mine)
+    folder = steps.run_folder(mine)
+    before = {part: modified(folder / part) for part in ("split", "tokenizer", "blocks")}
+    steps.get_blocks(replace(mine, **change))
+    assert {part for part in before if modified(folder / part) != before[part]} == made_anew
+
+
+def test_a_changed_text_is_never_served_from_the_old_blocks(mine):
+    steps.get_blocks(mine)
+    path = Path(mine.corpus)
+    path.write_text(path.read_text(encoding="utf-8").replace("北京", "南京"), encoding="utf-8")
+    tokenizer = steps.get_tokenizer(mine)
+    text = tokenizer.decode(
+        [i for row in steps.get_blocks(mine)["train"]["input_ids"] for i in row]
+    )
+    assert "南京" in text and "北京" not in text
+
+
+def test_what_breaks_off_leaves_nothing_half_built(mine, monkeypatch):
+    steps.get_blocks(mine)
+    before = modified(steps.run_folder(mine))
+
+    def fails(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(steps.tokenization, "pack_documents", fails)
+    with pytest.raises(OSError, match="no space"):
+        steps.get_blocks(replace(mine, context_length=16))
+    assert modified(steps.run_folder(mine)) == before
+
+
+def test_duplicates_are_dropped_or_only_counted(mine):
+    path = Path(mine.corpus)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text + "\n" + text, encoding="utf-8")  # each document twice
+    kept = steps.get_split(replace(mine, drop_duplicates=False))
+    twins = steps.get_duplicates(replace(mine, drop_duplicates=False))
+    assert len(kept["train"]) + len(kept["test"]) == 160
+    assert twins and twins[0]["held_out"] == twins[0]["train"]
+    dropped = steps.get_split(mine)
+    assert len(dropped["test"]) == len(kept["test"]) - len(twins)
+    assert len(dropped["train"]) == len(kept["train"])
+
+
+def test_a_missing_text_is_said_with_its_name(mine):
+    with pytest.raises(FileNotFoundError, match="nowhere.json.*TINYTRAIN_CORPUS"):
+        steps.get_split(replace(mine, corpus="nowhere.json"))
+
+
+def test_a_relative_path_is_found_from_the_notebooks_folder(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    for name in ("tinytrain", "notebooks", "texts"):
+        (project / name).mkdir(parents=True)
+    (project / "texts" / "a.txt").write_text("一\n", encoding="utf-8")
+    monkeypatch.chdir(project / "notebooks")
+    recipe = replace(RECIPES["smoke"], corpus="texts/a.txt")
+    assert steps.get_text(recipe) == project / "texts" / "a.txt"
+    monkeypatch.delenv("TINYTRAIN_RUNS")
+    assert steps.runs_folder() == project / "runs"
+
+
+def test_the_guides_numbers_reach_the_model():
+    config = steps.get_config(RECIPES["seed"])
+    from tinytrain.modeling import count_parameters
+
+    assert count_parameters(config)["total"] == 123_287_552
+    assert count_parameters(steps.get_config(RECIPES["wiki"]))["total"] == 123_287_552
+    assert count_parameters(steps.get_config(RECIPES["qwen-0.5b"]))["total"] == 494_032_768
+
+
+def test_what_one_watches_does_not_make_another_run(smoke):
+    recipe = replace(smoke.recipe, max_documents=50)
+    same = steps.run_inputs(replace(recipe, logging_steps=3, save_steps=7), "float32")
+    assert same == steps.run_inputs(recipe, "float32")
+    assert same != steps.run_inputs(replace(recipe, seed=1), "float32")
+    assert same != steps.run_inputs(recipe, "bf16")
+
+
+def test_prompts_and_questions_fit_the_text(mine):
+    assert steps.get_questions(mine) == []
+    held_out = steps.get_split(mine)["test"]["text"]
+    assert [p for p in steps.get_prompts(mine) if not any(t.startswith(p) for t in held_out)] == []
+    assert len(steps.get_questions(RECIPES["pocket"])) >= 200
+    assert len(steps.get_prompts(RECIPES["pocket"])) == 5
+
+
+def test_the_summary_is_one_file(mine):
+    path = steps.save_summary(mine, held_out_loss=1.5)
+    assert json.loads(path.read_text(encoding="utf-8"))["held_out_loss"] == 1.5
+    assert os.listdir(path.parent) == ["summary.json"]
