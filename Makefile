@@ -30,7 +30,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 lab: .venv/ready  ## open JupyterLab at notebook 01
-	$(BIN)/jupyter lab --ip=127.0.0.1 notebooks/01_gpu_check.ipynb
+	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/01_gpu_check.ipynb
 
 notebooks: .venv/ready  ## run the notebooks and keep their outputs in place, to be committed
 	@$(BIN)/python notebooks/run_all.py --in-place

@@ -53,7 +53,7 @@ def run_notebook(path: Path, begun: float) -> nbformat.NotebookNode:
 
     def announce(cell, cell_index):
         if cell.cell_type == "code":
-            passed_over = ("#", "from ", "import ", " ", "%", "if ", ")")
+            passed_over = ("#", "from ", "import ", " ", "%", "if ", "elif ", ")")
             lines = [line for line in cell.source.splitlines() if line.strip()]
             telling = [line for line in lines if not line.startswith(passed_over)]
             number, line = code.index(cell_index) + 1, (telling or lines)[0]

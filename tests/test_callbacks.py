@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -16,7 +17,7 @@ def run(smoke, tmp_path_factory):
     setup_logging(folder / "training.log")
     tokens = smoke.recipe.tokens_per_step
     watching = [
-        callbacks.VerboseTrainingCallback(tokens),
+        callbacks.VerboseTrainingCallback(tokens, seconds=0),
         callbacks.HistoryCallback(folder / "history.jsonl", tokens),
         callbacks.LivePlotCallback(folder / "loss.png", 1024, tokens, folder / "history.jsonl"),
     ]
@@ -44,6 +45,19 @@ def test_verbose_collects_the_losses_and_tells_the_course(run, smoke):
         "training ends at step 20",
     ):
         assert words in text
+
+
+def test_messages_keep_a_distance_and_losses_are_all_collected(caplog):
+    caplog.set_level("INFO", logger="tinytrain")
+    verbose = callbacks.VerboseTrainingCallback(8, seconds=1000)
+    state = TrainerState(max_steps=30)
+    model = SimpleNamespace(num_parameters=lambda: 1)
+    verbose.on_train_begin(None, state, None, model=model)
+    for state.global_step in range(1, 31):
+        verbose.on_log(None, state, None, logs={"loss": 2.0, "learning_rate": 0.1})
+    told = [r.getMessage().split(":")[0] for r in caplog.records if "loss" in r.getMessage()]
+    assert told == ["step 1/30", "step 30/30"]
+    assert verbose.train_loss == [2.0] * 30
 
 
 def test_history_holds_what_the_trainer_logged(run, smoke):
@@ -113,6 +127,9 @@ def test_plot_shows_the_curves_and_the_untrained_loss():
     assert untrained.get_ydata()[0] == pytest.approx(8.318, abs=1e-3)
     assert loss.get_title(loc="left") == "a run"
     assert rate.get_xlabel() == "step, of 8 tokens"
+    figure.canvas.draw()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height  # nothing cut off
     low, high = loss.get_ylim()
     assert low < 7 and high > 8.318
 

@@ -57,6 +57,8 @@ class VerboseTrainingCallback(TrainerCallback):
     ----------
     tokens_per_step : int
         Tokens that one optimiser step learns from, for the speed in tokens a second.
+    seconds : float
+        The shortest time between two messages about the loss; the first and the last always come.
 
     Attributes
     ----------
@@ -64,13 +66,15 @@ class VerboseTrainingCallback(TrainerCallback):
         The logged training losses in nats per token, each the mean since the last.
     """
 
-    def __init__(self, tokens_per_step: int):
+    def __init__(self, tokens_per_step: int, seconds: float = 10.0):
         self.tokens_per_step = tokens_per_step
+        self.seconds = seconds
         self.train_loss: list[float] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Say how large the model is and how long the way."""
         self._start, self._first_step = time.monotonic(), state.global_step
+        self._told = -math.inf
         logger.info(
             "training starts: %s parameters, %s steps of %s tokens%s",
             f"{model.num_parameters():,}",
@@ -89,11 +93,15 @@ class VerboseTrainingCallback(TrainerCallback):
         if not logs or "loss" not in logs:
             return  # an evaluation or the closing summary: they have events of their own
         self.train_loss.append(float(logs["loss"]))
-        seconds = max(time.monotonic() - self._start, 1e-9)
+        now = time.monotonic()
+        if now - self._told < self.seconds and state.global_step < state.max_steps:
+            return
+        self._told = now
+        seconds = max(now - self._start, 1e-9)
         steps_per_second = (state.global_step - self._first_step) / seconds
         left = (state.max_steps - state.global_step) / max(steps_per_second, 1e-9)
         logger.info(
-            "step %d/%d: loss %.3f, learning rate %.2e, %s tokens/s, %s left",
+            "step %d/%d: loss %.3f, lr %.1e, %s tokens/s, %s left",
             state.global_step,
             state.max_steps,
             logs["loss"],
@@ -234,14 +242,14 @@ class LossPlot:
             label = f"knows nothing: ln({vocab_size:,}) = {untrained:.2f}"
             loss.axhline(untrained, color="#888888", linestyle=":", label=label)
         loss.set_ylabel("loss (nats per token)")
-        loss.legend(frameon=False, loc="upper right", fontsize=9)
-        rate.set_ylabel("learning\nrate", fontsize=8)
-        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        loss.legend(loc="upper right", bbox_to_anchor=(1, 0.93), fontsize=9, edgecolor="none")
+        rate.set_ylabel("learning rate", fontsize=8)
+        rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         for axis in self._axes:
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
         rate.set_xlabel("step")
-        self.figure.subplots_adjust(left=0.09, right=0.97, top=0.9, bottom=0.11, hspace=0.1)
+        self.figure.subplots_adjust(left=0.11, right=0.97, top=0.9, bottom=0.11, hspace=0.1)
 
     def update(self, history: Sequence[dict[str, float]], title: str = "", last_step: int = 0):
         """Move the lines to a history, as `read_history` returns it.

@@ -629,6 +629,7 @@ def plot_lengths(split: DatasetDict, mark: float | None = None, mark_label: str 
     matplotlib.figure.Figure
     """
     import numpy as np
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     lengths = {"training": _lengths(split["train"]), "held out": _lengths(split["test"])}
     everything = np.concatenate(list(lengths.values()))
@@ -659,6 +660,8 @@ def plot_lengths(split: DatasetDict, mark: float | None = None, mark_label: str 
         )
     axes.margins(y=0.15)
     axes.set(xscale="log", xlabel="characters in a document", ylabel="documents (%)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.legend(frameon=False)
     return figure

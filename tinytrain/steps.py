@@ -251,9 +251,9 @@ def get_prompts(recipe: Recipe) -> list[str]:
     if recipe.corpus == "encyclopedia":
         return [
             "法国的首都是",
-            "问：日本的货币是什么？答：",
+            "日本的货币是",
             "立春的下一个节气是",
-            "铁是",
+            "春节的时候，人们会",
             "大熊猫",
         ]
     return [text.strip()[:12] for text in get_split(recipe)["test"][:5]["text"]]
