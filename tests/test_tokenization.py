@@ -444,3 +444,14 @@ def test_the_plot_has_a_bar_for_each_tokenizer():
     (axes,) = figure.axes
     assert [bar.get_width() for bar in axes.patches] == [0.8, 1.1]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["qwen", "own"]
+
+
+def test_training_reads_so_many_characters_and_no_more():
+    def texts():
+        yield "北京是中国的首都。" * 20
+        yield "上海是一座城市。" * 20
+        raise AssertionError("read on after it had enough")
+
+    limited = tokenization.train_tokenizer(texts(), 280, max_characters=340)
+    whole = tokenization.train_tokenizer(["北京是中国的首都。" * 20, "上海是一座城市。" * 20], 280)
+    assert tokenization.fingerprint(limited) == tokenization.fingerprint(whole)

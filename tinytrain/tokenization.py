@@ -274,7 +274,10 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, max_token_chars: int = 4
+    texts: Iterable[str],
+    vocab_size: int,
+    max_token_chars: int = 4,
+    max_characters: int = 5_000_000,
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level byte-pair tokenizer that treats text as Qwen2.5's does.
 
@@ -293,6 +296,9 @@ def train_tokenizer(
         pre-tokenizer splits only at punctuation and digits. In a text that repeats itself, whole
         phrases would become tokens, and the model would be left with nothing to predict inside
         them. 4 is the length of the longest common words.
+    max_characters : int
+        Stop reading after so many characters. A few million show which pairs are frequent; more
+        take minutes and hardly change a small vocabulary. The texts should be in random order.
 
     Returns
     -------
@@ -341,7 +347,7 @@ def train_tokenizer(
     )
     # An empty Qwen tokenizer brings the normalizer (NFC), the pre-tokenizer and the decoder.
     backend = Qwen2Tokenizer().backend_tokenizer
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(_up_to(texts, max_characters), trainer)
     model = json.loads(backend.to_str())["model"]
     if not model["merges"]:
         raise ValueError(
@@ -354,6 +360,15 @@ def train_tokenizer(
             vocab_size,
         )
     return Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+
+
+def _up_to(texts: Iterable[str], max_characters: int) -> Iterator[str]:
+    """Yield texts until together they have enough characters."""
+    for text in texts:
+        yield text[:max_characters]
+        max_characters -= len(text)
+        if max_characters <= 0:
+            return
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
