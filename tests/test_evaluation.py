@@ -31,9 +31,10 @@ def test_completions_come_in_the_order_of_the_prompts_and_stop_at_the_end(taught
 
 
 def test_padding_in_a_batch_changes_nothing(taught, smoke):
-    prompts = ["日本的首都是", "法国"]
+    prompts = ["日本的首都是", "法国", "法国的首都是"]
+    assert len({len(smoke.tokenizer(prompt)["input_ids"]) for prompt in prompts}) > 1
     one_by_one = complete(taught, smoke.tokenizer, prompts, batch_size=1)
-    assert complete(taught, smoke.tokenizer, prompts, batch_size=2) == one_by_one
+    assert complete(taught, smoke.tokenizer, prompts, batch_size=3) == one_by_one
 
 
 def test_the_models_mode_is_kept(taught, smoke):
