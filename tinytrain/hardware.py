@@ -57,12 +57,17 @@ def check_cuda_availability() -> bool:
     return False
 
 
-def choose_precision() -> Precision:
+def choose_precision(wanted: str | None = None) -> Precision:
     """Choose the precision to train in on this machine.
 
     bf16 where the hardware computes it: half the memory traffic with the range of float32. fp16 on
     GPUs that have only that: as fast, but small gradients vanish unless the loss is scaled up,
     which the Trainer does. float32 everywhere else.
+
+    Parameters
+    ----------
+    wanted : {"bf16", "fp16", "float32"}, optional
+        What a recipe asks for, whatever the machine.
 
     Returns
     -------
@@ -77,6 +82,8 @@ def choose_precision() -> Precision:
     """
     import torch
 
+    if wanted is not None:
+        return Precision(wanted, "the recipe asks for it")
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         return _choose_for_cuda(

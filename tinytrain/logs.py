@@ -2,6 +2,8 @@
 
 The messages of a long run are worth keeping: they are what is left when the browser tab is gone.
 So the log goes to stdout, where a notebook shows it, and to ``training.log`` in the run's folder.
+Messages that only tell the progress are left to the file while a plot or a progress bar shows the
+same: a notebook would otherwise grow by a line every few seconds.
 """
 
 from __future__ import annotations
@@ -13,11 +15,25 @@ from pathlib import Path
 LOG_FORMAT = "%(asctime)s - %(levelname)s: %(message)s"
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 
+_displays: set[int] = set()  # those that show the progress at this moment
+
+
+def display_begins(display: object) -> None:
+    """Keep messages off the screen that are marked ``extra={"progress": True}``."""
+    _displays.add(id(display))
+
+
+def display_ends(display: object) -> None:
+    """Undo `display_begins`; harmless if there is nothing to undo."""
+    _displays.discard(id(display))
+
 
 class _StdoutHandler(logging.StreamHandler):
     """Writes to whatever ``sys.stdout`` is now: a notebook kernel and pytest replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if _displays and getattr(record, "progress", False):
+            return
         self.stream = sys.stdout
         super().emit(record)
 

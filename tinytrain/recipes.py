@@ -16,6 +16,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+# What one watches, and what fits a run into memory, does not change what is learned.
+WATCHED_ONLY = frozenset(
+    ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_blocks")
+    + ("sample_steps", "halve_batch")
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -54,6 +60,8 @@ class Recipe:
     epochs: float = 1.0
     max_steps: int = -1  # stop after so many optimiser steps; -1: the epochs decide
     seed: int = 42  # initial weights and the order of the blocks
+    precision: str | None = None  # None: the best that the hardware computes itself
+    halve_batch: bool = True  # if the GPU's memory is too small: half the batch, twice as often
 
     # --- rhythm -------------------------------------------------------------------------------
     logging_steps: int = 50
@@ -61,6 +69,7 @@ class Recipe:
     save_steps: int = 500
     save_total_limit: int = 2  # checkpoints kept; one is three times the size of the model
     eval_blocks: int | None = None  # held-out blocks per evaluation while training; None: all
+    sample_steps: int = 500  # how often the model writes a few words
 
     @property
     def tokens_per_step(self) -> int:
@@ -113,6 +122,8 @@ POCKET = Recipe(
     eval_steps=125,
     save_steps=125,
     eval_blocks=32,
+    sample_steps=75,
+    precision="float32",  # at this width casting to bf16 costs more than it saves, even in hardware
 )
 
 SMOKE = replace(
@@ -132,6 +143,7 @@ SMOKE = replace(
     eval_steps=10,
     save_steps=10,
     eval_blocks=16,
+    sample_steps=10,
 )
 
 RECIPES = {recipe.name: recipe for recipe in (SMOKE, POCKET, SEED, WIKI, QWEN)}

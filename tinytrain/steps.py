@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinytrain import corpus, encyclopedia, hub, modeling, tokenization
-from tinytrain.recipes import Recipe
+from tinytrain.recipes import WATCHED_ONLY, Recipe
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -55,7 +55,13 @@ def run_folder(recipe: Recipe) -> Path:
     if recipe.corpus not in ("encyclopedia", "wikipedia"):
         name += "-" + Path(recipe.corpus).name.split(".")[0]
     folder = runs_folder() / name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write to {folder} ({error.strerror}): choose another folder in TINYTRAIN_RUNS",
+        ) from error
     return folder
 
 
@@ -268,9 +274,7 @@ def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
     """Return what decides the outcome of a training run, for `tinytrain.training.open_run`."""
     inputs = {**asdict(recipe), "precision": precision, "text": _sha256(get_text(recipe))}
     inputs["tokenizer_fingerprint"] = tokenization.fingerprint(get_tokenizer(recipe))
-    for rhythm in ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_blocks"):
-        del inputs[rhythm]  # what one watches does not change what is learned
-    return inputs
+    return {name: value for name, value in inputs.items() if name not in WATCHED_ONLY}
 
 
 def save_summary(recipe: Recipe, **values: Any) -> Path:

@@ -1,28 +1,45 @@
-"""The Hugging Face Trainer, set up for pre-training, and taken up again where it stopped.
+"""The Hugging Face Trainer, set up for pre-training, watched, and taken up where it stopped.
 
 The Trainer is kept rather than a loop of our own: it is what readers meet elsewhere, and it
 carries accumulation, mixed precision, several devices and checkpoints. What is ours is thin: a
-recipe becomes ``TrainingArguments``, packed blocks need no padding, and a run folder remembers
-what it was made from, so that checkpoints of two different runs never mix.
+recipe becomes ``TrainingArguments``; packed blocks need no padding; every loss is looked at before
+it may change the weights; a checkpoint counts only once it is whole, and it remembers what it was
+made from, so that two different runs never mix; and what ends a run early is said in a line.
 """
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
 import logging
+import math
 import os
-from collections.abc import Iterable, Sequence
+import shutil
+import statistics
+import tempfile
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load_model, save_model
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
-    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+MARK = "complete.json"  # the last file written into a checkpoint
 
 
 def training_arguments(
@@ -39,8 +56,8 @@ def training_arguments(
     precision : {"float32", "bf16", "fp16"}
         What the matrix products are computed in; weights and optimiser stay float32.
     **overrides
-        Any argument of ``transformers.TrainingArguments``, for example ``report_to="tensorboard"``
-        or ``torch_compile=True``.
+        Any argument of ``transformers.TrainingArguments``: ``report_to="tensorboard"`` (or
+        ``"swanlab"``, ``"wandb"``) for those who watch their runs there, ``torch_compile=True``.
 
     Returns
     -------
@@ -57,9 +74,6 @@ def training_arguments(
     >>> training_arguments(RECIPES["seed"], "checkpoints").learning_rate
     2e-05
     """
-    import torch
-    from transformers import TrainingArguments
-
     if precision not in ("float32", "bf16", "fp16"):
         raise ValueError(f"precision {precision!r} is none of float32, bf16, fp16")
     arguments: dict[str, Any] = {
@@ -76,6 +90,8 @@ def training_arguments(
         "adam_beta2": recipe.adam_beta2,
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
+        # The Trainer refuses bf16 where there is no GPU unless it is told that the CPU is meant.
+        "use_cpu": not torch.accelerator.is_available(),
         "seed": recipe.seed,
         "logging_steps": recipe.logging_steps,
         "eval_strategy": "steps",
@@ -113,10 +129,284 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     dict of torch.Tensor
         ``input_ids`` and ``labels``, int64 of shape (batch, context_length).
     """
-    import torch
-
     input_ids = torch.stack([torch.as_tensor(row["input_ids"]).long() for row in rows])
     return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+class LossError(RuntimeError):
+    """The loss of a step is not a number, or leaps.
+
+    Attributes
+    ----------
+    step : int
+        The step, which has not changed the weights.
+    loss : float
+        Its loss in nats per token.
+    documents : list of int
+        Where the batch's documents stand in the training half; empty if that cannot be told.
+    checkpoint : Path or None
+        The newest complete checkpoint, from before this step.
+    """
+
+    def __init__(self, message: str, step: int, loss: float, documents: list[int], checkpoint):
+        super().__init__(message)
+        self.step, self.loss, self.documents = step, loss, documents
+        self.checkpoint = checkpoint
+
+
+class LossGuard(TrainerCallback):
+    """Stops a run whose loss is not a number or leaps, before the step changes the weights.
+
+    A loss leaps if it lies above the mean of the last `window` steps by more than `leap` of their
+    standard deviations, and by more than one nat: the model has become, at one blow, e times less
+    sure of every token. While the loss falls steeply at the start the deviation is large and the
+    guard is patient; later it is small, and one nat decides.
+
+    Parameters
+    ----------
+    leap : float, optional
+        Standard deviations. None only looks for what is not a number.
+    window : int
+        Steps to compare with; the first half of a window is not judged.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        To name the documents of the batch.
+    """
+
+    def __init__(
+        self,
+        leap: float | None = 10.0,
+        window: int = 50,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        self.leap = leap
+        self.window = window
+        self.tokenizer = tokenizer
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        """Begin with nothing to compare with."""
+        self._blocks = train_dataloader.dataset if train_dataloader is not None else None
+        self._recent: deque[float] = deque(maxlen=self.window)
+        self._losses: list[torch.Tensor] = []
+        self._batch: list[torch.Tensor] = []
+
+    def see(self, input_ids: torch.Tensor, loss: torch.Tensor) -> None:
+        """Take up the share that a micro-batch has in the loss of its step."""
+        self._batch.append(input_ids)
+        self._losses.append(loss)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Judge the loss and the gradients of a step, the last moment that nothing is changed."""
+        loss = float(torch.stack(self._losses).sum())
+        batch, self._batch, self._losses = self._batch, [], []
+        trouble = self._trouble(loss)
+        # In fp16 gradients overflow now and then; the Trainer then leaves the step out by itself.
+        if not trouble and not args.fp16:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            if not math.isfinite(torch.nn.utils.get_total_norm(gradients)):
+                trouble = "the gradient is not finite"
+        if trouble:
+            self._stop(trouble, loss, state.global_step + 1, batch, args.output_dir)
+        self._recent.append(loss)
+
+    def _trouble(self, loss: float) -> str:
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if self.leap is None or len(self._recent) < self.window // 2:
+            return ""
+        mean, spread = statistics.fmean(self._recent), statistics.pstdev(self._recent)
+        if loss <= mean + max(1.0, self.leap * spread):
+            return ""
+        return (
+            f"the loss leaps to {loss:.2f} (the last {len(self._recent)} steps: {mean:.2f}, "
+            f"standard deviation {spread:.2f})"
+        )
+
+    def _stop(
+        self, trouble: str, loss: float, step: int, batch: list[torch.Tensor], folder: str
+    ) -> None:
+        blocks = torch.cat([ids.reshape(-1, ids.shape[-1]) for ids in batch]).cpu()
+        rows, documents = self._find(blocks)
+        checkpoint = last_checkpoint(folder)
+        words = [f"step {step}: {trouble}; the step was not made."]
+        if rows:
+            words.append(f"Its batch is blocks {_listed(rows)} of the training half")
+            words[-1] += f", from documents {_listed(documents)}." if documents else "."
+        if self.tokenizer is not None:
+            begins = [self.tokenizer.decode(block[:12]) for block in blocks[:4]]
+            words.append(f"They begin {', '.join(repr(text) for text in begins)}.")
+        good = f"is {checkpoint.name}" if checkpoint else "does not exist yet"
+        words.append(
+            f"The last good checkpoint {good}. Look at these documents, or halve the learning "
+            f"rate ({'it was too large' if math.isfinite(loss) else 'in fp16 try bf16'})."
+        )
+        raise LossError(" ".join(words), step, loss, documents, checkpoint)
+
+    def _find(self, wanted: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Return where blocks stand in the training half, and the documents they come from.
+
+        Packed blocks follow each other as the documents do, so that the number of end-of-text
+        tokens before a block is the number of its first document.
+        """
+        if self._blocks is None:
+            return [], []
+        ids = self._blocks.with_format("numpy")
+        wanted_rows = {tuple(row) for row in wanted.tolist()}
+        end = self.tokenizer.eos_token_id if self.tokenizer is not None else None
+        rows, documents, ended = [], set(), 0
+        for start in range(0, len(ids), 10_000):
+            for number, row in enumerate(ids[start : start + 10_000]["input_ids"], start):
+                here = int((row == end).sum())
+                if tuple(row.tolist()) in wanted_rows:
+                    rows.append(number)
+                    # A block that ends with its last document's end does not touch the next one.
+                    documents.update(range(ended, ended + here + (row[-1] != end)))
+                ended += here
+        return rows, sorted(documents) if ended else []
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    shown = ", ".join(f"{number:,}" for number in numbers[:8])
+    return shown + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+
+
+class CheckpointKeeper(TrainerCallback):
+    """Marks each checkpoint when it is whole, and only then removes older ones.
+
+    The Trainer writes straight into a checkpoint's folder, so that a crash leaves a part of one,
+    and it tells old from new by the clock, which may jump. Here the last thing written is
+    ``complete.json``, with the size of every file and what the run was made from; age is told by
+    the step.
+
+    Parameters
+    ----------
+    limit : int, optional
+        Complete checkpoints to keep; None keeps all.
+    """
+
+    def __init__(self, limit: int | None = None):
+        self.limit = limit
+        self.inputs: dict[str, Any] = {}
+
+    def on_save(self, args, state, control, **kwargs):
+        """Mark the new checkpoint, then remove what is too old or was never completed."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        _mark_complete(folder / f"checkpoint-{state.global_step}", self.inputs)
+        earlier = [path for path in _checkpoints(folder) if _step(path) < state.global_step]
+        complete = [path for path in earlier if not checkpoint_problem(path)]
+        keep = complete[: self.limit - 1] if self.limit else complete
+        for path in earlier:
+            if path not in keep:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _mark_complete(checkpoint: Path, inputs: dict[str, Any]) -> None:
+    sizes = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != MARK:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())  # a machine that loses power may lose what is in memory
+            sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+    _write_json(checkpoint / MARK, {"inputs": inputs, "files": sizes})
+
+
+def checkpoint_problem(checkpoint: str | Path) -> str:
+    """Return what keeps a checkpoint from being whole, or an empty string.
+
+    Parameters
+    ----------
+    checkpoint : str or Path
+        A folder written by the Trainer under a `CheckpointKeeper`.
+    """
+    checkpoint = Path(checkpoint)
+    try:
+        files = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return "its writing was not finished"
+    for name, size in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes and not {size:,}"
+    return ""
+
+
+def _checkpoints(folder: str | Path) -> list[Path]:
+    """Return all checkpoints of a folder, the newest first."""
+    paths = [path for path in Path(folder).glob("checkpoint-*") if _step(path) is not None]
+    return sorted(paths, key=_step, reverse=True)
+
+
+def _step(checkpoint: Path) -> int | None:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else None
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """Return the newest complete checkpoint in a folder, or None.
+
+    One that a crash left half-written, or that has lost something since, is passed over with a
+    message.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Holds folders ``checkpoint-<step>``; need not exist.
+
+    Returns
+    -------
+    Path or None
+    """
+    for path in _checkpoints(folder):
+        problem = checkpoint_problem(path)
+        if not problem:
+            return path
+        logger.warning("%s is passed over: %s", path.name, problem)
+    return None
+
+
+class GuardedTrainer(Trainer):
+    """The Trainer, which also shows every loss to a `LossGuard`.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As for ``transformers.Trainer``.
+    guard : LossGuard
+        Judges each step.
+    """
+
+    def __init__(self, *args: Any, guard: LossGuard, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.guard = guard
+        self.keeper = CheckpointKeeper(self.args.save_total_limit)
+        self.args.save_total_limit = None  # the keeper's work
+        self._initial: tempfile.TemporaryDirectory | None = None
+        self.add_callback(guard)
+        self.add_callback(self.keeper)
+
+    def start_anew(self) -> None:
+        """Give the model the weights that it came with, should it have been trained meanwhile."""
+        if self._initial is None:
+            self._initial = tempfile.TemporaryDirectory(prefix="tinytrain-")
+            save_model(self.model, os.path.join(self._initial.name, "model.safetensors"))
+        elif self.state.global_step:
+            load_model(self.model, os.path.join(self._initial.name, "model.safetensors"))
+
+    def halve_batch(self) -> None:
+        """Halve the micro-batch and double the accumulation: as many tokens a step as before."""
+        self.args.per_device_train_batch_size //= 2
+        self.args.per_device_eval_batch_size = self.args.per_device_train_batch_size
+        self.args.gradient_accumulation_steps *= 2
+        self._train_batch_size = self.args.train_batch_size  # what Trainer.train() goes by
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Train on a micro-batch, and show its share of the loss."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.see(inputs["input_ids"], loss)
+        return loss
 
 
 def build_trainer(
@@ -125,7 +415,8 @@ def build_trainer(
     train_blocks: Dataset,
     eval_blocks: Dataset,
     callbacks: Iterable[TrainerCallback] = (),
-) -> Trainer:
+    guard: LossGuard | None = None,
+) -> GuardedTrainer:
     """Build the Trainer, with our callbacks in place of its own progress display.
 
     Parameters
@@ -138,17 +429,22 @@ def build_trainer(
         Rows with ``input_ids`` of equal length.
     callbacks : iterable of transformers.TrainerCallback
         Called in this order.
+    guard : LossGuard, optional
+        By default one with its own defaults.
 
     Returns
     -------
-    transformers.Trainer
+    GuardedTrainer
+        A ``transformers.Trainer``.
 
     Raises
     ------
     ValueError
         If there is no block to train on or to evaluate.
+    OSError
+        If the folder of the checkpoints cannot be made.
     """
-    from transformers import PrinterCallback, ProgressCallback, Trainer
+    from transformers import PrinterCallback, ProgressCallback
     from transformers.utils.notebook import NotebookProgressCallback
 
     for name, blocks in (("training", train_blocks), ("held-out", eval_blocks)):
@@ -156,116 +452,267 @@ def build_trainer(
             raise ValueError(
                 f"the {name} text gives no full block: use more text or a shorter context_length"
             )
-    trainer = Trainer(
+    with _writing_to(Path(arguments.output_dir)):  # the Trainer makes the folder at once
+        Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
+    trainer = GuardedTrainer(
         model=model,
         args=arguments,
         train_dataset=train_blocks,
         eval_dataset=eval_blocks,
         data_collator=collate,
         callbacks=list(callbacks),
+        guard=guard or LossGuard(),
     )
     for display in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(display)
     return trainer
 
 
-def train(trainer: Trainer, checkpoint: str | Path | None = None) -> None:
-    """Train to the end, from a checkpoint if one is given.
+def train(
+    trainer: GuardedTrainer,
+    inputs: dict[str, Any] | None = None,
+    fresh: bool = False,
+    halve_batch: bool = False,
+) -> None:
+    """Train to the end, going on from the newest complete checkpoint if there is one.
 
-    A checkpoint at the last step means that the run is finished: then its weights are loaded and
-    its plot is shown again. (The Trainer itself would train one step too many.)
+    Checkpoints are taken up only if they were made from the same inputs; others are moved aside,
+    never deleted, and the log names the difference. A run that is finished is not trained
+    further: its weights are loaded and its plot is shown again. However the training ends, the
+    callbacks that have a method ``close`` are closed, the last first.
 
     Parameters
     ----------
-    trainer : transformers.Trainer
-        From `build_trainer`.
-    checkpoint : str or Path, optional
-        From `open_run`.
-    """
-    from safetensors.torch import load_model
-    from transformers import TrainerState
+    trainer : GuardedTrainer
+        From `build_trainer`; its ``args.output_dir`` is where the checkpoints are.
+    inputs : dict, optional
+        What decides the outcome of the run, as values that JSON can hold: the recipe's numbers,
+        fingerprints of text and tokenizer, the precision.
+    fresh : bool
+        Start over even though there is something to go on from; the earlier run is kept aside.
+    halve_batch : bool
+        If the GPU's memory is too small, go on with half the micro-batch and twice the
+        accumulation: the same tokens a step, a little slower.
 
+    Raises
+    ------
+    LossError
+        If the loss is not a number, or leaps.
+    torch.OutOfMemoryError
+        If the GPU's memory is too small.
+    OSError
+        If the folder cannot be written to or the disk is full.
+    RuntimeError
+        If another process trains in the same folder.
+    """
+    folder = Path(trainer.args.output_dir)
+    inputs = json.loads(json.dumps(inputs or {}))  # as they will be read back
+    callbacks = trainer.callback_handler.callbacks
+    files = [callback.path for callback in callbacks if getattr(callback, "path", None)]
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # one for every checkpoint, beside our display
+    talkative = [logging.getLogger(f"transformers.{name}") for name in ("trainer", "trainer_utils")]
+    for their_logger in talkative:
+        their_logger.addFilter(_not_news)
+    try:
+        with _only_process(folder):
+            checkpoint = open_run(folder, inputs, fresh, files)
+            trainer.keeper.inputs = inputs
+            if checkpoint is None:
+                trainer.start_anew()
+            while True:
+                try:
+                    _train(trainer, checkpoint)
+                    break
+                except torch.OutOfMemoryError as error:
+                    message = _out_of_memory(trainer, error)
+                    if not halve_batch or trainer.args.per_device_train_batch_size % 2:
+                        raise torch.OutOfMemoryError(message) from error
+                    logger.warning(message)
+                trainer.halve_batch()
+                checkpoint = last_checkpoint(folder)
+                if checkpoint is None:
+                    trainer.start_anew()
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        raise OSError(errno.ENOSPC, _disk_full(folder)) from error
+    finally:
+        for their_logger in talkative:
+            their_logger.removeFilter(_not_news)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
+        for callback in reversed(callbacks):
+            if hasattr(callback, "close"):
+                try:
+                    callback.close()
+                except OSError as error:  # must not hide what ended the training
+                    logger.warning("%s: %s", type(callback).__name__, error)
+
+
+def _train(trainer: GuardedTrainer, checkpoint: Path | None) -> None:
     if checkpoint is not None:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:
+            # The Trainer itself would train one step too many.
             logger.info("this run is finished: its model is loaded, nothing is trained")
-            load_model(trainer.model, Path(checkpoint) / "model.safetensors")
+            load_model(trainer.model, checkpoint / "model.safetensors")
             trainer.state = state
             watching = trainer.callback_handler
             watching.on_train_begin(trainer.args, state, trainer.control)
             watching.on_train_end(trainer.args, state, trainer.control)
             return
+    trainer.optimizer = trainer.lr_scheduler = None  # those of an earlier call know other steps
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest complete checkpoint in a folder, or None.
-
-    A checkpoint that a crash left half-written lacks ``trainer_state.json``, which the Trainer
-    writes last; it is passed over with a message.
-
-    Parameters
-    ----------
-    folder : str or Path
-        Holds folders ``checkpoint-<step>``; need not exist.
-
-    Returns
-    -------
-    Path or None
-    """
-    steps = {}
-    for path in Path(folder).glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
-        if number.isdigit():
-            steps[int(number)] = path
-    for step in sorted(steps, reverse=True):
-        if (steps[step] / "trainer_state.json").is_file():
-            return steps[step]
-        logger.warning("%s is incomplete and is passed over", steps[step])
-    return None
-
-
-def open_run(folder: str | Path, inputs: dict[str, Any], fresh: bool = False) -> Path | None:
+def open_run(
+    folder: str | Path,
+    inputs: dict[str, Any],
+    fresh: bool = False,
+    files: Iterable[str | Path] = (),
+) -> Path | None:
     """Return the checkpoint to go on from, or None for a start from nothing.
 
-    Checkpoints are taken up only if they were made from the same inputs; others are moved aside,
-    never deleted, and the log names the difference.
+    Checkpoints of another run are refused: the folder is moved aside, never deleted, and the log
+    names the difference.
 
     Parameters
     ----------
     folder : str or Path
         Where the checkpoints of this run are or will be.
     inputs : dict
-        What decides the outcome of the run, as values that JSON can hold: the recipe's numbers,
-        fingerprints of text and tokenizer, the precision.
+        What decides the outcome of the run, as values that JSON can hold.
     fresh : bool
         Start over even though there is something to go on from.
+    files : iterable of str or Path
+        What else belongs to the run, such as its history: moved aside with the checkpoints.
 
     Returns
     -------
     Path or None
-        For `train`.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written to.
     """
     folder = Path(folder)
-    inputs = json.loads(json.dumps(inputs))  # as they will be read back
-    note = folder / "inputs.json"
-    before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
-    # The Trainer makes the folder as soon as it is built; an empty one holds no earlier run.
-    if folder.exists() and any(folder.iterdir()) and (fresh or before != inputs):
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
-            number += 1
-        os.replace(folder, aside)
-        reason = "fresh=True" if before == inputs else _difference(before or {}, inputs)
-        logger.info("starting anew (%s); the earlier run is kept as %s", reason, aside.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(inputs, indent=1, ensure_ascii=False), encoding="utf-8")
     checkpoint = last_checkpoint(folder)
     if checkpoint:
-        logger.info("going on from %s; fresh=True would start over", checkpoint.name)
-    return checkpoint
+        before = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["inputs"]
+        if not fresh and before == inputs:
+            logger.info("going on from %s; fresh=True would start over", checkpoint.name)
+            return checkpoint
+        aside = _free_name(folder)
+        os.replace(folder, aside)
+        for path in map(Path, files):
+            if path.is_file():
+                os.replace(path, aside / path.name)
+        reason = "fresh=True" if fresh else f"{checkpoint.name}: {_difference(before, inputs)}"
+        logger.info("starting anew (%s); the earlier run is kept as %s", reason, aside.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return aside
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in names[:3])
+
+
+@contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    """Hold a lock beside the folder, which the system lets go of even if this process is killed."""
+    lock = FileLock(folder.with_name(folder.name + ".lock"), timeout=0)
+    try:
+        with _writing_to(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+    except Timeout:
+        raise RuntimeError(
+            f"another process trains in {folder.parent} (it holds {Path(lock.lock_file).name}): "
+            "wait for its end, stop it, or choose another folder (notebooks: TINYTRAIN_RUNS)"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Say of an error of the file system where it happened and what to do."""
+    try:
+        yield
+    except Timeout:
+        raise
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write to {folder} ({error.strerror}): "
+            "choose another folder (notebooks: TINYTRAIN_RUNS)",
+        ) from error
+
+
+def _not_news(record: logging.LogRecord) -> bool:
+    """Keep back two warnings: of tied weights, which are stored once; of a batch halved by us."""
+    text = record.getMessage()
+    tied = "missing keys in the checkpoint" in text and "['lm_head.weight']" in text
+    return not tied and "do not match the ones in the `trainer_state.json`" not in text
+
+
+def _out_of_memory(trainer: GuardedTrainer, error: torch.OutOfMemoryError) -> str:
+    """Return what to say, after letting go of what the broken step still holds."""
+    numbers = str(error).split(" If reserved but")[0]
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    if torch.cuda.is_available():
+        gigabytes = torch.cuda.get_device_properties(trainer.args.device).total_memory / 1e9
+        numbers = f"{gigabytes:.1f} GB in all. {numbers}"
+        torch.cuda.empty_cache()
+    batch = trainer.args.per_device_train_batch_size
+    accumulation = trainer.args.gradient_accumulation_steps
+    length = len(trainer.train_dataset[0]["input_ids"])
+    return (
+        f"The GPU's memory is too small for batches of {batch} x {length} tokens ({numbers}). "
+        f"Two changes help: batch_size={max(batch // 2, 1)} with "
+        f"gradient_accumulation={accumulation * 2}, which learns the same; "
+        f"or context_length={length // 2}."
+    )
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    # safetensors and torch.save report it in words of their own.
+    words = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos ")
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(word in str(error) for word in words)
+
+
+def _disk_full(folder: Path) -> str:
+    """Return what to say, after removing the checkpoint that was being written."""
+    last = last_checkpoint(folder)
+    for path in _checkpoints(folder):
+        if last is None or _step(path) > _step(last):
+            shutil.rmtree(path, ignore_errors=True)
+    kept = f"{last.name} is whole" if last else "no checkpoint was finished before"
+    free = shutil.disk_usage(folder.parent).free / 1e6
+    return (
+        f"the disk that holds {folder} is full ({free:,.0f} MB free now that the unfinished "
+        f"checkpoint is removed); {kept}. Make space and call the same again: it goes on from there"
+    )
+
+
+def _write_json(path: Path, values: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""What is claimed about the runs, as commands that anyone can run again."""

@@ -1,0 +1,78 @@
+"""Train recipe ``pocket`` with several seeds, to know what is normal.
+
+``python -m benchmarks.reference`` writes ``tinytrain/data/reference.json``, which the live plot
+shows behind one's own curve. Each seed takes as long as the tutorial; a seed that is done is not
+trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from tinytrain import callbacks, steps
+from tinytrain.hardware import choose_precision
+from tinytrain.modeling import build_model
+from tinytrain.recipes import RECIPES
+from tinytrain.training import build_trainer, training_arguments
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "tinytrain" / "data" / "reference.json"
+
+
+def train_one(recipe, folder: Path) -> list[dict[str, float]]:
+    """Train with one seed and return its history."""
+    path = folder / "history.jsonl"
+    if not (folder / "done").is_file():
+        blocks = steps.get_blocks(recipe)
+        held_out = blocks["test"].select(range(recipe.eval_blocks))
+        arguments = training_arguments(recipe, folder, choose_precision().name, save_strategy="no")
+        watching = [callbacks.HistoryCallback(path, recipe.tokens_per_step)]
+        model = build_model(steps.get_config(recipe), seed=recipe.seed)
+        build_trainer(model, arguments, blocks["train"], held_out, watching).train()
+        (folder / "done").touch()
+    return callbacks.read_history(path)
+
+
+def curve(histories: list[list[dict[str, float]]], name: str) -> dict[str, list[float]]:
+    """Return the lowest, mean and highest value of all seeds at each logged step."""
+    kept = [[line for line in history if name in line] for history in histories]
+    values = np.array([[line[name] for line in history] for history in kept])
+    numbers = {"low": values.min(0), "mean": values.mean(0), "high": values.max(0)}
+    rounded = {key: [round(float(x), 4) for x in row] for key, row in numbers.items()}
+    return {"step": [line["step"] for line in kept[0]], **rounded}
+
+
+def main() -> None:
+    """Train all seeds and write what they have in common."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--runs", type=Path, default=ROOT / "build" / "reference")
+    options = parser.parse_args()
+    recipe = replace(RECIPES["pocket"], eval_steps=25)
+    histories = []
+    for seed in range(options.seeds):
+        histories.append(train_one(replace(recipe, seed=seed), options.runs / f"seed-{seed}"))
+        print(f"seed {seed}: held-out loss {histories[-1][-1]['eval_loss']:.3f}", flush=True)
+    result = {
+        "recipe": asdict(RECIPES["pocket"]),
+        "seeds": list(range(options.seeds)),
+        "precision": choose_precision().name,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "train": curve(histories, "loss"),
+        "held_out": curve(histories, "eval_loss"),
+    }
+    RESULT.write_text(json.dumps(result, indent=None) + "\n", encoding="utf-8")
+    print(f"written to {RESULT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
