@@ -5,7 +5,7 @@ TEST_RUNS := $(CURDIR)/build/test-runs
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=1500 --timeout=1600
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test lint lab notebooks clean
+.PHONY: help tutorial test soak lint lab notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: .venv/ready lint  ## lint, every notebook (training included) under nbval,
 	rm -rf $(TEST_RUNS)
 	TINYTRAIN_RUNS=$(TEST_RUNS) TINYTRAIN_RECIPE=pocket $(BIN)/python -m pytest -v $(NBVAL) notebooks
 	TINYTRAIN_RUNS=$(TEST_RUNS) $(BIN)/python -m pytest
+
+soak: .venv/ready  ## kill a training 200 times, and train 10,000 logged steps (half an hour)
+	TINYTRAIN_KILLS=200 $(BIN)/python -m pytest -v -m "soak or not soak" -k "killed or soak" --timeout=3600 tests/test_kill_and_resume.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,1 +1,67 @@
-"""What is claimed about the runs, as commands that anyone can run again."""
+"""What is claimed about speed and memory, as commands that anyone can run again.
+
+Each module is run as ``python -m benchmarks.NAME``, prints a table and writes
+``benchmarks/results/NAME.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def machine() -> dict[str, Any]:
+    """Return what the numbers depend on: the chip, its cores, the GPU, and the versions."""
+    import torch
+
+    from tinytrain.hardware import cpu_flags
+
+    names = ("torch", "transformers", "datasets", "tokenizers")
+    wide = [flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in cpu_flags()]
+    return {
+        "processor": f"{_processor()}, {os.cpu_count()} cores, {', '.join(wide) or 'no AVX'}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def save(name: str, rows: list[dict[str, Any]], quick: bool = False) -> None:
+    """Print rows as a table, and keep them unless the run was only a quick look."""
+    print(f"\n{'measure':58} {'ours':>12} {'peer':>12} {'ratio':>8}  goal")
+    for row in rows:
+        met = {True: "met", False: "MISSED", None: ""}[row["met"]]
+        goal = "" if row["goal"] is None else f"{row['goal']} {met}"
+        numbers = "".join(f"{_number(row[key]):>13}" for key in ("ours", "peer"))
+        print(f"{row['measure']:58.58}{numbers}{_number(row['ratio']):>9}  {goal}")
+        print(f"    peer: {row['peer_name']}")
+    here = machine()
+    print(f"\n{here['processor']}; GPU: {here['gpu']}; {here['versions']}")
+    if quick:
+        print("a quick look, nothing is kept")
+        return
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    rows = [{**row, "machine": here} for row in rows]
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"kept in {path.relative_to(ROOT)}")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

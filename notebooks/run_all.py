@@ -8,9 +8,11 @@ for the repository, and the set-up cells get the project's address from ``pyproj
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import re
+import signal
 import sys
 import time
 import tomllib
@@ -33,17 +35,34 @@ def clock(start: float) -> str:
 
 
 class TalkingClient(NotebookClient):
-    """Runs a notebook and passes on, while a cell runs, the log messages that it prints."""
+    """Runs a notebook and passes on, while a cell runs, what one would see in it."""
 
     begun = 0.0
+    told = 0.0
 
-    def output(self, outs, msg, display_id, cell_index):
-        """Keep an output as usual, and print its log messages."""
+    def say(self, text: str) -> None:
+        """Print a line with the time."""
+        self.told = time.monotonic()
+        print(f"  {clock(self.begun)}      {text}", flush=True)
+
+    def process_message(self, msg, cell, cell_index):
+        """Take up a message as usual, and print log messages and the words under a moving plot."""
+        content = msg["content"]
         if msg["msg_type"] == "stream":
-            for line in msg["content"]["text"].splitlines():
+            for line in content["text"].splitlines():
                 if match := LOG_LINE.match(line):
-                    print(f"  {clock(self.begun)}      {match[1]}", flush=True)
-        return super().output(outs, msg, display_id, cell_index)
+                    self.say(match[1])
+        elif msg["msg_type"] == "update_display_data" and "image/png" in content["data"]:
+            if time.monotonic() - self.told >= 10:
+                self.say(content["data"]["text/plain"])
+        return super().process_message(msg, cell, cell_index)
+
+    def pass_on_interrupts(self) -> None:
+        """Let Ctrl-C do what the notebook's ■ does: the training ends in good order."""
+        if sys.platform != "win32":
+            loop = asyncio.get_running_loop()
+            kernel = self.km.provisioner.pid
+            loop.add_signal_handler(signal.SIGINT, os.kill, kernel, signal.SIGINT)
 
 
 def run_notebook(path: Path, begun: float) -> nbformat.NotebookNode:
@@ -52,6 +71,7 @@ def run_notebook(path: Path, begun: float) -> nbformat.NotebookNode:
     code = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
 
     def announce(cell, cell_index):
+        client.pass_on_interrupts()
         if cell.cell_type == "code":
             passed_over = ("#", "from ", "import ", " ", "%", "if ", "elif ", ")")
             lines = [line for line in cell.source.splitlines() if line.strip()]

@@ -551,6 +551,44 @@ def test_training_outside_the_main_thread_leaves_signals_alone():
     stop.close()
 
 
+def test_a_click_reaches_a_busy_kernel():
+    """A real kernel that is busy, and the messages that JupyterLab sends for a click."""
+    from jupyter_client.manager import start_new_kernel
+
+    code = (
+        "import time\nfrom tinytrain.callbacks import StopCallback\n"
+        "stop = StopCallback(button=True)\nstop._show_button()\n"
+        "end = time.time() + 20\n"
+        "while time.time() < end and not stop.reason: time.sleep(0.05)\n"
+        "print('asked by', stop.reason)"
+    )
+    manager, client = start_new_kernel(kernel_name="python3")
+    try:
+        client.execute(code)
+        comm, printed = None, ""
+        while "asked by" not in printed:
+            msg = client.get_iopub_msg(timeout=30)
+            content = msg["content"]
+            if msg["msg_type"] == "comm_open":
+                if content["data"]["state"].get("description") == "Stop":
+                    comm = content["comm_id"]
+            elif "widget-view" in str(content.get("data")):  # now it can be clicked
+                client.control_channel.send(client.session.msg("create_subshell_request"))
+                reply = client.get_control_msg(timeout=10)["content"]
+                data = {"method": "custom", "content": {"event": "click"}}
+                click = client.session.msg("comm_msg", {"comm_id": comm, "data": data})
+                click["header"]["subshell_id"] = reply["subshell_id"]
+                client.shell_channel.send(click)
+            elif msg["msg_type"] == "stream":
+                printed += content["text"]
+            elif msg["msg_type"] == "error":
+                raise AssertionError("\n".join(content["traceback"]))
+        assert printed.strip() == "asked by the Stop button"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
 def test_where_a_click_cannot_arrive_it_is_said(monkeypatch):
     for name in [name for name in os.environ if name.startswith("VSCODE_")]:
         monkeypatch.delenv(name)

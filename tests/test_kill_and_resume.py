@@ -31,7 +31,10 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["tinytrain.training", "tinytrain.callbacks", "tinytrain.modeling"])
 
 
-def run(folder, config, blocks, delay=0.0):
+LONG = replace(RECIPE, max_steps=10_000, logging_steps=1, save_steps=1000, eval_steps=1000)
+
+
+def run(folder, config, blocks, delay, recipe):
     """Train in this process, as notebook 05 does, and leave the weights at the end."""
     import torch
     from datasets import disable_progress_bars, load_from_disk
@@ -51,7 +54,7 @@ def run(folder, config, blocks, delay=0.0):
     setup_logging(folder / "training.log")
     blocks = load_from_disk(str(blocks))
     model = build_model(Qwen2Config(**config), seed=1)
-    tokens = RECIPE.tokens_per_step
+    tokens = recipe.tokens_per_step
     history = callbacks.HistoryCallback(folder / "history.jsonl", tokens)
     watching = [
         callbacks.StopCallback(folder / "STOP"),
@@ -60,9 +63,9 @@ def run(folder, config, blocks, delay=0.0):
         callbacks.LivePlotCallback(folder / "loss.png", 1024, tokens, history.path, seconds=0.2),
         Slow(delay),
     ]
-    arguments = training_arguments(RECIPE, folder / "checkpoints", use_cpu=True)
+    arguments = training_arguments(recipe, folder / "checkpoints", use_cpu=True)
     trainer = build_trainer(model, arguments, blocks["train"], blocks["test"], watching)
-    train(trainer, json.loads(json.dumps(asdict(RECIPE))))
+    train(trainer, json.loads(json.dumps(asdict(recipe))))
     torch.save(model.state_dict(), folder / "weights.pt")
 
 
@@ -88,9 +91,9 @@ def start(smoke, tmp_path_factory):
     few.save_to_disk(str(blocks))
     config = smoke.config.to_dict() | {"attention_dropout": 0.1}
 
-    def start(folder, delay=0.0):
+    def start(folder, delay=0.0, recipe=RECIPE):
         folder.mkdir(parents=True, exist_ok=True)
-        process = server.Process(target=run, args=(str(folder), config, str(blocks), delay))
+        process = server.Process(target=run, args=(str(folder), config, str(blocks), delay, recipe))
         process.start()
         return process
 
@@ -256,3 +259,23 @@ def test_the_lock_of_a_killed_process_is_free(start, whole, tmp_path):
     assert "another process trains in" in (tmp_path / "output.txt").read_text()
     assert kill(first)
     ends_like(tmp_path, whole, start)
+
+
+@pytest.mark.soak
+def test_soak_ten_thousand_logged_steps_do_not_grow(start, tmp_path):
+    """Memory and files of a run that logs and draws ten thousand times as long as it takes."""
+    import psutil
+
+    process = start(tmp_path, recipe=LONG)
+    sizes = {}
+    while process.is_alive():
+        step = last_step(tmp_path)
+        for mark in (2000, 9000):
+            if step >= mark and mark not in sizes:
+                memory = psutil.Process(process.pid).memory_info().rss
+                sizes[mark] = memory, (tmp_path / "loss.png").stat().st_size
+        time.sleep(0.2)
+    assert process.exitcode == 0, (tmp_path / "output.txt").read_text()
+    assert last_step(tmp_path) == 10_000
+    assert sizes[9000][0] < sizes[2000][0] + 50e6
+    assert sizes[9000][1] < 1.5 * sizes[2000][1]

@@ -1133,12 +1133,11 @@ class StopCallback(TrainerCallback):
         import ipywidgets
 
         self._widget = ipywidgets.Button(description="Stop", icon="stop", tooltip="as ■ does")
-        self._widget.on_click(lambda _: self._clicked())
+        self._widget.on_click(lambda _: self.ask("the Stop button"))
         display(self._widget)
-
-    def _clicked(self) -> None:
-        self.ask("the Stop button")
-        self._widget.description, self._widget.disabled = "stopping", True
+        # ipykernel 7.4 hands a click to the thread that last spoke to the widget, which is the
+        # busy one; without this note it uses the second thread, as the front end asks it to.
+        vars(self._widget.comm).pop("_reply_subshell_id", None)
 
 
 def button_problem() -> str | None:
