@@ -9,31 +9,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import ROOT, machine
 from tinytrain import callbacks, steps
 from tinytrain.hardware import choose_precision
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
 from tinytrain.training import build_trainer, training_arguments
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "tinytrain" / "data" / "reference.json"
 
 
-def train_one(recipe, folder: Path) -> list[dict[str, float]]:
+def train_one(recipe, folder: Path, precision: str) -> list[dict[str, float]]:
     """Train with one seed and return its history."""
     path = folder / "history.jsonl"
     if not (folder / "done").is_file():
         blocks = steps.get_blocks(recipe)
         held_out = blocks["test"].select(range(recipe.eval_blocks))
-        arguments = training_arguments(recipe, folder, choose_precision().name, save_strategy="no")
+        arguments = training_arguments(recipe, folder, precision, save_strategy="no")
         watching = [callbacks.HistoryCallback(path, recipe.tokens_per_step)]
         model = build_model(steps.get_config(recipe), seed=recipe.seed)
         build_trainer(model, arguments, blocks["train"], held_out, watching).train()
@@ -57,16 +54,17 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "build" / "reference")
     options = parser.parse_args()
     recipe = replace(RECIPES["pocket"], eval_steps=25)
+    precision = choose_precision(recipe.precision).name
     histories = []
     for seed in range(options.seeds):
-        histories.append(train_one(replace(recipe, seed=seed), options.runs / f"seed-{seed}"))
+        folder = options.runs / f"seed-{seed}"
+        histories.append(train_one(replace(recipe, seed=seed), folder, precision))
         print(f"seed {seed}: held-out loss {histories[-1][-1]['eval_loss']:.3f}", flush=True)
     result = {
         "recipe": asdict(RECIPES["pocket"]),
         "seeds": list(range(options.seeds)),
-        "precision": choose_precision().name,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "precision": precision,
+        "machine": machine(),
         "train": curve(histories, "loss"),
         "held_out": curve(histories, "eval_loss"),
     }

@@ -104,10 +104,27 @@ def test_precision_on_an_apple_gpu(monkeypatch, no_gpu):
 )
 def test_precision_on_a_cpu(monkeypatch, no_gpu, flags, expected):
     monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(hardware, "_bf16_gain", lambda: 2.5)
     name, reason = choose_precision()
     assert name == expected
     if expected == "bf16":
         assert all(flag in reason for flag in flags if flag.endswith("bf16"))
+        assert "2.5 times" in reason
+
+
+def test_a_cpu_whose_bf16_is_slower_computes_in_float32(monkeypatch, no_gpu):
+    """Seen on a Xeon with avx512_bf16 whose AMX units its virtual machine hides: 0.5 times."""
+    monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    speeds = {"float32": 0.31, "bf16": 0.16}
+    monkeypatch.setattr(hardware, "matmul_tflops", lambda name, seconds: speeds[name])
+    monkeypatch.setattr(hardware, "_bf16_gain", hardware._bf16_gain.__wrapped__)
+    name, reason = choose_precision()
+    assert name == "float32"
+    assert "avx512_bf16" in reason and "0.5 times" in reason
+
+
+def test_a_recipe_may_ask_for_a_precision():
+    assert choose_precision("float32") == ("float32", "the recipe asks for it")
 
 
 @pytest.mark.parametrize(
@@ -122,6 +139,7 @@ def test_precision_on_a_cpu(monkeypatch, no_gpu, flags, expected):
 def test_linux_flags_are_read_and_lead_to_the_precision(monkeypatch, no_gpu, cpuinfo, expected):
     monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr(hardware, "_read", {"/proc/cpuinfo": cpuinfo}.get)
+    monkeypatch.setattr(hardware, "_bf16_gain", lambda: 2.0)
     assert choose_precision().name == expected
 
 

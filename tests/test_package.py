@@ -1,6 +1,7 @@
 """Rules of the house: modules can be copied, importing is cheap."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +46,15 @@ def test_a_module_mirrors_each_notebook():
     notebooks = (Path(tinytrain.__file__).parent.parent / "notebooks").glob("[0-9]*.ipynb")
     for notebook in notebooks:
         assert notebook.stem in table
+
+
+def test_nothing_unpickles_or_runs_code_from_elsewhere():
+    """That a planted file is not executed is in test_training.py; this is about what is written."""
+    root = Path(tinytrain.__file__).parent.parent
+    sources = [*MODULES, *(root / "notebooks").glob("*.ipynb"), *(root / "benchmarks").glob("*.py")]
+    for path in sources:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"trust_remote_code\s*=\s*True", text), path
+        assert not re.search(r"(import|from) (c?[pP]ickle|dill|joblib)\b", text), path
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, path
