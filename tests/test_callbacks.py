@@ -504,11 +504,12 @@ def test_a_notebook_gets_one_picture_that_is_replaced(script, tmp_path):
     kept = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(kept) == 1 and kept[0]["data"] == pictures[-1][2]  # the last state is what stays
     text = "".join(output["text"] for output in outputs if output.output_type == "stream")
-    assert "training starts" in text and "step 10/20: loss" not in text
+    assert "training starts" in text and "step 10/20: loss" not in text and "巴黎" not in text
     assert "Writing model" not in text
     samples = [o["data"]["text/plain"] for o in outputs if "巴黎" in str(o.get("data"))]
     assert len(samples) == 1 and samples[0].splitlines()[0] == "法国的首都是"
-    assert any("widget-view" in str(output.get("data")) for output in outputs)  # the button
+    button = "No Stop button" if callbacks.button_problem() else "widget-view"
+    assert any(button in str(output.get("data")) for output in outputs)
     assert not any("text/html" in output.get("data", {}) for output in outputs)
 
 
@@ -551,6 +552,7 @@ def test_training_outside_the_main_thread_leaves_signals_alone():
     stop.close()
 
 
+@pytest.mark.skipif(bool(callbacks.button_problem()), reason=str(callbacks.button_problem()))
 def test_a_click_reaches_a_busy_kernel():
     """A real kernel that is busy, and the messages that JupyterLab sends for a click."""
     from jupyter_client.manager import start_new_kernel
@@ -592,6 +594,7 @@ def test_a_click_reaches_a_busy_kernel():
 def test_where_a_click_cannot_arrive_it_is_said(monkeypatch):
     for name in [name for name in os.environ if name.startswith("VSCODE_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setattr(callbacks.importlib.metadata, "version", lambda name: "7.4.0")
     assert callbacks.button_problem() is None
     monkeypatch.setenv("VSCODE_PID", "1")
     assert "VS Code" in callbacks.button_problem()

@@ -957,7 +957,13 @@ class SampleCallback(TrainerCallback):
             text = "".join(_sample_line(sample) for sample in self.samples)
             _replace(self.path, text.encode("utf-8"))
         self._screen = _NotebookScreen() if in_notebook() else None
+        if self._screen:
+            display_begins(self)
         self._show()
+
+    def close(self) -> None:
+        """Leave messages to the screen again."""
+        display_ends(self)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Let the model write, every so many steps."""
