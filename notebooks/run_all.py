@@ -53,8 +53,9 @@ class TalkingClient(NotebookClient):
                 if match := LOG_LINE.match(line):
                     self.say(match[1])
         elif msg["msg_type"] == "update_display_data" and "image/png" in content["data"]:
-            if time.monotonic() - self.told >= 10:
-                self.say(content["data"]["text/plain"])
+            text = content["data"]["text/plain"]
+            if time.monotonic() - self.told >= 10 or ", done" in text:
+                self.say(text)
         return super().process_message(msg, cell, cell_index)
 
     def pass_on_interrupts(self) -> None:

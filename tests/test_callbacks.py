@@ -161,7 +161,7 @@ def test_plot_shows_the_curves_and_the_untrained_loss():
     assert list(held_out.get_xdata()) == [2] and list(held_out.get_ydata()) == [7.5]
     assert untrained.get_ydata()[0] == pytest.approx(8.318, abs=1e-3)
     assert list(rate.lines[0].get_ydata()) == [0.1, 0.05]
-    assert rate.get_xlim() == (0, 4)
+    assert rate.get_xlim() == (0, 4) and rate.get_ylim()[1] > 0.1
     assert fits(figure)
     low, high = loss.get_ylim()
     assert low < 7 and high > 8.318
@@ -245,8 +245,10 @@ def test_drawing_takes_no_more_than_a_hundredth_of_the_time(tmp_path, monkeypatc
     for state.global_step in range(1, 10_001):
         now[0] += 0.1
         plot.on_step_begin(None, state, None)
-    assert 190 <= plot.drawing_seconds / 0.05 <= 202
-    assert plot.drawing_seconds <= 0.01 * now[0] + 0.05
+        if state.global_step == 100:
+            assert plot.drawing_seconds > 0.02 * now[0]  # more at first
+    assert 170 <= plot.drawing_seconds / 0.05 <= 200
+    assert plot.drawing_seconds <= 0.01 * now[0]
 
 
 def test_the_last_state_is_drawn_when_training_breaks_off(smoke, tmp_path):

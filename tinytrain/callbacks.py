@@ -376,6 +376,8 @@ class LossPlot:
         For the tokens on the x axis; 0 leaves them out.
     reference : dict, optional
         What `reference_curve` returns, shown as a band.
+    learning_rate : float
+        The highest, if it is known beforehand, so that its axis need not grow.
     """
 
     def __init__(
@@ -384,12 +386,14 @@ class LossPlot:
         max_steps: int = 0,
         tokens_per_step: int = 0,
         reference: Mapping[str, Any] | None = None,
+        learning_rate: float = 0.0,
     ):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle
 
         self.max_steps = max_steps
+        self.learning_rate = learning_rate
         self.figure: Figure = Figure(figsize=(8, 5), dpi=96, facecolor="white")
         FigureCanvasAgg(self.figure)
         loss, rate = self.figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -457,14 +461,16 @@ class LossPlot:
         self._raw.set_data(x, losses)
         self._smooth.set_data(x, smooth(losses))
         self._held_out.set_data(*self._curves["eval_loss"].points())
-        self._rate.set_data(*self._curves["learning_rate"].points())
-        for axis in self._axes:
-            axis.relim()
-            axis.autoscale_view()
-        loss = self._axes[0]
+        steps, rates = self._curves["learning_rate"].points()
+        self._rate.set_data(steps, rates)
+        # Limits that seldom change, so that the background seldom does.
+        loss, rate = self._axes
+        loss.relim()
+        loss.autoscale_view()
         low, high = loss.get_ylim()
-        loss.set_ylim(math.floor(low * 2) / 2, math.ceil(high * 2) / 2)  # seldom another background
-        self._axes[1].set_xlim(0, max(self.max_steps, 1))
+        loss.set_ylim(math.floor(low), math.ceil(high))
+        rate.set_ylim(0, 1.1 * max([self.learning_rate, *rates]) or 1)
+        rate.set_xlim(0, max(self.max_steps, 1))
         self._headline.set_text(headline)
         self._details.set_text(details)
         for bar in self._bars:
@@ -775,8 +781,9 @@ class LivePlotCallback(TrainerCallback):
 
     In a notebook this is one picture that is replaced; in a terminal a progress bar with the same
     numbers; elsewhere only the file is kept. Drawing stops the training for its time. It is
-    therefore done at most every `seconds`, and more rarely where it is slow: never more than one
-    hundredth of the time goes into it. The last state is always drawn.
+    therefore done at most every `seconds`, and more rarely where it is slow: no more than one
+    hundredth of the run's time goes into it, setting up included, and two fifths of that may be
+    spent at once, since the beginning is what one watches most. The last state is always drawn.
 
     Parameters
     ----------
@@ -819,14 +826,20 @@ class LivePlotCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Open the one output that later drawings replace."""
-        self.plot = LossPlot(self.vocab_size, state.max_steps, self.tokens_per_step, self.reference)
+        start = time.monotonic()
+        self.plot = LossPlot(
+            self.vocab_size,
+            state.max_steps,
+            self.tokens_per_step,
+            self.reference,
+            getattr(args, "learning_rate", 0.0),
+        )
         self._latest: dict[str, float] = {}
         if state.global_step and self.history_path and self.history_path.exists():
             for line in read_history(self.history_path):
                 self._take(line)
         self._speed = Speedometer(self.tokens_per_step)
         self._speed.start(state)
-        self._pause = self.seconds
         self._screen = None
         if in_notebook():
             self._screen = _NotebookScreen()
@@ -834,7 +847,7 @@ class LivePlotCallback(TrainerCallback):
             self._screen = _TerminalScreen()
         if self._screen:
             display_begins(self)
-        self.drawing_seconds = 0.0
+        self.drawing_seconds = time.monotonic() - start
         self._state = state
         self._draw()
 
@@ -852,8 +865,10 @@ class LivePlotCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Draw if it is time: here the losses and the evaluation of the last step are known."""
-        if time.monotonic() - self._drawn >= self._pause:
-            self._draw()
+        if time.monotonic() - self._drawn >= self.seconds:
+            left = self._speed.seconds_left(state) or 0.0
+            if self.drawing_seconds <= 0.009 * (self._speed.seconds() + 0.4 * left):
+                self._draw()
 
     def on_train_end(self, args, state, control, **kwargs):
         """Draw the last state."""
@@ -885,7 +900,6 @@ class LivePlotCallback(TrainerCallback):
         _replace(self.path, png)
         self._drawn = time.monotonic()
         self.drawing_seconds += self._drawn - start
-        self._pause = max(self.seconds, 100 * (self._drawn - start))
 
     def _share(self) -> float:
         return self._state.global_step / max(self._state.max_steps, 1)

@@ -1,0 +1,166 @@
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from tinytrain.loss import linear_cross_entropy, save_loss_memory
+from tinytrain.training import build_trainer, train, training_arguments
+
+
+def plain(hidden, weight, labels, total=None):
+    logits = (hidden @ weight.T).float()
+    loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    return loss / ((labels != -100).sum() if total is None else total)
+
+
+def inputs(positions, width, words, ignored=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(positions * words)
+    hidden = torch.randn(positions, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(words, width, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(words, (positions,), generator=generator)
+    labels[torch.randperm(positions, generator=generator)[:ignored]] = -100
+    return hidden, weight, labels
+
+
+def with_gradients(function, hidden, weight, *args, **kwargs):
+    loss = function(hidden, weight, *args, **kwargs)
+    return loss, *torch.autograd.grad(3 * loss, (hidden, weight))
+
+
+@pytest.mark.parametrize(
+    ("positions", "width", "words", "ignored", "rows"),
+    [(64, 16, 100, 0, 16), (37, 7, 53, 5, 10), (10, 4, 3, 9, 3), (5, 4, 1001, 0, 512)],
+)
+@pytest.mark.parametrize("total", [None, 11.0])
+def test_value_and_gradients_are_those_of_the_plain_loss(
+    positions, width, words, ignored, rows, total
+):
+    hidden, weight, labels = inputs(positions, width, words, ignored)
+    expected = with_gradients(plain, hidden, weight, labels, total)
+    found = with_gradients(linear_cross_entropy, hidden, weight, labels, total, rows=rows)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert ours.dtype == theirs.dtype
+
+
+def test_in_bf16_it_is_as_near_to_the_truth_as_the_plain_loss():
+    hidden, weight, labels = inputs(100, 64, 500, 10)
+    truth = with_gradients(plain, hidden, weight, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_gradients(linear_cross_entropy, hidden, weight, labels, rows=32)
+        usual = with_gradients(plain, hidden, weight, labels)
+    for ours, theirs, exact in zip(found, usual, truth, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm() + 1e-3 * exact.norm()
+        assert (ours - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_huge_scores_do_not_overflow_and_no_label_is_nan_as_in_pytorch():
+    hidden, weight, labels = inputs(8, 4, 10)
+    assert torch.isfinite(linear_cross_entropy(1e6 * hidden, weight, labels, rows=3))
+    assert math.isnan(linear_cross_entropy(hidden, weight, torch.full((8,), -100)))
+
+
+def test_what_does_not_fit_is_said():
+    hidden, weight, labels = inputs(8, 4, 10)
+    with pytest.raises(ValueError, match=r"do not fit.*\(8, 4\).*\(10, 4\).*\(7,\)"):
+        linear_cross_entropy(hidden, weight, labels[1:])
+    with pytest.raises(ValueError, match="rows=0"):
+        linear_cross_entropy(hidden, weight, labels, rows=0)
+    with pytest.raises(ValueError, match="SimpleNamespace has no parts"):
+        save_loss_memory(SimpleNamespace(model=None))
+
+
+def small_model(tied):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=211,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("items", [None, 40])
+def test_a_model_learns_the_same(tied, items):
+    model = small_model(tied)
+    ids = torch.randint(211, (3, 19), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, 5:9] = -100
+    gradients, losses = [], []
+    for change in (lambda model: None, lambda model: save_loss_memory(model, rows=10)):
+        change(model)
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=labels, num_items_in_batch=items).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-4, atol=1e-6)
+
+
+def test_it_never_holds_all_logits():
+    """The largest tensor of a training step has as many rows as asked for."""
+    model = small_model(True)
+    save_loss_memory(model, rows=10)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and 211 in result.shape:
+                others = result.numel() // 211
+                largest = max(largest, others)
+            return result
+
+    ids = torch.randint(211, (4, 64))
+    with Watch():
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert 10 <= largest <= 32  # ten rows of scores; the matrix itself has 32 columns
+
+
+def test_what_is_saved_and_generated_stays_the_same(tmp_path):
+    model = small_model(True)
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path / "before")
+    save_loss_memory(model)
+    model.save_pretrained(tmp_path / "after")
+    for path in (tmp_path / "before").iterdir():
+        assert (tmp_path / "after" / path.name).read_bytes() == path.read_bytes()
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "after")(ids).logits, before)
+    model.generation_config.eos_token_id = None
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 7)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_trainer_reaches_the_same_loss_with_it(smoke, tmp_path, precision):
+    from tinytrain.modeling import build_model
+
+    losses = []
+    for change in (False, True):
+        model = build_model(smoke.config, seed=1)
+        if change:
+            save_loss_memory(model, rows=100)
+        arguments = training_arguments(
+            smoke.recipe, tmp_path / str(change), precision, use_cpu=True, max_steps=6
+        )
+        blocks = smoke.blocks
+        trainer = build_trainer(model, arguments, blocks["train"], blocks["test"])
+        train(trainer)
+        history = trainer.state.log_history
+        losses.append(
+            [x["loss"] for x in history if "loss" in x] + [trainer.evaluate()["eval_loss"]]
+        )
+    tolerance = 1e-5 if precision == "float32" else 5e-3
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
