@@ -1,4 +1,4 @@
-import math
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -60,7 +60,7 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_the_plain_loss():
 def test_huge_scores_do_not_overflow_and_no_label_is_nan_as_in_pytorch():
     hidden, weight, labels = inputs(8, 4, 10)
     assert torch.isfinite(linear_cross_entropy(1e6 * hidden, weight, labels, rows=3))
-    assert math.isnan(linear_cross_entropy(hidden, weight, torch.full((8,), -100)))
+    assert linear_cross_entropy(hidden, weight, torch.full((8,), -100)).isnan()
 
 
 def test_what_does_not_fit_is_said():
@@ -141,6 +141,18 @@ def test_what_is_saved_and_generated_stays_the_same(tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "after")(ids).logits, before)
     model.generation_config.eos_token_id = None
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 7)
+
+
+def test_a_copy_uses_its_own_weights():
+    """As several GPUs under one process do, each with a copy."""
+    model = small_model(True)
+    save_loss_memory(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(3)
+    ids = torch.tensor([[5, 6, 7]])
+    assert model(input_ids=ids, labels=ids).loss != other(input_ids=ids, labels=ids).loss
+    assert isinstance(other, Qwen2ForCausalLM)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

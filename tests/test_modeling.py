@@ -199,6 +199,9 @@ def test_memory_of_the_guides_model():
     assert memory["logits"] == 3 * 4 * 16 * 512 * 151_665
     assert memory["total"] == sum(memory.values()) - memory["total"]
     assert training_memory(config, 16, 512, "fp16") == memory
+    sliced = training_memory(config, 16, 512, "bf16", loss_rows=512)
+    assert sliced["logits"] == 8 * 512 * 151_665 + 4 * 151_665 * 512
+    assert memory["total"] - sliced["total"] == memory["logits"] - sliced["logits"]
     assert training_memory(config, 16, 512)["activations"] > memory["activations"]
     with pytest.raises(ValueError, match="float16"):
         training_memory(config, 16, 512, "float16")

@@ -12,6 +12,8 @@ notebook              module                         what it is about
 05_train_bf16         ``tinytrain.training``         the Trainer, watched while it runs
 ====================  =============================  ==============================
 
+Notebook 05 also uses ``tinytrain.callbacks`` (what one sees, and how one stops it),
+``tinytrain.loss`` (a large vocabulary in little memory) and ``tinytrain.evaluation``.
 ``tinytrain.recipes`` holds every number of a run. ``tinytrain.steps`` joins the modules: one
 function a step, which keeps its result on disk.
 

@@ -40,13 +40,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             counts = (label != IGNORED).float()
             label = label.clamp(min=0)
             logits = (part @ narrow.T).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            loss += ((log_sum - logits.gather(-1, label)) * counts).sum()
+            right = logits.gather(-1, label)
+            highest = logits.amax(-1, keepdim=True)
+            powers = logits.sub_(highest).exp_()  # the one pass that costs; used twice
+            sums = powers.sum(-1, keepdim=True)
+            loss += ((highest + sums.log() - right) * counts).sum()
             if learns:
                 # The gradient of a position's loss: its probabilities, less 1 for the right word.
-                gradient = logits.sub_(log_sum).exp_()
-                gradient.scatter_add_(-1, label, torch.full_like(counts, -1.0))
-                gradient = gradient.mul_(counts / total).to(dtype)
+                share = counts / total
+                gradient = powers.mul_(share / sums)
+                gradient = gradient.scatter_add_(-1, label, -share).to(dtype)
                 grad_hidden[start : start + rows] = gradient @ narrow
                 if dtype == weight.dtype:
                     grad_weight.addmm_(gradient.T, part)
@@ -144,10 +147,12 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512) -> None:
     head = getattr(model, "lm_head", None)
     if not hasattr(model, "model") or head is None or getattr(head, "bias", None) is not None:
         raise ValueError(f"{type(model).__name__} has no parts `model` and `lm_head` without bias")
-    plain = model.forward
+    # A class of its own, not a function in the model: a copy on a second GPU keeps its own parts.
+    kind = type(model)
 
-    @functools.wraps(plain)  # the Trainer looks at the arguments
+    @functools.wraps(kind.forward)  # the Trainer looks at the arguments
     def forward(
+        self,
         input_ids: torch.Tensor | None = None,
         *args: Any,
         labels: torch.Tensor | None = None,
@@ -155,12 +160,14 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512) -> None:
         **kwargs: Any,
     ):
         if labels is None:
-            return plain(input_ids, *args, **kwargs)
-        hidden = model.model(input_ids, *args, **kwargs).last_hidden_state
+            return kind.forward(self, input_ids, *args, **kwargs)
+        hidden = self.model(input_ids, *args, **kwargs).last_hidden_state
         hidden = hidden[:, :-1].flatten(0, 1)  # each position foretells the next
         labels = labels[:, 1:].flatten()
-        weight = model.lm_head.weight
+        weight = self.lm_head.weight
         loss = linear_cross_entropy(hidden, weight, labels, num_items_in_batch, rows)
         return CausalLMOutputWithPast(loss=loss)
 
-    model.forward = forward
+    # The same name: it is written into the saved configuration.
+    own = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    model.__class__ = type(kind.__name__, (kind,), own)

@@ -208,11 +208,15 @@ def count_parameters(config: Qwen2Config) -> dict[str, int]:
 
 
 def training_memory(
-    config: Qwen2Config, batch_size: int, context_length: int, precision: str = "float32"
+    config: Qwen2Config,
+    batch_size: int,
+    context_length: int,
+    precision: str = "float32",
+    loss_rows: int | None = None,
 ) -> dict[str, int]:
     """Estimate the memory of a training step by component, without building the model.
 
-    For AdamW and the loss as ``Qwen2ForCausalLM`` computes it, without gradient checkpointing. In
+    For AdamW, without gradient checkpointing. In
     mixed precision the weights, their gradients and the optimizer remain float32; autocast makes
     half-precision copies for the matrix products. The sum is what is held when the backward pass
     begins, in any but the first step. Not counted: the CUDA context or Python's libraries (some
@@ -228,6 +232,9 @@ def training_memory(
         Tokens of a block.
     precision : {"float32", "bf16", "fp16"}
         What the matrix products are computed in.
+    loss_rows : int, optional
+        Positions that `tinytrain.loss` scores at once; None for the loss as ``Qwen2ForCausalLM``
+        computes it, from all scores.
 
     Returns
     -------
@@ -254,7 +261,8 @@ def training_memory(
 
     Attention scores are not kept (scaled dot-product attention computes them anew). Logits take 12
     bytes each in all precisions: when the backward pass begins, the float32 log-probabilities and
-    two float32 gradients exist together.
+    two float32 gradients exist together. With ``loss_rows`` a slice takes 8 (a score and its
+    gradient), and the gradient of the output matrix waits for the rest of the backward pass.
 
     Measured on a CPU, two steps of several small models came within 3% of this where freed memory
     went back to the system at once, and to 1.5 times this with the allocator Linux has by default.
@@ -283,6 +291,9 @@ def training_memory(
         "activations": activations,
         "logits": 12 * tokens * config.vocab_size,
     }
+    if loss_rows:
+        slice_ = 8 * min(loss_rows, tokens) * config.vocab_size
+        memory["logits"] = slice_ + 4 * config.vocab_size * hidden
     return memory | {"total": sum(memory.values())}
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 # What one watches, and what fits a run into memory, does not change what is learned.
 WATCHED_ONLY = frozenset(
     ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_blocks")
-    + ("sample_steps", "halve_batch")
+    + ("sample_steps", "halve_batch", "loss_rows")
 )
 
 
@@ -61,6 +61,7 @@ class Recipe:
     max_steps: int = -1  # stop after so many optimiser steps; -1: the epochs decide
     seed: int = 42  # initial weights and the order of the blocks
     precision: str | None = None  # None: the best that the hardware computes itself
+    loss_rows: int | None = None  # positions scored at once for the loss; None: all, as the guide
     halve_batch: bool = True  # if the GPU's memory is too small: half the batch, twice as often
 
     # --- rhythm -------------------------------------------------------------------------------
@@ -86,6 +87,7 @@ WIKI = replace(
     packing=True,
     learning_rate=6e-4,  # GPT-3's rate for its 125M model; 30 times the guide's
     adam_beta2=0.95,  # shorter memory: the usual choice for pre-training in large batches
+    loss_rows=512,  # 14 GB less memory, the same loss
 )
 
 QWEN = replace(
@@ -97,7 +99,7 @@ QWEN = replace(
     num_hidden_layers=24,
     num_attention_heads=14,
     learning_rate=3e-4,  # wider models want smaller steps
-    batch_size=4,  # with 151,936 words a block of float32 logits alone takes 311 MB
+    batch_size=4,  # activations of 24 layers: 1.1 GB a block
     gradient_accumulation=32,  # the same 65,536 tokens a step
 )
 
