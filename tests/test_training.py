@@ -264,6 +264,14 @@ def test_a_checkpoint_from_elsewhere_is_refused(tmp_path, caplog):
     assert "checkpoint-9: text was b, is a" in caplog.text
 
 
+def test_fresh_starts_over_in_a_session_that_had_gone_on_from_a_checkpoint(smoke, whole, tmp_path):
+    train(small_trainer(smoke, tmp_path / "run", [StopAt(10)]))
+    trainer = small_trainer(smoke, tmp_path / "run")
+    train(trainer)  # from checkpoint-10
+    train(trainer, fresh=True)
+    assert same_weights(trainer, whole[0])
+
+
 def test_fresh_starts_over_and_keeps_the_old_run(smoke, whole, tmp_path):
     """In the same session too, where the model in memory has been trained already."""
     history = HistoryCallback(tmp_path / "history.jsonl", smoke.recipe.tokens_per_step)

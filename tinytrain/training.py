@@ -236,8 +236,7 @@ class LossGuard(TrainerCallback):
             words.append(f"They begin {', '.join(repr(text) for text in begins)}.")
         good = f"is {checkpoint.name}" if checkpoint else "does not exist yet"
         words.append(
-            f"The last good checkpoint {good}. Look at these documents, or halve the learning "
-            f"rate ({'it was too large' if math.isfinite(loss) else 'in fp16 try bf16'})."
+            f"The last good checkpoint {good}. Look at these documents, or halve the learning rate."
         )
         raise LossError(" ".join(words), step, loss, documents, checkpoint)
 
@@ -383,17 +382,20 @@ class GuardedTrainer(Trainer):
         self.guard = guard
         self.keeper = CheckpointKeeper(self.args.save_total_limit)
         self.args.save_total_limit = None  # the keeper's work
-        self._initial: tempfile.TemporaryDirectory | None = None
+        self._first: tempfile.TemporaryDirectory | None = None
         self.add_callback(guard)
         self.add_callback(self.keeper)
 
+    def keep_first_weights(self) -> None:
+        """Write down the weights that the model came with, once, for `start_anew`."""
+        if self._first is None:
+            self._first = tempfile.TemporaryDirectory(prefix="tinytrain-")
+            save_model(self.model, os.path.join(self._first.name, "model.safetensors"))
+
     def start_anew(self) -> None:
-        """Give the model the weights that it came with, should it have been trained meanwhile."""
-        if self._initial is None:
-            self._initial = tempfile.TemporaryDirectory(prefix="tinytrain-")
-            save_model(self.model, os.path.join(self._initial.name, "model.safetensors"))
-        elif self.state.global_step:
-            load_model(self.model, os.path.join(self._initial.name, "model.safetensors"))
+        """Give the model its first weights again, should it have been trained meanwhile."""
+        if self.state.global_step:
+            load_model(self.model, os.path.join(self._first.name, "model.safetensors"))
 
     def halve_batch(self) -> None:
         """Halve the micro-batch and double the accumulation: as many tokens a step as before."""
@@ -518,6 +520,7 @@ def train(
         with _only_process(folder):
             checkpoint = open_run(folder, inputs, fresh, files)
             trainer.keeper.inputs = inputs
+            trainer.keep_first_weights()
             if checkpoint is None:
                 trainer.start_anew()
             while True:
