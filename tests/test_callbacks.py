@@ -93,6 +93,14 @@ def test_history_holds_what_the_trainer_logged(run, smoke):
     assert seconds == sorted(seconds)
 
 
+def test_an_evaluation_after_the_run_is_not_part_of_its_history(run):
+    folder, _, trainer = run
+    before = (folder / "history.jsonl").read_bytes()
+    trainer.evaluate()
+    assert (folder / "history.jsonl").read_bytes() == before
+    assert callbacks.read_history(folder)[-1]["end"] == "finished"
+
+
 def test_the_plot_is_kept_as_a_picture(run):
     picture = imread(run[0] / "loss.png")
     assert picture.shape[:2] == (480, 768)
@@ -536,7 +544,9 @@ def test_anyone_may_ask_and_the_handlers_are_put_back(tmp_path):
     state, control = TrainerState(max_steps=9), TrainerControl()
     stop.on_train_begin(None, state, control)
     assert signal.getsignal(signal.SIGINT) != before[0]
-    threading.Thread(target=stop.ask, args=("a thread",)).run()
+    thread = threading.Thread(target=stop.ask, args=("a thread",))
+    thread.start()
+    thread.join()
     stop.on_step_end(None, state, control)
     assert control.should_training_stop and control.should_save
     assert control.should_evaluate and control.should_log

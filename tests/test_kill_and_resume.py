@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -118,7 +119,8 @@ def wait_for(condition, seconds=60):
 
 
 def kill(process):
-    os.kill(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it has come to its end just before
+        os.kill(process.pid, signal.SIGKILL)
     process.join(30)
     return process.exitcode == -signal.SIGKILL
 
@@ -142,6 +144,11 @@ def last_step(folder):
         return -1
 
 
+def beginnings(folder):
+    log = folder / "training.log"
+    return log.read_text().count("training starts") if log.exists() else 0
+
+
 def ends_like(folder, whole, start):
     process = start(folder)
     process.join(120)
@@ -161,8 +168,9 @@ def test_killed_at_random_moments_a_run_ends_like_one_never_stopped(start, whole
         number += 1
         folder = tmp_path / f"run-{number}"
         while True:
+            begun = beginnings(folder)
             process = start(folder)
-            wait_for(lambda f=folder, p=process: (f / "history.jsonl").exists() or not p.is_alive())
+            wait_for(lambda f=folder, p=process, n=begun: beginnings(f) > n or not p.is_alive())
             process.join(chance.uniform(0, seconds))  # waits so long, or until it ends
             if not kill(process):
                 break

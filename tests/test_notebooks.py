@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 from pathlib import Path
 
@@ -113,6 +116,34 @@ def test_the_tutorials_command_on_recipe_smoke(tmp_path):
     assert report.count("<h1") == 5 and "image/png" in report
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert summary["cloze_before"] == 0 and summary["parameters"] > 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_in_the_terminal_interrupts_the_cell_and_not_the_tutorial(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    from run_all import run_notebook
+
+    busy = tmp_path / "busy"
+    cell = (
+        f"import pathlib, time\npathlib.Path({str(busy)!r}).touch()\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('stopped in good order')"
+    )
+    cells = [nbformat.v4.new_code_cell(source) for source in (cell, "print('the next cell')")]
+    path = tmp_path / "busy.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+
+    def press():
+        while not busy.exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    notebook = run_notebook(path, time.monotonic())
+    thread.join()
+    texts = [cell.outputs[0]["text"].strip() for cell in notebook.cells]
+    assert texts == ["stopped in good order", "the next cell"]
 
 
 @pytest.mark.parametrize("name", ["03_tokenization", "05_train_bf16"])

@@ -244,6 +244,7 @@ class HistoryCallback(TrainerCallback):
         """Write that nothing more comes."""
         finished = state.global_step >= state.max_steps
         self._write(state, {"end": "finished" if finished else "stopped"})
+        del self._start  # an evaluation that comes later is not part of the run
 
     def _write(self, state, values: dict[str, Any]) -> None:
         seconds = self._seconds_before + time.monotonic() - self._start
@@ -589,14 +590,13 @@ def replay(path: str | Path, follow: bool = False, seconds: float = 2.0) -> Figu
     screen = _NotebookScreen() if in_notebook() else None
     with suppress(KeyboardInterrupt):
         while True:
-            figure = plot_history(history)
             if screen:
                 screen.show(_png(figure), figure.texts[0].get_text())
-            while len(now := read_history(path)) == len(history) and "end" not in now[-1]:
-                time.sleep(seconds)
-            if len(now) == len(history):
+            if history and "end" in history[-1]:
                 break
-            history = now
+            while len(now := read_history(path)) == len(history):
+                time.sleep(seconds)
+            history, figure = now, plot_history(now)
     return figure
 
 
@@ -1066,7 +1066,7 @@ class StopCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Listen."""
-        self.reason, self._told, self._terminated = None, False, False
+        self.reason, self._told = None, False
         self._looked = -math.inf
         if self.stop_file and self.stop_file.exists():
             logger.info("%s is left from before and is removed", self.stop_file)
@@ -1088,7 +1088,6 @@ class StopCallback(TrainerCallback):
         self.ask("the interrupt")
 
     def _told_to_end(self, number, frame):
-        self._terminated = True
         self.reason = "SIGTERM"
 
     def on_substep_end(self, args, state, control, **kwargs):
@@ -1117,7 +1116,7 @@ class StopCallback(TrainerCallback):
             control.should_training_stop = True
             control.should_save = True
             control.should_log = True
-            control.should_evaluate = not self._terminated
+            control.should_evaluate = self.reason != "SIGTERM"
 
     def on_train_end(self, args, state, control, **kwargs):
         """Say what one can do now."""
