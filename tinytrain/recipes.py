@@ -50,6 +50,7 @@ class Recipe:
     num_key_value_heads: int = 2  # as in Qwen2.5-0.5B: shared keys and values save memory
 
     # --- optimisation -------------------------------------------------------------------------
+    optimizer: str = "adamw"  # the guide's; or "muon" for the matrices, with AdamW for the rest
     learning_rate: float = 2e-5  # the guide's; a rate for fine-tuning, see recipe "wiki"
     lr_scheduler: str = "cosine"  # falls to 0 at the end
     warmup_steps: int = 200  # Adam's averages are noise at first, so start gently

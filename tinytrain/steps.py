@@ -252,6 +252,43 @@ def get_config(recipe: Recipe) -> Qwen2Config:
     )
 
 
+def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:
+    """Return what makes the optimiser of a recipe, for `tinytrain.training.build_trainer`.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its ``optimizer`` decides, its other fields under "optimisation" give the numbers.
+
+    Returns
+    -------
+    callable or None
+        None stands for the Trainer's own AdamW.
+
+    Raises
+    ------
+    ValueError
+        If there is no optimiser of that name.
+    """
+    if recipe.optimizer == "adamw":
+        return None
+    if recipe.optimizer != "muon":
+        raise ValueError(f"optimizer {recipe.optimizer!r} is neither 'adamw' nor 'muon'")
+
+    def make(model: Any, arguments: Any) -> Any:
+        from tinytrain.optimizer import muon_adamw
+
+        return muon_adamw(
+            model,
+            lr=arguments.learning_rate,
+            weight_decay=arguments.weight_decay,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+        )
+
+    return make
+
+
 def get_prompts(recipe: Recipe) -> list[str]:
     """Return five beginnings to let a model complete: of known facts, or of held-out documents."""
     if recipe.corpus == "encyclopedia":

@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -375,11 +375,20 @@ class GuardedTrainer(Trainer):
         As for ``transformers.Trainer``.
     guard : LossGuard
         Judges each step.
+    make_optimizer : callable, optional
+        Takes the model and the arguments, and returns the optimiser; by default the Trainer's.
     """
 
-    def __init__(self, *args: Any, guard: LossGuard, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        guard: LossGuard,
+        make_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.guard = guard
+        self.make_optimizer = make_optimizer
         self.keeper = CheckpointKeeper(self.args.save_total_limit)
         self.args.save_total_limit = None  # the keeper's work
         self._first: tempfile.TemporaryDirectory | None = None
@@ -404,6 +413,14 @@ class GuardedTrainer(Trainer):
         self.args.gradient_accumulation_steps *= 2
         self._train_batch_size = self.args.train_batch_size  # what Trainer.train() goes by
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Make the optimiser, anew for each run."""
+        if self.make_optimizer is None:
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            self.optimizer = self.make_optimizer(model or self.model, self.args)
+        return self.optimizer
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Train on a micro-batch, and show its share of the loss."""
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -418,6 +435,7 @@ def build_trainer(
     eval_blocks: Dataset,
     callbacks: Iterable[TrainerCallback] = (),
     guard: LossGuard | None = None,
+    make_optimizer: Callable[..., torch.optim.Optimizer] | None = None,
 ) -> GuardedTrainer:
     """Build the Trainer, with our callbacks in place of its own progress display.
 
@@ -433,6 +451,9 @@ def build_trainer(
         Called in this order.
     guard : LossGuard, optional
         By default one with its own defaults.
+    make_optimizer : callable, optional
+        ``make_optimizer(model, arguments)`` returns the optimiser, which is saved and taken up
+        again like any other. By default the Trainer's own, fused AdamW.
 
     Returns
     -------
@@ -464,6 +485,7 @@ def build_trainer(
         data_collator=collate,
         callbacks=list(callbacks),
         guard=guard or LossGuard(),
+        make_optimizer=make_optimizer,
     )
     for display in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(display)

@@ -1,0 +1,212 @@
+"""Muon for the matrices, AdamW for the rest: one optimiser, which the Trainer saves like any other.
+
+AdamW scales each number of a gradient by itself. But most numbers of a language model stand in
+matrices, and the gradient of a matrix has few directions that are large and many that are small
+and go unheard. Muon makes all of them equally long: the step is the nearest orthogonal matrix to
+the averaged gradient. At the same number of tokens that learns more; the price is some products of
+matrices each step, whatever the batch, and one running average in place of AdamW's two.
+
+The embedding is a table of words and no matrix in this sense, and norms and biases are vectors:
+these stay with AdamW. ``torch.optim.Muon`` is the same rule, matrix by matrix in bf16; here equal
+matrices go together, in float32 where the chip has no fast bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Of a polynomial that, applied again and again, drives all singular values to about 1, the small
+# ones fastest (Jordan et al., 2024).
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+AT_ONCE = 16 * 2**20  # numbers orthogonalized together; more saves no time, only costs memory
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Return matrices with the same directions as the given ones, all about equally long.
+
+    By a Newton-Schulz iteration: of ``U S V^T`` it makes about ``U V^T``, with singular values
+    between 0.7 and 1.2, without ever computing U, S and V.
+
+    Parameters
+    ----------
+    matrices : torch.Tensor
+        One or several, of shape (..., rows, columns). The work is done in their dtype.
+    steps : int
+        Rounds of the iteration.
+
+    Returns
+    -------
+    torch.Tensor
+        Of the same shape and dtype.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two dimensions.
+
+    References
+    ----------
+    K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+    https://kellerjordan.github.io/posts/muon/
+
+    Examples
+    --------
+    >>> far_apart = torch.diag(torch.tensor([10.0, 1.0, 0.1]))
+    >>> torch.linalg.svdvals(orthogonalize(far_apart)) > 0.6
+    tensor([True, True, True])
+    """
+    if matrices.ndim < 2:
+        raise ValueError(f"a matrix has two dimensions, not {matrices.ndim}")
+    a, b, c = COEFFICIENTS
+    upright = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if upright else matrices  # the products of the short side are the small ones
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        products = x @ x.mT
+        x = a * x + (b * products + c * products @ products) @ x
+    return x.mT if upright else x
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW, except for parameter groups with ``muon=True``, whose matrices Muon steps.
+
+    Both go by one learning rate: Muon's step is scaled so that its numbers are on average as large
+    as AdamW's usually are, 0.2 times the rate (Liu et al.).
+
+    Parameters
+    ----------
+    params : iterable
+        Groups, as for any PyTorch optimiser.
+    lr : float
+        Learning rate.
+    momentum : float
+        Memory of Muon's running average: 1 / (1 - momentum) steps.
+    **kwargs
+        As for ``torch.optim.AdamW``.
+
+    Raises
+    ------
+    ValueError
+        If a group with ``muon=True`` holds anything but matrices.
+
+    References
+    ----------
+    J. Liu et al., "Muon is Scalable for LLM Training", 2025, arXiv:2502.16982.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, **kwargs: Any):
+        super().__init__(params, lr=lr, fused=True, **kwargs)
+        # Or fp16's loss scaler would leave it to each step to notice gradients that overflowed.
+        self._step_supports_amp_scaling = False
+        for group in self.param_groups:
+            group.setdefault("muon", False)
+            group.setdefault("momentum", momentum)
+            if group["muon"] and any(p.ndim != 2 for p in group["params"]):
+                raise ValueError("Muon steps matrices: give vectors and the rest a group of AdamW")
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step, of AdamW and of Muon."""
+        groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if not group["muon"]]
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                self._muon_step(group)
+        return loss
+
+    @torch.no_grad()
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        for matrices in _of_one_shape(p for p in group["params"] if p.grad is not None):
+            averages = []
+            for p in matrices:
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                # A look ahead (Nesterov): the average as it will be if the next gradient is this.
+                averages.append(p.grad.lerp(average, group["momentum"]))
+            stacked = torch.stack(averages).to(_working_dtype(matrices[0].device))
+            length = 0.2 * math.sqrt(max(matrices[0].shape))
+            for p, direction in zip(matrices, orthogonalize(stacked), strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(direction, alpha=-group["lr"] * length)
+
+
+def _of_one_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return lists of equal matrices, none of more than `AT_ONCE` numbers (or of one matrix)."""
+    shapes: dict[torch.Size, list[torch.Tensor]] = {}
+    for p in params:
+        shapes.setdefault(p.shape, []).append(p)
+    lists = []
+    for shape, same in shapes.items():
+        number = max(1, AT_ONCE // shape.numel())
+        lists += [same[start : start + number] for start in range(0, len(same), number)]
+    return lists
+
+
+def _working_dtype(device: torch.device) -> torch.dtype:
+    # Rough directions are enough, so bf16 is, where it is fast.
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def muon_adamw(
+    model: PreTrainedModel,
+    lr: float,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+) -> MuonAdamW:
+    """Return the optimiser for a language model: Muon for the matrices of its layers.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model.
+    lr : float
+        Learning rate of both.
+    weight_decay : float
+        For matrices and embedding; norms and biases have none.
+    betas, eps
+        AdamW's.
+
+    Returns
+    -------
+    MuonAdamW
+
+    Examples
+    --------
+    >>> from tinytrain.modeling import build_model, qwen2_config
+    >>> model = build_model(qwen2_config(100, hidden_size=32, intermediate_size=64,
+    ...     num_hidden_layers=2, num_attention_heads=2, eos_token_id=0))
+    >>> optimizer = muon_adamw(model, lr=6e-3)
+    >>> [len(group["params"]) for group in optimizer.param_groups]  # matrices, embedding, vectors
+    [14, 1, 11]
+    """
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tables = {id(table.weight) for table in tables if table is not None}
+    groups: dict[str, list[torch.Tensor]] = {"matrices": [], "embeddings": [], "vectors": []}
+    for p in model.parameters():
+        if p.requires_grad:
+            kind = "embeddings" if id(p) in tables else "matrices" if p.ndim == 2 else "vectors"
+            groups[kind].append(p)
+    return MuonAdamW(
+        [
+            {"params": groups["matrices"], "muon": True},
+            {"params": groups["embeddings"]},
+            {"params": groups["vectors"], "weight_decay": 0.0},
+        ],
+        lr=lr,
+        weight_decay=weight_decay,
+        betas=betas,
+        eps=eps,
+    )
