@@ -57,6 +57,36 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_the_plain_loss():
         assert (ours - exact).norm() <= 0.02 * exact.norm()
 
 
+def test_in_fp16_small_gradients_do_not_vanish():
+    """Of many words and positions each gradient is smaller than fp16 can hold."""
+    hidden, weight, labels = inputs(2000, 16, 5000)
+    weight = (0.01 * weight).detach().requires_grad_()
+    truth = with_gradients(plain, hidden, weight, labels)
+    with torch.autocast("cpu", torch.float16):
+        found = with_gradients(linear_cross_entropy, hidden, weight, labels, rows=500)
+    for ours, exact in zip(found, truth, strict=True):
+        assert (ours - exact).norm() <= 0.01 * exact.norm()
+
+
+def test_no_second_table_is_made_for_the_gradient_of_tied_words():
+    """A dense gradient of the embedding would be as large as the model and nearly all zeros."""
+    model = small_model(tied=True)
+    save_loss_memory(model, rows=10)
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    ids = torch.randint(50, (2, 12))
+    loss = model(input_ids=ids, labels=ids).loss
+    with Watch():
+        loss.backward()
+    assert not [name for name in made if "embedding_dense_backward" in name]
+    assert model.lm_head.weight.grad.layout == torch.strided
+
+
 def test_huge_scores_do_not_overflow_and_no_label_is_nan_as_in_pytorch():
     hidden, weight, labels = inputs(8, 4, 10)
     assert torch.isfinite(linear_cross_entropy(1e6 * hidden, weight, labels, rows=3))

@@ -16,12 +16,18 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IGNORED = -100  # a label that does not count, as everywhere in PyTorch
+
+
+# Positions whose scores become gradients at once, in float32: few enough for memory and, on a
+# processor, for its cache, and enough to keep a GPU busy.
+_AT_ONCE = 128
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -33,37 +39,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
         narrow = weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if learns else None
-        grad_weight = torch.zeros_like(weight) if learns else None
+        # In the type of the products, as autocast would make it; but fp16 may overflow in a sum.
+        sum_dtype = torch.float32 if dtype == torch.float16 else dtype
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if learns else None
+        rows = min(rows, max(len(hidden), 1))
+        few = min(rows, _AT_ONCE)
+        # Made once: to get and clear fresh memory for each slice would take longer than to fill it.
+        scores = hidden.new_empty((rows, len(weight)), dtype=dtype)
+        work = hidden.new_empty((few, len(weight)), dtype=torch.float32)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows].to(dtype)
             label = labels[start : start + rows, None]
-            counts = (label != IGNORED).float()
-            label = label.clamp(min=0)
-            logits = (part @ narrow.T).float()
-            right = logits.gather(-1, label)
-            highest = logits.amax(-1, keepdim=True)
-            powers = logits.sub_(highest).exp_()  # the one pass that costs; used twice
-            sums = powers.sum(-1, keepdim=True)
-            loss += ((highest + sums.log() - right) * counts).sum()
+            logits = torch.mm(part, narrow.T, out=scores[: len(part)])
+            for first in range(0, len(part), few):
+                stop = first + few
+                loss += _to_gradient(logits[first:stop], label[first:stop], work, learns)
             if learns:
-                # The gradient of a position's loss: its probabilities, less 1 for the right word.
-                share = counts / total
-                gradient = powers.mul_(share / sums)
-                gradient = gradient.scatter_add_(-1, label, -share).to(dtype)
-                grad_hidden[start : start + rows] = gradient @ narrow
-                if dtype == weight.dtype:
-                    grad_weight.addmm_(gradient.T, part)
+                grad_hidden[start : start + rows] = logits @ narrow
+                if dtype == sum_dtype:
+                    grad_weight.addmm_(logits.T, part)
                 else:
-                    grad_weight += gradient.T @ part
+                    grad_weight += logits.T @ part
         if learns:
             ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.total, ctx.weight_dtype = total, weight.dtype
         return loss / total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, factor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * factor, grad_weight.mul_(factor), None, None, None, None
+        # Only here divided by the number of positions: before, fp16 could not hold the result.
+        factor = factor / ctx.total
+        grad_weight = grad_weight.to(ctx.weight_dtype).mul_(factor)
+        return grad_hidden.mul_(factor), grad_weight, None, None, None, None
+
+
+def _to_gradient(
+    logits: torch.Tensor, label: torch.Tensor, work: torch.Tensor, learns: bool
+) -> torch.Tensor:
+    """Return the summed loss of some positions, and make their logits into its gradient."""
+    counts = (label != IGNORED).float()
+    label = label.clamp(min=0)
+    powers = work[: len(logits)].copy_(logits)
+    right = powers.gather(-1, label)
+    highest = powers.amax(-1, keepdim=True)
+    sums = powers.sub_(highest).exp_().sum(-1, keepdim=True)
+    if learns:
+        # The gradient of a position's loss: its probabilities, less 1 for the right word.
+        logits.copy_(powers.mul_(counts / sums).scatter_add_(-1, label, -counts))
+    return ((highest + sums.log() - right) * counts).sum()
 
 
 def linear_cross_entropy(
@@ -123,6 +148,14 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden, weight, labels, total, rows, dtype)
 
 
+def _adds_sparse(table: torch.nn.Module) -> bool:
+    """Tell whether PyTorch can add a sparse gradient to a dense one, here and for this table."""
+    weight = table.weight
+    # Not where the weights are parts of something else, as when they are sharded over GPUs.
+    plain = type(table) is torch.nn.Embedding and type(weight) is torch.nn.Parameter
+    return plain and weight.is_leaf and weight.device.type in ("cpu", "cuda")
+
+
 def save_loss_memory(model: PreTrainedModel, rows: int = 512) -> None:
     """Let a causal language model compute its training loss by `linear_cross_entropy`.
 
@@ -161,6 +194,13 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512) -> None:
     ):
         if labels is None:
             return kind.forward(self, input_ids, *args, **kwargs)
+        kwargs["use_cache"] = False  # nothing is generated: keys and values need not be kept
+        table = self.model.embed_tokens
+        if self.lm_head.weight is table.weight and input_ids is not None and _adds_sparse(table):
+            # The few rows that were read are added to the gradient of the output matrix. Left to
+            # itself, PyTorch would make a second table for them, nearly all of it zeros.
+            embedded = F.embedding(input_ids, table.weight, table.padding_idx, sparse=True)
+            input_ids, kwargs["inputs_embeds"] = None, embedded
         hidden = self.model(input_ids, *args, **kwargs).last_hidden_state
         hidden = hidden[:, :-1].flatten(0, 1)  # each position foretells the next
         labels = labels[:, 1:].flatten()
