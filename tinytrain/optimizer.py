@@ -7,8 +7,8 @@ the averaged gradient. At the same number of tokens that learns more; the price 
 matrices each step, whatever the batch, and one running average in place of AdamW's two.
 
 The embedding is a table of words and no matrix in this sense, and norms and biases are vectors:
-these stay with AdamW. ``torch.optim.Muon`` is the same rule, matrix by matrix in bf16; here equal
-matrices go together, in float32 where the chip has no fast bf16.
+these stay with AdamW. ``torch.optim.Muon`` is the same rule, matrix by matrix and always in bf16;
+here matrices of one shape go together, in the type one chooses.
 """
 
 from __future__ import annotations
@@ -67,10 +67,15 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     a, b, c = COEFFICIENTS
     upright = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if upright else matrices  # the products of the short side are the small ones
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
+        # x becomes a x + (b p + c p p) x, with the products p = x x^T.
         products = x @ x.mT
-        x = a * x + (b * products + c * products @ products) @ x
+        factor = torch.baddbmm(products, products, products, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a)
+    x = x.reshape(shape)
     return x.mT if upright else x
 
 
@@ -88,6 +93,8 @@ class MuonAdamW(torch.optim.AdamW):
         Learning rate.
     momentum : float
         Memory of Muon's running average: 1 / (1 - momentum) steps.
+    dtype : torch.dtype
+        What directions are computed in. Rough ones are enough, so bfloat16 is, where it is fast.
     **kwargs
         As for ``torch.optim.AdamW``.
 
@@ -101,7 +108,15 @@ class MuonAdamW(torch.optim.AdamW):
     J. Liu et al., "Muon is Scalable for LLM Training", 2025, arXiv:2502.16982.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, **kwargs: Any):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ):
+        self.dtype = dtype
         super().__init__(params, lr=lr, fused=True, **kwargs)
         # Or fp16's loss scaler would leave it to each step to notice gradients that overflowed.
         self._step_supports_amp_scaling = False
@@ -129,11 +144,17 @@ class MuonAdamW(torch.optim.AdamW):
         for matrices in _of_one_shape(p for p in group["params"] if p.grad is not None):
             averages = []
             for p in matrices:
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                state = self.state[p]
+                if not state:
+                    # AdamW expects a count of steps wherever it loads a state.
+                    state["step"] = torch.tensor(0.0)
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                state["step"] += 1
+                average = state["momentum_buffer"]
                 average.lerp_(p.grad, 1 - group["momentum"])
                 # A look ahead (Nesterov): the average as it will be if the next gradient is this.
                 averages.append(p.grad.lerp(average, group["momentum"]))
-            stacked = torch.stack(averages).to(_working_dtype(matrices[0].device))
+            stacked = torch.stack(averages).to(self.dtype)
             length = 0.2 * math.sqrt(max(matrices[0].shape))
             for p, direction in zip(matrices, orthogonalize(stacked), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -152,19 +173,13 @@ def _of_one_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     return lists
 
 
-def _working_dtype(device: torch.device) -> torch.dtype:
-    # Rough directions are enough, so bf16 is, where it is fast.
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
-
-
 def muon_adamw(
     model: PreTrainedModel,
     lr: float,
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
+    dtype: torch.dtype = torch.float32,
 ) -> MuonAdamW:
     """Return the optimiser for a language model: Muon for the matrices of its layers.
 
@@ -178,6 +193,8 @@ def muon_adamw(
         For matrices and embedding; norms and biases have none.
     betas, eps
         AdamW's.
+    dtype : torch.dtype
+        What Muon computes its directions in.
 
     Returns
     -------
@@ -209,4 +226,5 @@ def muon_adamw(
         weight_decay=weight_decay,
         betas=betas,
         eps=eps,
+        dtype=dtype,
     )
