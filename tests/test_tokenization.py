@@ -455,3 +455,60 @@ def test_training_reads_so_many_characters_and_no_more():
     limited = tokenization.train_tokenizer(texts(), 280, max_characters=340)
     whole = tokenization.train_tokenizer(["北京是中国的首都。" * 20, "上海是一座城市。" * 20], 280)
     assert tokenization.fingerprint(limited) == tokenization.fingerprint(whole)
+
+
+@pytest.fixture(scope="module")
+def reduced(qwen):
+    return tokenization.reduce_tokenizer(qwen, SENTENCES, 450)
+
+
+def test_a_reduced_tokenizer_writes_its_text_with_the_same_words(qwen, reduced):
+    assert len(reduced) <= 450
+    original = tokenization.original_ids(reduced, qwen)
+    assert original == sorted(original) and len(original) == len(reduced)
+    for text in SENTENCES:
+        assert [original[i] for i in reduced(text)["input_ids"]] == qwen(text)["input_ids"]
+    assert original[reduced.eos_token_id] == qwen.eos_token_id
+    assert reduced.pad_token == qwen.pad_token
+
+
+@settings(deadline=None)
+@given(any_text)
+def test_a_reduced_tokenizer_writes_any_text(qwen, reduced, text):
+    normal = unicodedata.normalize("NFC", text)
+    assert reduced.decode(plain(reduced, text)) == qwen.decode(plain(qwen, text)) == normal
+
+
+def test_a_reduced_tokenizer_keeps_the_most_frequent_words(qwen, caplog):
+    texts = ["中国" * 1, *["人民"] * 9]
+    few = tokenization.reduce_tokenizer(qwen, texts, 256 + 22 + len(parts_of(qwen, "人民")))
+    assert len(few("人民")["input_ids"]) == 1 and len(few("中国")["input_ids"]) > 1
+    assert "uses no more" not in caplog.text
+    assert len(tokenization.reduce_tokenizer(qwen, texts, 5000)) < 5000
+    assert "uses no more" in caplog.text
+
+
+def parts_of(qwen, word):
+    """All tokens longer than a byte that are made on the way to a word."""
+    merges = {
+        a + b: (a, b) for a, b in json.loads(qwen.backend_tokenizer.to_str())["model"]["merges"]
+    }
+    found, waiting = set(), qwen.tokenize(word)
+    while waiting:
+        token = waiting.pop()
+        if token in merges:
+            found.add(token)
+            waiting += merges[token]
+    return found
+
+
+def test_a_reduced_tokenizer_is_the_same_when_loaded(reduced, tmp_path):
+    reduced.save_pretrained(tmp_path)
+    assert tokenization.fingerprint(
+        tokenization.load_tokenizer(tmp_path)
+    ) == tokenization.fingerprint(reduced)
+
+
+def test_a_vocabulary_without_room_is_refused(qwen):
+    with pytest.raises(ValueError, match="278 are taken"):
+        tokenization.reduce_tokenizer(qwen, SENTENCES, 278)
