@@ -256,3 +256,21 @@ def test_matmul_speed_is_a_positive_number():
     assert matmul_tflops("bf16", size=64, seconds=0.01) > 0
     with pytest.raises(ValueError, match="float64"):
         matmul_tflops("float64")
+
+
+def test_what_this_machine_offers(tmp_path):
+    here = hardware.this_hardware(tmp_path / "not" / "yet")
+    assert here.precision == choose_precision().name
+    assert 1e9 < here.memory < 1e13 and 0 < here.disk
+    assert 0.001 < here.tflops < 10_000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the count can be reset on Linux")
+def test_the_peak_of_memory_is_what_was_used_since_the_reset():
+    before = hardware.peak_memory(reset=True)
+    held = torch.ones(50_000_000)  # 200 MB
+    assert hardware.peak_memory() - before > 150_000_000
+    del held
+    assert hardware.peak_memory() - before > 150_000_000  # it is a peak
+    hardware.peak_memory(reset=True)
+    assert hardware.peak_memory() - before < 150_000_000

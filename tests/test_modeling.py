@@ -13,17 +13,24 @@ from transformers import (
     TrainingArguments,
 )
 
+from tinytrain.hardware import KNOWN_GPUS
 from tinytrain.modeling import (
     QWEN2_5_0_5B,
     build_model,
+    compile_layers,
     count_parameters,
+    estimate,
+    expand_vocabulary,
     expected_initial_loss,
     flops_per_token,
     initial_loss,
+    optimizer_flops,
     plot_parameters,
     qwen2_config,
     training_memory,
 )
+from tinytrain.optimizer import muon_adamw
+from tinytrain.recipes import RECIPES
 
 GUIDE = {
     "vocab_size": 151_665,
@@ -200,11 +207,72 @@ def test_memory_of_the_guides_model():
     assert memory["total"] == sum(memory.values()) - memory["total"]
     assert training_memory(config, 16, 512, "fp16") == memory
     sliced = training_memory(config, 16, 512, "bf16", loss_rows=512)
-    assert sliced["logits"] == 8 * 512 * 151_665 + 4 * 151_665 * 512
+    # A slice of scores in bf16, a part of it in float32, and the output matrix's gradient in bf16.
+    assert sliced["logits"] == 151_665 * (2 * 512 + 4 * 128 + 2 * 512)
+    compiled = training_memory(config, 16, 512, "bf16", compiled=True)
+    assert 0.4 < compiled["activations"] / memory["activations"] < 0.7
+    muon = training_memory(config, 16, 512, "bf16", optimizer="muon")
+    matrices = [p for n, p in build_model(config).named_parameters() if p.ndim == 2]
+    in_layers = sum(p.numel() for p in matrices) - 151_665 * 512
+    assert memory["optimizer"] - muon["optimizer"] == 4 * in_layers
     assert memory["total"] - sliced["total"] == memory["logits"] - sliced["logits"]
     assert training_memory(config, 16, 512)["activations"] > memory["activations"]
     with pytest.raises(ValueError, match="float16"):
         training_memory(config, 16, 512, "float16")
+
+
+def test_the_steps_of_muon_cost_the_products_that_pytorch_counts():
+    model = build_model(small_config(num_hidden_layers=3))
+    optimizer = muon_adamw(model, lr=1e-3)
+    ids = torch.randint(0, 500, (2, 32))
+    model(input_ids=ids, labels=ids).loss.backward()
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert optimizer_flops(model.config, "muon") == counter.get_total_flops()
+    assert optimizer_flops(model.config, "adamw") == 0
+
+
+def test_compiled_layers_learn_what_the_others_learn():
+    """Equal up to the rounding of sums that are taken in another order."""
+    config = small_config(num_hidden_layers=2)
+    ids = torch.randint(0, 500, (2, 32), generator=torch.Generator().manual_seed(1))
+    plain, compiled = build_model(config), build_model(config)
+    before = compiled.state_dict()
+    compile_layers(compiled)
+    assert list(compiled.state_dict()) == list(before)
+    for model in (plain, compiled):
+        model(input_ids=ids, labels=ids).loss.backward()
+    for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6), name
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(ids).logits, compiled.eval()(ids).logits)
+
+
+T4, A100 = KNOWN_GPUS[0], KNOWN_GPUS[3]
+
+
+def test_an_estimate_adds_up():
+    seed, wiki = (estimate(RECIPES[name], A100, tokens=10**8) for name in ("seed", "wiki"))
+    assert seed.parameters["total"] == 123_287_552
+    assert seed.tokens == seed.steps * 65_536 and seed.tokens - 10**8 < 65_536
+    # 6 operations for each parameter and token, and attention; then the evaluations.
+    assert 1.05 < seed.flops / (seed.tokens * 777.3e6) < 1.15
+    assert seed.seconds == pytest.approx(seed.flops / (0.4 * 312e12))
+    assert sum(seed.memory.values()) == 2 * seed.memory["total"]
+    assert not estimate(RECIPES["seed"], T4).fits and estimate(RECIPES["wiki"], T4).fits
+    assert wiki.memory["total"] < seed.memory["total"] / 2
+    assert not seed.probed and set(seed.row()) == set(wiki.row())
+    full = T4._replace(disk=10**6)
+    assert not estimate(RECIPES["wiki"], full).fits
+
+
+def test_a_probe_corrects_time_and_memory():
+    recipe = RECIPES["pocket"]
+    probed = estimate(recipe, A100, step_seconds=0.5, peak_memory=2 * 10**9)
+    assert probed.probed and probed.memory["total"] == 2 * 10**9
+    training = 0.5 * recipe.max_steps
+    assert training < probed.seconds < 1.1 * training  # with the evaluations in between
+    assert probed.row()["time"] == "5 min" and probed.row()["memory"] == "2.0 GB"
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -301,3 +369,51 @@ def assert_same_logits(one, other):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(one.eval()(ids).logits, other.eval()(ids).logits)
+
+
+def trained_with_few_words(tie=True):
+    """Return a model with 60 words that has learned a little, and blocks."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "context_length": 32}
+    config = qwen2_config(60, **shape, **heads, eos_token_id=3, tie_word_embeddings=tie)
+    model = build_model(config)
+    # Some words are frequent and most are rare, as in any language.
+    rare = torch.distributions.Categorical(logits=-(torch.arange(60) + 1.0).log())
+    blocks = rare.sample((16, 32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        model(input_ids=blocks, labels=blocks).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, blocks
+
+
+def test_an_expanded_vocabulary_predicts_what_the_reduced_one_did(tmp_path):
+    model, blocks = trained_with_few_words()
+    ids = [7 * number for number in range(60)]
+    full = expand_vocabulary(model, ids, 500, blocks)
+    assert model.training and full.config.vocab_size == 500
+    assert full.config.eos_token_id == full.config.bos_token_id == 21
+    moved = torch.tensor(ids)
+    with torch.no_grad():
+        few = model.eval()(input_ids=blocks).logits
+        many = full(input_ids=moved[blocks]).logits
+    assert torch.allclose(many[..., moved], few, atol=1e-5)
+    # What the 440 words that were added take away from the others, in nats per token.
+    taken = -many.log_softmax(-1)[..., moved].logsumexp(-1)
+    assert taken.mean() < 0.01
+    full.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=moved[blocks]).logits, many)
+
+
+def test_a_vocabulary_is_not_expanded_by_ids_of_another():
+    model, blocks = trained_with_few_words(tie=False)
+    with pytest.raises(ValueError, match="59 ids up to 58 do not fit 60 rows"):
+        expand_vocabulary(model, range(59), 500, blocks)
+    with pytest.raises(ValueError, match="not"):
+        expand_vocabulary(model, range(60), 59, blocks)
+    with pytest.raises(ValueError, match="tied"):
+        expand_vocabulary(model, range(60), 500, blocks)

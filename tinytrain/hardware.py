@@ -8,6 +8,7 @@ a short list of facts about processors that will have to grow as they do.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -19,6 +20,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
+
+
+class Hardware(NamedTuple):
+    """What a machine offers for training."""
+
+    name: str
+    memory: int  # bytes that training may use, on the GPU if there is one
+    precision: str  # see `choose_precision`
+    tflops: float  # 10^12 operations a second in matrix products of that precision
+    disk: int | None = None  # free bytes
+
+
+# Dense peaks with float32 sums, as the makers state them.
+KNOWN_GPUS = (
+    Hardware("T4", 16 * 10**9, "fp16", 65),
+    Hardware("L4", 24 * 10**9, "bf16", 121),
+    Hardware("RTX 4090", 24 * 10**9, "bf16", 165),
+    Hardware("A100-40G", 40 * 10**9, "bf16", 312),
+    Hardware("H100-80G", 80 * 10**9, "bf16", 989),
+)
 
 
 class Precision(NamedTuple):
@@ -181,8 +202,6 @@ def hardware_report(path: str | Path = ".") -> dict[str, str]:
     flags = cpu_flags()
     known = ("avx2", "avx512f", "avx512_f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "feat_bf16")
     memory = psutil.virtual_memory()
-    folder = Path(path).absolute()
-    folder = next((part for part in (folder, *folder.parents) if part.exists()), Path.cwd())
     precision = choose_precision()
     return {
         "Python": platform.python_version(),
@@ -198,10 +217,70 @@ def hardware_report(path: str | Path = ".") -> dict[str, str]:
         "GPU driver": next(iter(_nvidia_smi("driver_version")), "none"),
         "PyTorch": torch.__version__,
         "CUDA of PyTorch": torch.version.cuda or "none",
-        "free disk": _gigabytes(shutil.disk_usage(folder).free),
+        "free disk": _gigabytes(shutil.disk_usage(_existing(path)).free),
         "precision": precision.name,
         "because": precision.reason,
     }
+
+
+def this_hardware(path: str | Path = ".") -> Hardware:
+    """Return what this machine offers, its speed measured in half a second.
+
+    Parameters
+    ----------
+    path : str or Path
+        Where the run will write; need not exist yet.
+
+    Returns
+    -------
+    Hardware
+    """
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        name, memory = gpu.name, gpu.total_memory
+    else:
+        name, memory = _cpu_name(), _memory_limit(psutil.virtual_memory().total)
+    precision = choose_precision().name
+    speed = matmul_tflops(precision)
+    return Hardware(name, memory, precision, speed, shutil.disk_usage(_existing(path)).free)
+
+
+def peak_memory(reset: bool = False) -> int:
+    """Return the most memory that this process has used so far, in bytes.
+
+    Parameters
+    ----------
+    reset : bool
+        Count from now on. Possible on a GPU and on Linux; elsewhere the count goes on.
+
+    Returns
+    -------
+    int
+        What PyTorch has reserved on the GPU, if it uses one; else resident memory.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_reserved()
+    if reset:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -> float:
@@ -254,6 +333,12 @@ def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -
     while (elapsed := measure(products)) < seconds / 2:
         products *= 2
     return products * 2 * size**3 / elapsed / 1e12
+
+
+def _existing(path: str | Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    folder = Path(path).absolute()
+    return next((part for part in (folder, *folder.parents) if part.exists()), Path.cwd())
 
 
 def _gpus() -> str:

@@ -9,9 +9,14 @@ kernels too and remains an estimate.
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -180,6 +185,119 @@ def build_model(config: Qwen2Config, seed: int = 0) -> Qwen2ForCausalLM:
     return model
 
 
+def compile_layers(model: PreTrainedModel) -> None:
+    """Let torch.compile fuse what happens inside each layer between the matrix products.
+
+    The layers are alike, so that one compilation serves all of them: a quarter of a minute on a
+    laptop, once. Afterwards a training step is faster and keeps less for the backward pass. Only
+    training is compiled; evaluation and generation, with their changing lengths, run as before.
+    The weights and their names stay as they are. Where compiling fails, for example for want of a
+    C++ compiler, PyTorch says so and the layers run uncompiled.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        One whose layers are ``model.model.layers``, such as Qwen2 or Llama. Changed in place.
+    """
+    import torch
+
+    torch._dynamo.config.suppress_errors = True
+    kind = type(model.model.layers[0])
+    compiled = torch.compile(kind.forward)
+
+    @functools.wraps(kind.forward)
+    def forward(self, *args: Any, **kwargs: Any):
+        return (compiled if self.training else kind.forward)(self, *args, **kwargs)
+
+    # A class of its own, as in tinytrain.loss: copies of the model keep their own parts.
+    faster = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    for layer in model.model.layers:
+        layer.__class__ = faster
+
+
+def expand_vocabulary(
+    model: Qwen2ForCausalLM, ids: Sequence[int], vocab_size: int, blocks: Sequence[Sequence[int]]
+) -> Qwen2ForCausalLM:
+    """Give a model that was trained with a reduced vocabulary the rows of the full one again.
+
+    The result works with the original tokenizer, and scores the words it was trained on as the
+    model did. All the rows it adds are one vector: the one that takes the least probability away
+    from those words on some text. Training with all rows drives them there too, slowly.
+
+    Parameters
+    ----------
+    model : transformers.Qwen2ForCausalLM
+        The trained model, with tied embeddings. It stays as it is.
+    ids : sequence of int
+        Where each of its rows belongs, from `tinytrain.tokenization.original_ids`.
+    vocab_size : int
+        Rows of the result.
+    blocks : sequence
+        Token blocks of the text, of shape (blocks, context_length): some thousand tokens, at least
+        several times the model's width.
+
+    Returns
+    -------
+    transformers.Qwen2ForCausalLM
+        On the CPU, in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        If ids and rows do not fit, or the embeddings are not tied.
+    """
+    import torch
+
+    rows = model.get_input_embeddings().weight.detach().float().cpu()
+    if len(ids) != len(rows) or max(ids) >= vocab_size:
+        raise ValueError(
+            f"{len(ids)} ids up to {max(ids)} do not fit {len(rows)} rows of the model and "
+            f"{vocab_size} of the result"
+        )
+    if not model.config.tie_word_embeddings:
+        raise ValueError("expand_vocabulary is for tied embeddings, and this model's are not")
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        inputs = torch.as_tensor(blocks, device=model.device)
+        hidden = model.model(input_ids=inputs).last_hidden_state.flatten(0, 1).float().cpu()
+        known = torch.cat([(part @ rows.T).logsumexp(-1) for part in hidden.split(512)])
+    model.train(training)
+
+    config = copy.deepcopy(model.config)
+    config.vocab_size = vocab_size
+    config.bos_token_id = config.eos_token_id = ids[model.config.eos_token_id]
+    full = torch.empty(vocab_size, rows.shape[1])
+    full[:] = _never_written(hidden, known, max(1, vocab_size - len(ids)))
+    full[torch.as_tensor(ids)] = rows
+    expanded = build_model(config)
+    tables = {"model.embed_tokens.weight": full, "lm_head.weight": full}
+    expanded.load_state_dict(model.state_dict() | tables)
+    return expanded.eval()
+
+
+def _never_written(hidden: torch.Tensor, known: torch.Tensor, words: int) -> torch.Tensor:
+    """Return the row that, given to so many words, adds least to the loss of all positions.
+
+    ``hidden`` has shape (positions, width); ``known`` is the logarithm of the summed powers of the
+    scores of all other words. The loss is convex in the row, so that the best one is found.
+    """
+    import torch
+
+    row = torch.zeros(hidden.shape[1], requires_grad=True)
+    search = torch.optim.LBFGS([row], max_iter=200, line_search_fn="strong_wolfe")
+
+    def added_loss() -> torch.Tensor:
+        search.zero_grad()
+        added = hidden @ row + math.log(words) - known
+        loss = torch.nn.functional.softplus(added).mean()
+        loss.backward()
+        return loss
+
+    search.step(added_loss)
+    return row.detach()
+
+
 def count_parameters(config: Qwen2Config) -> dict[str, int]:
     """Count the parameters of a Qwen2 model by component, exactly, without building it.
 
@@ -213,11 +331,12 @@ def training_memory(
     context_length: int,
     precision: str = "float32",
     loss_rows: int | None = None,
+    compiled: bool = False,
+    optimizer: str = "adamw",
 ) -> dict[str, int]:
     """Estimate the memory of a training step by component, without building the model.
 
-    For AdamW, without gradient checkpointing. In
-    mixed precision the weights, their gradients and the optimizer remain float32; autocast makes
+    In mixed precision the weights, their gradients and the optimizer remain float32; autocast makes
     half-precision copies for the matrix products. The sum is what is held when the backward pass
     begins, in any but the first step. Not counted: the CUDA context or Python's libraries (some
     hundred MB), the kernels' scratch space, fragmentation.
@@ -235,11 +354,15 @@ def training_memory(
     loss_rows : int, optional
         Positions that `tinytrain.loss` scores at once; None for the loss as ``Qwen2ForCausalLM``
         computes it, from all scores.
+    compiled : bool
+        Whether `compile_layers` is used.
+    optimizer : {"adamw", "muon"}
+        Muon keeps one running average of each of the layers' matrices, AdamW two of everything.
 
     Returns
     -------
     dict of str to int
-        Bytes: ``weights``, ``gradients``, ``optimizer`` (AdamW's two averages), ``activations``
+        Bytes: ``weights``, ``gradients``, ``optimizer`` (running averages), ``activations``
         (what the forward pass keeps for the backward pass), ``logits`` (a score for every word of
         the vocabulary at every position, with what the loss makes of it) and ``total``.
 
@@ -261,8 +384,10 @@ def training_memory(
 
     Attention scores are not kept (scaled dot-product attention computes them anew). Logits take 12
     bytes each in all precisions: when the backward pass begins, the float32 log-probabilities and
-    two float32 gradients exist together. With ``loss_rows`` a slice takes 8 (a score and its
-    gradient), and the gradient of the output matrix waits for the rest of the backward pass.
+    two float32 gradients exist together. With ``loss_rows`` only a slice of them exists, which
+    becomes its own gradient, and the gradient of the output matrix waits for the rest of the
+    backward pass. Compiled layers keep their input and the results of matrix products and
+    attention, and make the rest again.
 
     Measured on a CPU, two steps of several small models came within 3% of this where freed memory
     went back to the system at once, and to 1.5 times this with the allocator Linux has by default.
@@ -280,20 +405,30 @@ def training_memory(
         + size * (2 * query + 2 * key_value)
         + 4 * size * config.intermediate_size
     )
+    if compiled:
+        # The input; queries and the attention's inputs and output, and likewise keys and values;
+        # the output, gate, up and down products.
+        products = size * (3 * query + 4 * key_value + 2 * hidden + 2 * config.intermediate_size)
+        kept = config.num_hidden_layers * (4 * hidden + products)
+    else:
+        kept = config.num_hidden_layers * per_layer
     last_norm = 2 * 4 * hidden + size * hidden
-    activations = tokens * (config.num_hidden_layers * per_layer + last_norm)
+    activations = tokens * (kept + last_norm)
     if mixed:  # autocast's copies of the matrices (norms and biases are too small to matter)
         activations += size * parameters
+    averages = 2 * parameters
+    if optimizer == "muon":
+        averages -= sum(rows * columns for rows, columns in _matrices(config))
     memory = {
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
-        "optimizer": 2 * 4 * parameters,
+        "optimizer": 4 * averages,
         "activations": activations,
         "logits": 12 * tokens * config.vocab_size,
     }
     if loss_rows:
-        slice_ = 8 * min(loss_rows, tokens) * config.vocab_size
-        memory["logits"] = slice_ + 4 * config.vocab_size * hidden
+        scores = size * min(loss_rows, tokens) + 4 * min(loss_rows, tokens, 128)
+        memory["logits"] = config.vocab_size * (scores + size * hidden)
     return memory | {"total": sum(memory.values())}
 
 
@@ -334,6 +469,192 @@ def flops_per_token(config: Qwen2Config, context_length: int) -> dict[str, int]:
     }
     flops = {name: 3 * 2 * number for name, number in multiplications.items()}
     return flops | {"total": sum(flops.values())}
+
+
+def _matrices(config: Qwen2Config) -> list[tuple[int, int]]:
+    """Return the shapes of all matrices in the layers."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key_value = _attention_widths(config)
+    layer = [(query, hidden), (key_value, hidden), (key_value, hidden), (hidden, query)]
+    return (layer + [(inner, hidden), (inner, hidden), (hidden, inner)]) * config.num_hidden_layers
+
+
+def optimizer_flops(config: Qwen2Config, optimizer: str = "adamw") -> int:
+    """Count the operations of the matrix products in one step of the optimiser.
+
+    Parameters
+    ----------
+    config : transformers.Qwen2Config
+        Of any size.
+    optimizer : {"adamw", "muon"}
+        AdamW multiplies no matrices. Muon's five rounds take ``4 m m n + 2 m m m`` each for a
+        matrix of sides ``m <= n``.
+
+    Returns
+    -------
+    int
+    """
+    if optimizer != "muon":
+        return 0
+    sides = [sorted(shape) for shape in _matrices(config)]
+    return sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sides)
+
+
+# The Chinese Wikipedia of the guide: 524 MB of UTF-8 and JSON, in which a character takes about
+# three bytes, and 0.7 tokens of Qwen2.5 a character. Known exactly once it is tokenized.
+WIKIPEDIA_TOKENS = 120_000_000
+USUAL_SHARE = 0.4  # of a chip's peak that training reaches, before a probe says better
+LIBRARIES = 600_000_000  # bytes of Python, torch and transformers; on a GPU, of the CUDA context
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take. Bytes, seconds and operations; `row` writes them for reading."""
+
+    recipe: str
+    hardware: str
+    parameters: dict[str, int]
+    memory: dict[str, int]  # while training, by component, with their sum as "total"
+    fits: bool  # into the memory of the hardware, and onto its disk
+    steps: int
+    tokens: int  # that are learned from
+    flops: float
+    seconds: float
+    disk: dict[str, int]
+    probed: bool  # whether a few real steps have corrected memory and time
+
+    def row(self) -> dict[str, str]:
+        """Return the estimate as a row of a table."""
+        return {
+            "recipe": self.recipe,
+            "on": self.hardware,
+            "parameters": f"{self.parameters['total'] / 1e6:,.1f}M",
+            "memory": f"{self.memory['total'] / 1e9:.1f} GB",
+            "fits": "yes" if self.fits else "no",
+            "tokens": f"{self.tokens / 1e6:,.1f}M",
+            "operations": f"{self.flops:.1e}",
+            "time": _duration(self.seconds),
+            "disk": f"{self.disk['total'] / 1e9:.1f} GB",
+            "by": "probe" if self.probed else "arithmetic",
+        }
+
+
+def estimate(
+    recipe: Recipe,
+    hardware: Any,
+    config: Qwen2Config | None = None,
+    tokens: int | None = None,
+    step_seconds: float | None = None,
+    peak_memory: int | None = None,
+) -> Estimate:
+    """Estimate what a run takes before it starts.
+
+    Without a probe, time is the operations over 0.4 of the hardware's peak, which may be wrong by a
+    factor of two either way; parameters are exact. With the time and the memory of a few real steps
+    (`tinytrain.steps.probe`) only the number of steps is left to multiply.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The numbers of the run.
+    hardware : tinytrain.hardware.Hardware
+        This machine, or one of ``KNOWN_GPUS``.
+    config : transformers.Qwen2Config, optional
+        The model; by default what the recipe says, with as many words as it asks for.
+    tokens : int, optional
+        Tokens of the training half; by default about those of the Chinese Wikipedia. Only used
+        where epochs, not ``max_steps``, decide the length.
+    step_seconds : float, optional
+        Measured time of a step.
+    peak_memory : int, optional
+        Measured bytes of the process, or of the GPU.
+
+    Returns
+    -------
+    Estimate
+
+    Examples
+    --------
+    >>> from tinytrain.hardware import KNOWN_GPUS
+    >>> from tinytrain.recipes import RECIPES
+    >>> estimate(RECIPES["seed"], KNOWN_GPUS[0]).fits  # the guide's model on a T4
+    False
+    """
+    if config is None:
+        config = qwen2_config(
+            recipe.vocab_size or 151_665,
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.intermediate_size,
+            num_hidden_layers=recipe.num_hidden_layers,
+            num_attention_heads=recipe.num_attention_heads,
+            num_key_value_heads=recipe.num_key_value_heads,
+            context_length=recipe.context_length,
+            eos_token_id=0,
+        )
+    parameters = count_parameters(config)
+    memory = training_memory(
+        config,
+        recipe.batch_size,
+        recipe.context_length,
+        recipe.precision or hardware.precision,
+        recipe.loss_rows,
+        recipe.compile,
+        recipe.optimizer,
+    )
+    memory["libraries"] = LIBRARIES
+    if peak_memory is not None:
+        memory["measured"] = peak_memory
+    memory["total"] = peak_memory or memory["total"] + LIBRARIES
+
+    if recipe.max_steps > 0:
+        steps = recipe.max_steps
+    else:
+        steps = math.ceil(recipe.epochs * (tokens or WIKIPEDIA_TOKENS) / recipe.tokens_per_step)
+    per_token = flops_per_token(config, recipe.context_length)["total"]
+    step_flops = recipe.tokens_per_step * per_token + optimizer_flops(config, recipe.optimizer)
+    held_out = recipe.eval_blocks or (
+        recipe.test_size * (tokens or WIKIPEDIA_TOKENS) // recipe.context_length
+    )
+    evaluations = steps // recipe.eval_steps
+    # An evaluation is a forward pass, a third of the work.
+    eval_flops = evaluations * held_out * recipe.context_length * per_token / 3
+    flops = steps * step_flops + eval_flops
+    if step_seconds is None:
+        seconds = flops / (USUAL_SHARE * hardware.tflops * 1e12)
+    else:
+        seconds = flops / step_flops * step_seconds
+    # A checkpoint holds the weights and the optimiser; the model is kept once more at the end.
+    checkpoint = memory["weights"] + memory["optimizer"]
+    disk = {
+        "checkpoints": (recipe.save_total_limit + 1) * checkpoint,  # the new one before the oldest
+        "model": memory["weights"],
+        "blocks": 4 * (tokens or steps * recipe.tokens_per_step),
+    }
+    disk["total"] = sum(disk.values())
+    enough_disk = hardware.disk is None or disk["total"] <= hardware.disk
+    return Estimate(
+        recipe=recipe.name,
+        hardware=hardware.name,
+        parameters=parameters,
+        memory=memory,
+        fits=memory["total"] <= hardware.memory and enough_disk,
+        steps=steps,
+        tokens=steps * recipe.tokens_per_step,
+        flops=flops,
+        seconds=seconds,
+        disk=disk,
+        probed=step_seconds is not None,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.0f} days"
 
 
 def _attention_widths(config: Qwen2Config) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -266,6 +268,25 @@ class LossGuard(TrainerCallback):
 def _listed(numbers: Sequence[int]) -> str:
     shown = ", ".join(f"{number:,}" for number in numbers[:8])
     return shown + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+
+
+class StepClock(TrainerCallback):
+    """Measures how long a step of the optimiser takes."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Begin to count."""
+        self.times = [time.perf_counter()]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Note the time, when the GPU too is done."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """Return the median time of a step; the first two, which are slower, do not count."""
+        ends = self.times[2:] if len(self.times) > 3 else self.times
+        return statistics.median(end - start for start, end in itertools.pairwise(ends))
 
 
 class CheckpointKeeper(TrainerCallback):
