@@ -23,10 +23,12 @@ def smoke(tmp_path_factory):
     from tinytrain.recipes import RECIPES
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINYTRAIN_RUNS", str(tmp_path_factory.mktemp("runs")))
+        runs = tmp_path_factory.mktemp("runs")
+        patch.setenv("TINYTRAIN_RUNS", str(runs))
         recipe = RECIPES["smoke"]
         return SimpleNamespace(
             recipe=recipe,
+            runs=runs,
             split=steps.get_split(recipe),
             tokenizer=steps.get_tokenizer(recipe),
             blocks=steps.get_blocks(recipe),

@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tinytrain import steps
+from tinytrain.callbacks import read_history
 from tinytrain.recipes import RECIPES
 
 
@@ -120,10 +122,13 @@ def test_a_relative_path_is_found_from_the_notebooks_folder(tmp_path, monkeypatc
 
 def test_the_guides_numbers_reach_the_model():
     config = steps.get_config(RECIPES["seed"])
-    from tinytrain.modeling import count_parameters
+    from tinytrain.hardware import KNOWN_GPUS
+    from tinytrain.modeling import count_parameters, estimate
 
     assert count_parameters(config)["total"] == 123_287_552
-    assert count_parameters(steps.get_config(RECIPES["wiki"]))["total"] == 123_287_552
+    # Recipe "wiki" has the same layers, and fewer rows.
+    wiki = estimate(RECIPES["wiki"], KNOWN_GPUS[0]).parameters["total"]
+    assert wiki + (151_665 - 32_768) * 512 == 123_287_552
     assert count_parameters(steps.get_config(RECIPES["qwen-0.5b"]))["total"] == 494_032_768
 
 
@@ -147,3 +152,47 @@ def test_the_summary_is_one_file(mine):
     path = steps.save_summary(mine, held_out_loss=1.5)
     assert json.loads(path.read_text(encoding="utf-8"))["held_out_loss"] == 1.5
     assert os.listdir(path.parent) == ["summary.json"]
+
+
+@pytest.fixture
+def built_in(smoke, monkeypatch):
+    """Recipe ``smoke`` in the folder where its text is built already."""
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(smoke.runs))
+    return smoke.recipe
+
+
+def test_the_model_of_a_recipe_saves_what_the_recipe_says(built_in):
+    plain = steps.get_model(replace(built_in, loss_rows=None))
+    saving = steps.get_model(replace(built_in, loss_rows=16))
+    ids = torch.arange(40)[None]
+    assert plain(input_ids=ids, labels=ids).logits is not None
+    assert saving(input_ids=ids, labels=ids).logits is None
+    assert torch.equal(plain(ids).logits, saving(ids).logits)
+
+
+def test_a_probe_measures_and_leaves_nothing(built_in):
+    before = modified(steps.run_folder(built_in))
+    seconds, peak = steps.probe(built_in, "float32", steps=4)
+    assert 0.001 < seconds < 60
+    assert 100_000_000 < peak < 100_000_000_000
+    assert modified(steps.run_folder(built_in)) == before
+
+
+def test_training_for_some_seconds_plans_its_schedule_for_them(built_in, tmp_path):
+    short, longer = (steps.train_for(built_in, seconds, tmp_path / "run") for seconds in (0.01, 5))
+    assert short.state.global_step == 2 < longer.state.global_step
+    assert longer.evaluate()["eval_loss"] < short.evaluate()["eval_loss"]
+    # The rate has fallen to nearly nothing at the end.
+    lines = read_history(tmp_path / "run")
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert rates[-1] < 0.1 * max(rates)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["history.jsonl"]
+
+
+def test_qwens_words_can_be_reduced_by_the_recipe(mine):
+    recipe = replace(mine, tokenizer="qwen2.5", vocab_size=600)
+    tokenizer = steps.get_tokenizer(recipe)
+    assert len(tokenizer) <= 600 and steps.get_config(recipe).vocab_size == len(tokenizer)
+    assert len(steps.get_tokenizer(replace(recipe, vocab_size=None))) == 151_665
+    padded = replace(recipe, vocab_size=151_936)
+    assert steps.get_config(padded).vocab_size == 151_936

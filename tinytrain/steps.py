@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,9 @@ from tinytrain.recipes import WATCHED_ONLY, Recipe
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-    from transformers import PreTrainedTokenizerBase, Qwen2Config
+    from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+    from tinytrain.training import GuardedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +163,7 @@ def _split_inputs(recipe: Recipe, path: Path) -> dict[str, Any]:
 
 
 def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a recipe: Qwen2.5's, or one trained on the training half.
+    """Return the tokenizer of a recipe: Qwen2.5's, whole or reduced, or one of the text's own.
 
     Parameters
     ----------
@@ -172,21 +174,33 @@ def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     -------
     transformers.PreTrainedTokenizerBase
     """
-    if recipe.tokenizer == "qwen2.5":
-        return tokenization.qwen_tokenizer()
-    if recipe.tokenizer != "own":
+    if recipe.tokenizer not in ("qwen2.5", "own"):
         raise ValueError(f"tokenizer {recipe.tokenizer!r} is neither 'qwen2.5' nor 'own'")
+    if recipe.tokenizer == "qwen2.5" and not _is_reduced(recipe):
+        return tokenization.qwen_tokenizer()
 
     def build(folder: Path, inputs: dict[str, Any]) -> None:
         texts = get_split(recipe)["train"]["text"]
-        tokenization.train_tokenizer(texts, recipe.vocab_size).save_pretrained(folder)
+        if recipe.tokenizer == "own":
+            tokenizer = tokenization.train_tokenizer(texts, recipe.vocab_size)
+        else:
+            qwen = tokenization.qwen_tokenizer()
+            tokenizer = tokenization.reduce_tokenizer(qwen, texts, recipe.vocab_size)
+        tokenizer.save_pretrained(folder)
 
     inputs = {
         "split": _split_inputs(recipe, get_text(recipe)),
+        "tokenizer": recipe.tokenizer,
         "vocab_size": recipe.vocab_size,
         "code": _code(tokenization),
     }
     return tokenization.load_tokenizer(_keep(run_folder(recipe) / "tokenizer", inputs, build))
+
+
+def _is_reduced(recipe: Recipe) -> bool:
+    """Tell whether the recipe keeps only some words of Qwen2.5's vocabulary."""
+    size = recipe.vocab_size
+    return recipe.tokenizer == "qwen2.5" and size is not None and size < tokenization.QWEN_WORDS
 
 
 def get_blocks(recipe: Recipe) -> DatasetDict:
@@ -238,10 +252,11 @@ def get_config(recipe: Recipe) -> Qwen2Config:
     transformers.Qwen2Config
     """
     tokenizer = get_tokenizer(recipe)
-    # A small text may not have enough merges for the vocabulary that the recipe asks for.
-    own = recipe.tokenizer == "own"
+    # A small text may not have the words for the vocabulary that the recipe asks for. More rows
+    # than words, as in the published model, are only for the whole of Qwen2.5's.
+    padded = recipe.tokenizer == "qwen2.5" and recipe.vocab_size and not _is_reduced(recipe)
     return modeling.qwen2_config(
-        vocab_size=len(tokenizer) if own or recipe.vocab_size is None else recipe.vocab_size,
+        vocab_size=recipe.vocab_size if padded else len(tokenizer),
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
         num_hidden_layers=recipe.num_hidden_layers,
@@ -250,6 +265,114 @@ def get_config(recipe: Recipe) -> Qwen2Config:
         context_length=recipe.context_length,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def get_model(recipe: Recipe) -> Qwen2ForCausalLM:
+    """Return the untrained model of a recipe, with what saves time and memory in training.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its ``seed`` decides the weights; ``loss_rows``, ``attention`` and ``compile`` how fast
+        and in how much memory they are trained.
+
+    Returns
+    -------
+    transformers.Qwen2ForCausalLM
+    """
+    from tinytrain.loss import save_loss_memory
+
+    model = modeling.build_model(get_config(recipe), seed=recipe.seed)
+    if recipe.loss_rows:
+        save_loss_memory(model, recipe.loss_rows)
+    model.set_attn_implementation(recipe.attention)
+    if recipe.compile:
+        modeling.compile_layers(model)
+    return model
+
+
+def probe(recipe: Recipe, precision: str, steps: int = 6) -> tuple[float, int]:
+    """Train for a few real steps, to correct `tinytrain.modeling.estimate`; keep nothing.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The recipe of the run.
+    precision : {"float32", "bf16", "fp16"}
+        What it will be trained in.
+    steps : int
+        Steps to make, three at least: the first two are slower and not counted.
+
+    Returns
+    -------
+    step_seconds : float
+        The median time of a step.
+    peak_memory : int
+        The most bytes in use meanwhile; see `tinytrain.hardware.peak_memory`.
+    """
+    import tempfile
+
+    from tinytrain import hardware, training
+
+    blocks, clock = get_blocks(recipe), training.StepClock()
+    halves = blocks["train"], blocks["test"]
+    make = get_optimizer(recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training.training_arguments(
+            recipe, folder, precision, max_steps=steps, save_strategy="no", eval_strategy="no"
+        )
+        model = get_model(recipe)
+        trainer = training.build_trainer(model, arguments, *halves, [clock], make_optimizer=make)
+        hardware.peak_memory(reset=True)
+        trainer.train()
+    return clock.seconds(), hardware.peak_memory()
+
+
+def train_for(recipe: Recipe, seconds: float, folder: str | Path) -> GuardedTrainer:
+    """Train a fresh model for about so many seconds, to compare recipes at equal time.
+
+    A probe tells how many steps fit in, and the learning rate falls to its end just then; a
+    warm-up takes at most a tenth of them.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The numbers of the run; its ``max_steps`` and ``epochs`` are not used.
+    seconds : float
+        Time to train.
+    folder : str or Path
+        Gets ``history.jsonl``; nothing else is kept.
+
+    Returns
+    -------
+    tinytrain.training.GuardedTrainer
+        Its ``model`` is trained; its ``evaluate()`` returns the held-out loss.
+    """
+    from tinytrain import callbacks, hardware, training
+
+    precision = hardware.choose_precision(recipe.precision).name
+    step_seconds, _ = probe(recipe, precision)
+    number = max(2, round(seconds / step_seconds))
+    recipe = replace(
+        recipe,
+        max_steps=number,
+        warmup_steps=min(recipe.warmup_steps, number // 10),
+        logging_steps=max(1, number // 50),
+    )
+    blocks, model = get_blocks(recipe), get_model(recipe)
+    few = blocks["test"].select(range(min(len(blocks["test"]), recipe.eval_blocks or 64)))
+    about = {"vocab_size": model.config.vocab_size, "name": recipe.name}
+    history = Path(folder) / "history.jsonl"
+    watching = [callbacks.HistoryCallback(history, recipe.tokens_per_step, **about)]
+    arguments = training.training_arguments(
+        recipe, folder, precision, eval_steps=number, save_strategy="no"
+    )
+    make = get_optimizer(recipe)
+    trainer = training.build_trainer(
+        model, arguments, blocks["train"], few, watching, make_optimizer=make
+    )
+    trainer.train()
+    return trainer
 
 
 def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:
@@ -276,6 +399,8 @@ def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:
         raise ValueError(f"optimizer {recipe.optimizer!r} is neither 'adamw' nor 'muon'")
 
     def make(model: Any, arguments: Any) -> Any:
+        import torch
+
         from tinytrain.optimizer import muon_adamw
 
         return muon_adamw(
@@ -284,6 +409,7 @@ def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:
             weight_decay=arguments.weight_decay,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             eps=arguments.adam_epsilon,
+            dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
         )
 
     return make
