@@ -5,7 +5,7 @@ TEST_RUNS := $(CURDIR)/build/test-runs
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=1500 --timeout=1600
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test soak lint lab notebooks clean
+.PHONY: help tutorial test soak benchmark lint lab notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -27,6 +27,24 @@ test: .venv/ready lint  ## lint, every notebook (training included) under nbval,
 
 soak: .venv/ready  ## kill a training 200 times, and train 10,000 logged steps (half an hour)
 	TINYTRAIN_KILLS=200 $(BIN)/python -m pytest -v -m "soak or not soak" -k "killed or soak" --timeout=3600 tests/test_kill_and_resume.py
+
+build/peers/ready: benchmarks/peers.txt
+	$(PYTHON) -m venv build/peers
+	build/peers/bin/python -m pip install --disable-pip-version-check -r benchmarks/peers.txt
+	# Without what it lists to run its notebooks, TensorFlow among it: its models need none of that.
+	build/peers/bin/python -m pip install --disable-pip-version-check --no-deps llms-from-scratch==1.0.19
+	@touch $@
+
+# On a text of one's own: make benchmark TEXT=my.jsonl
+benchmark: .venv/ready build/peers/ready  ## measure all that is claimed about speed and memory (1.5 hours)
+	$(BIN)/python -m benchmarks.tokenization $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.learning $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python -m benchmarks.learning --choices --seconds 90 $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.estimate
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && $(BIN)/python -m benchmarks.gpu || true
+	$(BIN)/python -m benchmarks
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -17,7 +17,6 @@ import numpy as np
 from benchmarks import ROOT, machine
 from tinytrain import callbacks, steps
 from tinytrain.hardware import choose_precision
-from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
 from tinytrain.training import build_trainer, training_arguments
 
@@ -32,8 +31,9 @@ def train_one(recipe, folder: Path, precision: str) -> list[dict[str, float]]:
         held_out = blocks["test"].select(range(recipe.eval_blocks))
         arguments = training_arguments(recipe, folder, precision, save_strategy="no")
         watching = [callbacks.HistoryCallback(path, recipe.tokens_per_step)]
-        model = build_model(steps.get_config(recipe), seed=recipe.seed)
-        build_trainer(model, arguments, blocks["train"], held_out, watching).train()
+        model, make = steps.get_model(recipe), steps.get_optimizer(recipe)
+        halves = blocks["train"], held_out
+        build_trainer(model, arguments, *halves, watching, make_optimizer=make).train()
         (folder / "done").touch()
     return callbacks.read_history(path)
 

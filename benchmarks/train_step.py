@@ -1,29 +1,38 @@
-"""One training step of the guide's model, as the guide's code makes it and as ours does.
+"""One training step: tokens a second and the peak of memory, beside what others would run.
 
-``python -m benchmarks.train_step`` trains both for some steps with the Trainer, each run in a
-process of its own and in turns, and compares tokens a second and the peak of memory. Batch
-4 x 512, the real vocabulary, random tokens: their values do not matter for the time.
+``python -m benchmarks.train_step`` trains with random tokens (their values do not matter for the
+time), each contestant in a process of its own and in turns:
+
+- the guide's model, batch 4 x 512, as the guide's code trains it and as recipe ``wiki`` does, once
+  with a row for each of the 151,665 words and once with as many as the recipe keeps;
+- the model of recipe ``pocket``, by the Trainer with its defaults, by litgpt and by
+  llms-from-scratch (see ``benchmarks/peers.py``; `make benchmark` installs them) and by ours, with
+  AdamW like the others, once compiled as litgpt's is, and with the recipe's own optimiser.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from dataclasses import replace
+from pathlib import Path
 
-from benchmarks import ROOT, save
+from benchmarks import ROOT, peers, save
 
-BATCH, CONTEXT, STEPS, ROUNDS = 4, 512, 3, 3
-QUICK = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+STEPS, ROUNDS = 6, 3
+PEERS_PYTHON = ROOT / "build" / "peers" / "bin" / "python"
+GUIDE, POCKET = {"batch": 4, "context": 512}, {"batch": 8, "context": 256}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-def guide(folder: str, quick: bool):
-    """Set up the Trainer as the guide does: its model, its collator, bf16 only on a GPU."""
+def plain(recipe, folder: str, batch: int, context: int):
+    """Set up the Trainer with its defaults, and the guide's collator."""
     import torch
     from transformers import (
         DataCollatorForLanguageModeling,
@@ -34,131 +43,175 @@ def guide(folder: str, quick: bool):
 
     from tinytrain.tokenization import qwen_tokenizer
 
-    model = Qwen2ForCausalLM(_config(quick))
     tokenizer = qwen_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     arguments = TrainingArguments(
         folder,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=batch,
         learning_rate=2e-5,
-        lr_scheduler_type="cosine",
-        warmup_steps=200,
-        weight_decay=0.1,
         max_steps=STEPS,
-        bf16=torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),  # the guide's choice; the Trainer's default is float32
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
     return Trainer(
-        model=model,
+        model=Qwen2ForCausalLM(_config(recipe)),
         args=arguments,
-        train_dataset=_blocks(),
+        train_dataset=_blocks(recipe, batch, context),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
 
 
-def ours(folder: str, quick: bool):
-    """Set up the Trainer as recipe ``wiki`` does, in the precision that suits this machine."""
+def ours(recipe, folder: str, batch: int, context: int):
+    """Set up the Trainer as notebook 05 does."""
+    from tinytrain import modeling, steps
     from tinytrain.hardware import choose_precision
     from tinytrain.loss import save_loss_memory
-    from tinytrain.modeling import build_model
-    from tinytrain.recipes import RECIPES
     from tinytrain.training import build_trainer, training_arguments
 
-    recipe = RECIPES["wiki"]
-    model = build_model(_config(quick))
-    save_loss_memory(model, recipe.loss_rows)
+    model = modeling.build_model(_config(recipe))
+    if recipe.loss_rows:
+        save_loss_memory(model, recipe.loss_rows)
+    model.set_attn_implementation(recipe.attention)
+    if recipe.compile:
+        modeling.compile_layers(model)
     arguments = training_arguments(
         recipe,
         folder,
         choose_precision(recipe.precision).name,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=batch,
         gradient_accumulation_steps=1,
         max_steps=STEPS,
         save_strategy="no",
         eval_strategy="no",
     )
-    return build_trainer(model, arguments, _blocks(), _blocks())
+    blocks = _blocks(recipe, batch, context)
+    make = steps.get_optimizer(recipe)
+    return build_trainer(model, arguments, blocks, blocks, make_optimizer=make)
 
 
-def _config(quick: bool):
-    from tinytrain import steps
+def _config(recipe):
+    from tinytrain.modeling import qwen2_config
+
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "context_length")
+    numbers = {name: getattr(recipe, name) for name in names}
+    return qwen2_config(recipe.vocab_size or 151_665, eos_token_id=0, **numbers)
+
+
+def _blocks(recipe, batch: int, context: int):
+    import numpy as np
+
+    shape = (batch * STEPS, context)
+    ids = np.random.default_rng(0).integers(recipe.vocab_size or 151_665, size=shape)
+    return [{"input_ids": row.tolist()} for row in ids]
+
+
+def contestants(quick: bool) -> dict:
+    """Return what is measured: name, how to set it up, the recipe, batch and context."""
     from tinytrain.recipes import RECIPES
 
-    config = steps.get_config(RECIPES["seed"])  # the guide's, with the repair that lets it save
+    seed, wiki, pocket = (RECIPES[name] for name in ("seed", "wiki", "pocket"))
     if quick:
-        config.update(QUICK | {"layer_types": config.layer_types[:2]})
-    return config
-
-
-def _blocks():
-    import numpy as np
-    from datasets import Dataset
-
-    ids = np.random.default_rng(0).integers(151_643, size=(BATCH * STEPS, CONTEXT))
-    return Dataset.from_dict({"input_ids": ids})
+        seed, wiki, pocket = (replace(recipe, **TINY) for recipe in (seed, wiki, pocket))
+    # Muon pays at the recipe's batch, not at one of 4 blocks; the peers use AdamW too.
+    wiki = replace(wiki, optimizer="adamw")
+    return {
+        "guide": (plain, seed, GUIDE),
+        "all words": (ours, replace(wiki, vocab_size=None), GUIDE),
+        "kept words": (ours, wiki, GUIDE),
+        "Trainer": (plain, pocket, POCKET),
+        "pocket": (ours, replace(pocket, optimizer="adamw"), POCKET),
+        "pocket, compiled": (ours, replace(pocket, optimizer="adamw", compile=True), POCKET),
+        "pocket, its optimiser": (ours, pocket, POCKET),
+        "litgpt": None,
+        "llms-from-scratch": None,
+    }
 
 
 def measure(name: str, quick: bool) -> dict[str, float]:
-    """Train here; return the tokens a second, without the first step, and the peak in GB."""
-    import torch
-    from transformers import TrainerCallback
+    """Train here; return the tokens a second, without the first steps, and the peak in GB."""
+    from tinytrain.hardware import peak_memory
+    from tinytrain.training import StepClock
 
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
-
+    set_up, recipe, shape = contestants(quick)[name]
+    clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = {"guide": guide, "ours": ours}[name](folder, quick)
-        trainer.add_callback(Clock())
+        trainer = set_up(recipe, folder, **shape)
+        trainer.add_callback(clock)
         trainer.train()
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 1e9
+    tokens = shape["batch"] * shape["context"]
+    return {"tokens_per_second": tokens / clock.seconds(), "peak": peak_memory() / 1e9}
+
+
+def measured_elsewhere(name: str, quick: bool) -> dict[str, float]:
+    """Measure in a process of its own, with the peers' Python where it is one of theirs."""
+    if name in peers.MODELS:
+        command = [str(PEERS_PYTHON), str(Path(peers.__file__)), name]
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    seconds = (times[-1] - times[0]) / (len(times) - 1)
-    return {"tokens_per_second": BATCH * CONTEXT / seconds, "peak": peak}
+        command = [sys.executable, "-m", "benchmarks.train_step", "--run", name]
+        command += ["--quick"] if quick else []
+    shown = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(shown.stdout.splitlines()[-1])
+
+
+COMPARISONS = [
+    # ours, peer, what is compared, goal, in words
+    ("all words", "guide", "tokens_per_second", 2.5, "guide's model, all 151,665 words"),
+    ("all words", "guide", "peak", 0.4, "guide's model, all 151,665 words"),
+    ("kept words", "guide", "tokens_per_second", 2.5, "guide's model, wiki's words"),
+    ("kept words", "guide", "peak", 0.4, "guide's model, wiki's words"),
+    ("pocket", "Trainer", "tokens_per_second", 1.5, "pocket's model"),
+    ("pocket, compiled", "litgpt", "tokens_per_second", 1.3, "pocket's model, compiled as well"),
+    ("pocket", "llms-from-scratch", "tokens_per_second", 1.3, "pocket's model"),
+    ("pocket, its optimiser", "Trainer", "tokens_per_second", None, "pocket's model with Muon"),
+]
+PEER_NAMES = {
+    "guide": "the guide's code, with the repair that lets it save",
+    "Trainer": "the Trainer with its defaults",
+    "litgpt": "litgpt, as its pretrain does on a CPU: float32, compiled",
+    "llms-from-scratch": "llms-from-scratch, its Llama with its training step",
+}
 
 
 def main() -> None:
     """Measure in turns, print the table and keep it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny model, once")
-    parser.add_argument("--run", choices=["guide", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="tiny models, once")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         print(json.dumps(measure(options.run, options.quick)))
         return
-    results: dict[str, list[dict[str, float]]] = {"guide": [], "ours": []}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in contestants(options.quick)}
+    for name in peers.MODELS:
+        if options.quick or not PEERS_PYTHON.exists():
+            print(f"{name} is left out: `make benchmark` installs it in build/peers")
+            del results[name]
     for _ in range(1 if options.quick else ROUNDS):
         for name, found in results.items():
-            command = [sys.executable, "-m", "benchmarks.train_step", "--run", name]
-            command += ["--quick"] if options.quick else []
-            shown = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-            found.append(json.loads(shown.stdout.splitlines()[-1]))
+            found.append(measured_elsewhere(name, options.quick))
             print(name, found[-1], flush=True)
     rows = []
-    for key, what, goal, better in (
-        ("tokens_per_second", "tokens/s", 2.5, lambda ratio, goal: ratio >= goal),
-        ("peak", "peak memory in GB", 0.4, lambda ratio, goal: ratio <= goal),
-    ):
-        mine, theirs = (statistics.median(r[key] for r in results[n]) for n in ("ours", "guide"))
+    for mine, theirs, key, goal, model in COMPARISONS:
+        if theirs not in results:
+            continue
+        numbers = [statistics.median(r[key] for r in results[name]) for name in (mine, theirs)]
+        ratio = numbers[0] / numbers[1]
+        fast = key == "tokens_per_second"
         rows.append(
             {
-                "measure": f"guide's model, batch {BATCH} x {CONTEXT}: {what}",
-                "ours": round(mine, 2),
-                "peer": round(theirs, 2),
-                "peer_name": "the guide's code, with the repair that lets it save",
-                "ratio": round(mine / theirs, 3),
+                "measure": f"{model}: {'tokens/s' if fast else 'peak memory in GB'}",
+                "ours": round(numbers[0], 2),
+                "peer": round(numbers[1], 2),
+                "peer_name": PEER_NAMES[theirs],
+                "ratio": round(ratio, 3),
                 "goal": goal,
-                "met": better(mine / theirs, goal),
+                "met": None if goal is None else (ratio >= goal if fast else ratio <= goal),
             }
         )
+    assert all(math.isfinite(row["ratio"]) for row in rows)
     save("train_step", rows, options.quick)
 
 

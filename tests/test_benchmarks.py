@@ -6,14 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import reference
+from benchmarks.__main__ import BEGIN, table, with_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
-@pytest.mark.parametrize("name", ["overhead", "train_step"])
+NAMES = ["overhead", "train_step", "learning", "tokenization", "estimate"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_quick_look_works_and_keeps_nothing(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
     before = {path: path.read_bytes() for path in RESULTS}
@@ -29,6 +34,7 @@ def test_kept_results_say_what_was_measured_and_where(path):
     rows = json.loads(path.read_text(encoding="utf-8"))
     assert rows
     for row in rows:
+        assert row["met"] in (True, False) or row["goal"] is None
         assert {"measure", "ours", "peer", "peer_name", "ratio", "goal", "met"} <= set(row)
         assert row["machine"]["processor"] and row["machine"]["versions"]["torch"]
 
@@ -44,3 +50,22 @@ def test_a_reference_curve_is_the_range_of_its_seeds():
         "mean": [4.0, 1.5],
         "high": [5.0, 2.0],
     }
+
+
+def test_a_gpu_is_asked_for_where_there_is_none():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--quick"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert shown.returncode == 1 and "needs a CUDA GPU" in shown.stderr
+
+
+def test_the_readme_shows_the_results_that_are_kept():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert BEGIN in readme and with_table(readme) == readme
+
+
+def test_what_is_shown_is_what_was_measured():
+    for line in table().splitlines()[2:]:
+        if line.startswith("|"):
+            assert line.endswith((": yes |", ": **no** |"))

@@ -1,0 +1,135 @@
+"""What is learned in equal time: recipe ``pocket`` beside what a reader would otherwise use.
+
+``python -m benchmarks.learning --text my.jsonl`` trains models of one shape on one text, five
+minutes of training each, in turns, and compares bits per character on the held-out tenth. Every
+run plans its schedule from its own speed, so that a fast one sees more text. Without ``--text`` it
+reads the built-in text, which is too easy to tell recipes apart.
+
+``--choices`` instead changes one number of the recipe at a time, which is how they were chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import ROOT, save
+from tinytrain import steps
+from tinytrain.callbacks import read_history
+from tinytrain.evaluation import bits_per_character
+from tinytrain.recipes import RECIPES, Recipe
+from tinytrain.tokenization import tokens_per_character
+
+OURS = RECIPES["pocket"]
+# What both peers have in common: the Trainer's own loss and optimiser, float32 where no GPU is.
+PLAIN = {"optimizer": "adamw", "precision": "float32", "loss_rows": None, "adam_beta2": 0.999}
+PLAIN |= {"lr_scheduler": "cosine"}
+PEERS = {
+    # The guide's batch of 65,536 tokens would make some twenty steps in five minutes and never
+    # end its warm-up; it gets our batch.
+    "the guide's AdamW: 2e-5, cosine, 200 warm-up steps": PLAIN
+    | {"learning_rate": 2e-5, "warmup_steps": 200, "weight_decay": 0.1},
+    "AdamW at 1e-3 with cosine, 60 warm-up steps": PLAIN
+    | {"learning_rate": 1e-3, "warmup_steps": 60, "weight_decay": 0.1},
+}
+CHOICES = {
+    "AdamW, 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
+    "AdamW, 6e-3": {"optimizer": "adamw", "learning_rate": 6e-3},
+    "learning rate halved": {"learning_rate": OURS.learning_rate / 2},
+    "learning rate doubled": {"learning_rate": OURS.learning_rate * 2},
+    "batch halved": {"batch_size": OURS.batch_size // 2},
+    "batch doubled": {"batch_size": OURS.batch_size * 2},
+    "cosine": {"lr_scheduler": "cosine"},
+    "linear": {"lr_scheduler": "linear"},
+    "no warm-up": {"warmup_steps": 0},
+    "no weight decay": {"weight_decay": 0.0},
+    "beta2 0.999": {"adam_beta2": 0.999},
+    "all scores at once": {"loss_rows": None},
+    "float32": {"precision": "float32"},
+}
+
+
+def held_out_bits(model, recipe: Recipe, blocks: int = 128) -> float:
+    """Return bits per character on held-out blocks, computed in float32."""
+    split, tokens = steps.get_split(recipe), steps.get_blocks(recipe)["test"]
+    chosen = np.linspace(0, len(tokens) - 1, min(blocks, len(tokens))).astype(int)
+    model.eval()
+    losses = []
+    with torch.no_grad():
+        for start in range(0, len(chosen), 8):
+            ids = torch.tensor(tokens[chosen[start : start + 8].tolist()]["input_ids"])
+            losses.append(model(input_ids=ids, labels=ids).loss.item() * len(ids))
+    rate = tokens_per_character(steps.get_tokenizer(recipe), split["test"]["text"])
+    return bits_per_character(sum(losses) / len(chosen), rate)
+
+
+def learn(recipe: Recipe, seconds: float) -> dict[str, float]:
+    """Train for so many seconds and tell what came of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = steps.train_for(recipe, seconds, folder)
+        last = read_history(folder)[-1]
+    return {
+        "bits": held_out_bits(trainer.model, recipe),
+        "seconds": last["seconds"],
+        "tokens_per_second": last["tokens"] / last["seconds"],
+        "steps": last["step"],
+    }
+
+
+def show(name: str, found: dict[str, float]) -> None:
+    """Print what came of a run."""
+    print(
+        f"{name:52} {found['bits']:.3f} bits per character after {found['seconds']:.0f} s, "
+        f"{found['steps']} steps, {found['tokens_per_second']:,.0f} tokens/s",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Train all in turns, print the table and keep it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two seconds each, to see it work")
+    parser.add_argument("--text", help="a file with Chinese text; see TINYTRAIN_CORPUS")
+    parser.add_argument("--seconds", type=float, default=300, help="training time of each run")
+    parser.add_argument("--choices", action="store_true", help="change one number at a time")
+    parser.add_argument("--only", nargs="*", default=[], help="these choices, by name")
+    options = parser.parse_args()
+    os.environ.setdefault("TINYTRAIN_RUNS", str(ROOT / "build" / "benchmarks"))
+    base = replace(OURS, name="learning", corpus=options.text or OURS.corpus)
+    if options.quick:
+        base, options.seconds = replace(base, max_documents=300, vocab_size=1024), 2
+    ours = learn(base, options.seconds)
+    show("ours", ours)
+    peers = CHOICES if options.choices else PEERS
+    goals = dict(zip(PEERS, (0.75, 0.90), strict=True))
+    rows = []
+    for name in options.only or peers:
+        found = learn(replace(base, **peers[name]), options.seconds)
+        show(name, found)
+        ratio = ours["bits"] / found["bits"]
+        rows.append(
+            {
+                "measure": f"held-out bits per character after {options.seconds:.0f} s",
+                "ours": round(ours["bits"], 3),
+                "peer": round(found["bits"], 3),
+                "peer_name": name,
+                "ratio": round(ratio, 3),
+                "goal": goals.get(name),
+                "met": ratio <= goals[name] if name in goals else None,
+                "text": Path(base.corpus).name,
+                "runs": {"ours": ours, "peer": found},
+            }
+        )
+    save("choices" if options.choices else "learning", rows, options.quick)
+    assert all(math.isfinite(row["peer"]) for row in rows)
+
+
+if __name__ == "__main__":
+    main()
