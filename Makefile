@@ -40,7 +40,7 @@ benchmark: .venv/ready build/peers/ready  ## measure all that is claimed about s
 	$(BIN)/python -m benchmarks.tokenization $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.learning $(if $(TEXT),--text $(TEXT))
-	$(BIN)/python -m benchmarks.learning --choices --seconds 90 $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python -m benchmarks.learning --choices --seconds 60 $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.estimate
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && $(BIN)/python -m benchmarks.gpu || true

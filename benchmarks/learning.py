@@ -5,7 +5,8 @@ minutes of training each, in turns, and compares bits per character on the held-
 run plans its schedule from its own speed, so that a fast one sees more text. Without ``--text`` it
 reads the built-in text, which is too easy to tell recipes apart.
 
-``--choices`` instead changes one number of the recipe at a time, which is how they were chosen.
+``--choices`` instead changes one number of the recipe at a time, which is how they were chosen;
+with ``--width 512`` in a model of that width, its learning rate scaled as the recipes say.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tinytrain.tokenization import tokens_per_character
 OURS = RECIPES["pocket"]
 # What both peers have in common: the Trainer's own loss and optimiser, float32 where no GPU is.
 PLAIN = {"optimizer": "adamw", "precision": "float32", "loss_rows": None, "adam_beta2": 0.999}
-PLAIN |= {"lr_scheduler": "cosine"}
+PLAIN |= {"lr_scheduler": "cosine", "attention": "sdpa"}
 PEERS = {
     # The guide's batch of 65,536 tokens would make some twenty steps in five minutes and never
     # end its warm-up; it gets our batch.
@@ -39,21 +40,22 @@ PEERS = {
     "AdamW at 1e-3 with cosine, 60 warm-up steps": PLAIN
     | {"learning_rate": 1e-3, "warmup_steps": 60, "weight_decay": 0.1},
 }
-CHOICES = {
-    "AdamW, 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
-    "AdamW, 6e-3": {"optimizer": "adamw", "learning_rate": 6e-3},
-    "learning rate halved": {"learning_rate": OURS.learning_rate / 2},
-    "learning rate doubled": {"learning_rate": OURS.learning_rate * 2},
-    "batch halved": {"batch_size": OURS.batch_size // 2},
-    "batch doubled": {"batch_size": OURS.batch_size * 2},
-    "cosine": {"lr_scheduler": "cosine"},
-    "linear": {"lr_scheduler": "linear"},
-    "no warm-up": {"warmup_steps": 0},
-    "no weight decay": {"weight_decay": 0.0},
-    "beta2 0.999": {"adam_beta2": 0.999},
-    "all scores at once": {"loss_rows": None},
-    "float32": {"precision": "float32"},
-}
+
+
+def choices(base: Recipe) -> dict[str, dict]:
+    """Return what is changed, one number at a time, and what it is then called."""
+    return {
+        "AdamW, 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3 * 256 / base.hidden_size},
+        "learning rate halved": {"learning_rate": base.learning_rate / 2},
+        "learning rate doubled": {"learning_rate": base.learning_rate * 2},
+        "batch halved": {"batch_size": base.batch_size // 2},
+        "batch doubled": {"batch_size": base.batch_size * 2},
+        "linear instead of cosine": {"lr_scheduler": "linear"},
+        "no warm-up": {"warmup_steps": 0},
+        "no weight decay": {"weight_decay": 0.0},
+        "beta2 0.999 instead of 0.95": {"adam_beta2": 0.999},
+        "float32": {"precision": "float32"},
+    }
 
 
 def held_out_bits(model, recipe: Recipe, blocks: int = 128) -> float:
@@ -99,15 +101,24 @@ def main() -> None:
     parser.add_argument("--text", help="a file with Chinese text; see TINYTRAIN_CORPUS")
     parser.add_argument("--seconds", type=float, default=300, help="training time of each run")
     parser.add_argument("--choices", action="store_true", help="change one number at a time")
-    parser.add_argument("--only", nargs="*", default=[], help="these choices, by name")
+    parser.add_argument("--width", type=int, default=OURS.hidden_size, help="of the model")
+    parser.add_argument("--only", nargs="*", help="these of the choices, by name")
     options = parser.parse_args()
     os.environ.setdefault("TINYTRAIN_RUNS", str(ROOT / "build" / "benchmarks"))
     base = replace(OURS, name="learning", corpus=options.text or OURS.corpus)
     if options.quick:
         base, options.seconds = replace(base, max_documents=300, vocab_size=1024), 2
+    width = options.width
+    base = replace(
+        base,
+        hidden_size=width,
+        intermediate_size=OURS.intermediate_size * width // OURS.hidden_size,
+        num_attention_heads=width // 64,
+        learning_rate=OURS.learning_rate * OURS.hidden_size / width,
+    )
+    peers = choices(base) if options.choices else PEERS
     ours = learn(base, options.seconds)
     show("ours", ours)
-    peers = CHOICES if options.choices else PEERS
     goals = dict(zip(PEERS, (0.75, 0.90), strict=True))
     rows = []
     for name in options.only or peers:
@@ -124,10 +135,12 @@ def main() -> None:
                 "goal": goals.get(name),
                 "met": ratio <= goals[name] if name in goals else None,
                 "text": Path(base.corpus).name,
+                "width": width,
                 "runs": {"ours": ours, "peer": found},
             }
         )
-    save("choices" if options.choices else "learning", rows, options.quick)
+    name = f"choices-{width}" if options.choices else "learning"
+    save(name, rows, options.quick)
     assert all(math.isfinite(row["peer"]) for row in rows)
 
 

@@ -59,7 +59,8 @@ def main() -> None:
     for seed in range(options.seeds):
         folder = options.runs / f"seed-{seed}"
         histories.append(train_one(replace(recipe, seed=seed), folder, precision))
-        print(f"seed {seed}: held-out loss {histories[-1][-1]['eval_loss']:.3f}", flush=True)
+        last = [line["eval_loss"] for line in histories[-1] if "eval_loss" in line][-1]
+        print(f"seed {seed}: held-out loss {last:.3f}", flush=True)
     result = {
         "recipe": asdict(RECIPES["pocket"]),
         "seeds": list(range(options.seeds)),

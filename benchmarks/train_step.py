@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks import ROOT, peers, save
 
-STEPS, ROUNDS = 6, 3
+STEPS, ROUNDS = 5, 3
 PEERS_PYTHON = ROOT / "build" / "peers" / "bin" / "python"
 GUIDE, POCKET = {"batch": 4, "context": 512}, {"batch": 8, "context": 256}
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

@@ -29,7 +29,9 @@ RECIPE = replace(
 KILLS = int(os.environ.get("TINYTRAIN_KILLS", 20))
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["tinytrain.training", "tinytrain.callbacks", "tinytrain.modeling"])
+server.set_forkserver_preload(
+    [f"tinytrain.{name}" for name in ("training", "callbacks", "modeling", "loss", "optimizer")]
+)
 
 
 LONG = replace(RECIPE, max_steps=10_000, logging_steps=1, save_steps=1000, eval_steps=1000)
@@ -41,8 +43,9 @@ def run(folder, config, blocks, delay, recipe):
     from datasets import disable_progress_bars, load_from_disk
     from transformers import Qwen2Config
 
-    from tinytrain import callbacks
+    from tinytrain import callbacks, steps
     from tinytrain.logs import setup_logging
+    from tinytrain.loss import save_loss_memory
     from tinytrain.modeling import build_model
     from tinytrain.training import build_trainer, train, training_arguments
 
@@ -55,6 +58,7 @@ def run(folder, config, blocks, delay, recipe):
     setup_logging(folder / "training.log")
     blocks = load_from_disk(str(blocks))
     model = build_model(Qwen2Config(**config), seed=1)
+    save_loss_memory(model, recipe.loss_rows)
     tokens = recipe.tokens_per_step
     history = callbacks.HistoryCallback(folder / "history.jsonl", tokens)
     watching = [
@@ -65,7 +69,8 @@ def run(folder, config, blocks, delay, recipe):
         Slow(delay),
     ]
     arguments = training_arguments(recipe, folder / "checkpoints", use_cpu=True)
-    trainer = build_trainer(model, arguments, blocks["train"], blocks["test"], watching)
+    halves, make = (blocks["train"], blocks["test"]), steps.get_optimizer(recipe)
+    trainer = build_trainer(model, arguments, *halves, watching, make_optimizer=make)
     train(trainer, json.loads(json.dumps(asdict(recipe))))
     torch.save(model.state_dict(), folder / "weights.pt")
 

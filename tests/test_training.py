@@ -328,7 +328,7 @@ class Batches(TrainerCallback):
         ({"change_loss": lambda loss: loss * float("inf")}, "the loss is inf"),
         ({"change_gradient": lambda g: g * float("nan")}, "the gradient is not finite"),
         ({"change_gradient": lambda g: g * float("inf")}, "the gradient is not finite"),
-        ({"change_loss": lambda loss: loss + 3}, "the loss leaps to"),
+        ({"change_loss": lambda loss: loss + 10}, "the loss leaps to"),
     ],
     ids=["nan", "infinite", "gradient-nan", "gradient-infinite", "leap"],
 )

@@ -703,7 +703,7 @@ def is_this_normal(history: Sequence[Mapping[str, Any]], reference: Mapping[str,
     -------
     str
         With the smoothed loss, the band at this step, and the verdict. A loss within the band
-        widened by as much again on either side counts as normal: five seeds do not show the
+        widened by as much again on either side counts as normal: a few seeds do not show the
         whole range.
     """
     lines = [line for line in history if "loss" in line]
