@@ -170,7 +170,7 @@ COMPARISONS = [
 PEER_NAMES = {
     "guide": "the guide's code, with the repair that lets it save",
     "Trainer": "the Trainer with its defaults",
-    "litgpt": "litgpt, as its pretrain does on a CPU: float32, compiled",
+    "litgpt": "litgpt, as its pretrain does on a CPU: bf16, compiled",
     "llms-from-scratch": "llms-from-scratch, its Llama with its training step",
 }
 

@@ -423,7 +423,7 @@ def get_prompts(recipe: Recipe) -> list[str]:
             "日本的货币是",
             "立春的下一个节气是",
             "春节的时候，人们会",
-            "大熊猫",
+            "大熊猫主要吃",
         ]
     return [text.strip()[:12] for text in get_split(recipe)["test"][:5]["text"]]
 
