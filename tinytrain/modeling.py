@@ -514,7 +514,7 @@ class Estimate:
     recipe: str
     hardware: str
     parameters: dict[str, int]
-    memory: dict[str, int]  # while training, by component, with their sum as "total"
+    memory: dict[str, int]  # while training, by component; "total" is their sum, or the probe's
     fits: bool  # into the memory of the hardware, and onto its disk
     steps: int
     tokens: int  # that are learned from
@@ -601,10 +601,8 @@ def estimate(
         recipe.compile,
         recipe.optimizer,
     )
-    memory["libraries"] = LIBRARIES
-    if peak_memory is not None:
-        memory["measured"] = peak_memory
-    memory["total"] = peak_memory or memory["total"] + LIBRARIES
+    total = memory.pop("total") + LIBRARIES
+    memory |= {"libraries": LIBRARIES, "total": peak_memory or total}
 
     if recipe.max_steps > 0:
         steps = recipe.max_steps

@@ -85,8 +85,8 @@ SEED = Recipe(name="seed", drop_duplicates=False, packing=False)
 
 # The numbers of "wiki" and "qwen-0.5b" are those that learned most in "pocket" on real text, each
 # changed by itself (`python -m benchmarks.learning --choices`; what came of it stands in
-# benchmarks/NOTES.md), and carried over by one rule: the learning rate goes down as the width goes up (Yang et al., "Tensor
-# Programs V", 2022, arXiv:2203.03466), so 8e-3 x 256 / width. Nothing else is scaled.
+# benchmarks/NOTES.md). One rule carries them over: the learning rate goes down as the width goes up
+# (Yang et al., "Tensor Programs V", 2022, arXiv:2203.03466), 8e-3 x 256 / width.
 WIKI = replace(
     SEED,
     name="wiki",
