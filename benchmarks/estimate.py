@@ -14,15 +14,14 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from benchmarks import ROOT, save
-from tinytrain import callbacks, hardware, steps
-from tinytrain.evaluation import complete
+from benchmarks.overhead import watched_trainer
+from tinytrain import hardware, steps
 from tinytrain.modeling import estimate
 from tinytrain.recipes import RECIPES
-from tinytrain.training import build_trainer, train, training_arguments
+from tinytrain.training import train
 
 
 def recipes(quick: bool) -> dict:
@@ -54,33 +53,14 @@ def foresee(name: str, quick: bool) -> dict[str, float]:
 def run(name: str, quick: bool) -> dict[str, float]:
     """Train as notebook 05 does and tell what it took."""
     recipe = recipes(quick)[name]
-    blocks, model = steps.get_blocks(recipe), steps.get_model(recipe)
-    few = blocks["test"].select(range(recipe.eval_blocks))
-    write = partial(complete, tokenizer=steps.get_tokenizer(recipe), max_new_tokens=10)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        arguments = training_arguments(
-            recipe, path / "checkpoints", hardware.choose_precision(recipe.precision).name
-        )
-        history = callbacks.HistoryCallback(path / "history.jsonl", recipe.tokens_per_step)
-        prompts = steps.get_prompts(recipe)[:2]
-        watching = [
-            history,
-            callbacks.LivePlotCallback(
-                path / "loss.png", model.config.vocab_size, recipe.tokens_per_step, history.path
-            ),
-            callbacks.SampleCallback(write, prompts, recipe.sample_steps),
-        ]
-        make = steps.get_optimizer(recipe)
-        trainer = build_trainer(
-            model, arguments, blocks["train"], few, watching, make_optimizer=make
-        )
+        trainer, _ = watched_trainer(recipe, Path(folder))
         hardware.peak_memory(reset=True)
         start = time.perf_counter()
         train(trainer)
         seconds = time.perf_counter() - start
     return {
-        "parameters": model.num_parameters(),
+        "parameters": trainer.model.num_parameters(),
         "memory": hardware.peak_memory() / 1e9,
         "seconds": seconds,
     }

@@ -12,15 +12,13 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 
-from benchmarks import ROOT, save
-from benchmarks.train_step import _config, ours, plain
-from tinytrain.hardware import KNOWN_GPUS, peak_memory
-from tinytrain.modeling import flops_per_token
+from benchmarks import ROOT, save, train_step
+from benchmarks.train_step import ours, plain
+from tinytrain.hardware import KNOWN_GPUS
+from tinytrain.modeling import flops_per_token, recipe_config
 from tinytrain.recipes import RECIPES
-from tinytrain.training import StepClock
 
 ROUNDS = 3
 WHOLE = replace(RECIPES["wiki"], vocab_size=None)
@@ -42,14 +40,9 @@ def measure(name: str) -> dict[str, float]:
     if limit:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 1e9 / total))
-    clock = StepClock()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = set_up(recipe, folder, batch, recipe.context_length)
-        trainer.add_callback(clock)
-        trainer.train()
-    speed = batch * recipe.context_length / clock.seconds()
-    flops = flops_per_token(_config(recipe), recipe.context_length)["total"]
-    return {"tokens_per_second": speed, "peak": peak_memory() / 1e9, "tflops": speed * flops / 1e12}
+    found = train_step.measure(set_up, recipe, batch, recipe.context_length)
+    flops = flops_per_token(recipe_config(recipe), recipe.context_length)["total"]
+    return {**found, "tflops": found["tokens_per_second"] * flops / 1e12}
 
 
 def main() -> None:

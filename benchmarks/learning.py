@@ -12,7 +12,6 @@ with ``--width 512`` in a model of that width, its learning rate scaled as the r
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import tempfile
 from dataclasses import replace
@@ -141,7 +140,6 @@ def main() -> None:
         )
     name = f"choices-{width}" if options.choices else "learning"
     save(name, rows, options.quick)
-    assert all(math.isfinite(row["peer"]) for row in rows)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def _timed(method, name: str, spent: Counter):
     return timed
 
 
-def measure(recipe, folder: Path) -> tuple[Counter, float, int]:
-    """Train and return the seconds per callback, those of the whole run, and the redraws."""
+def watched_trainer(recipe, folder: Path):
+    """Return the Trainer as notebook 05 builds it, and its callbacks."""
     blocks, tokenizer = steps.get_blocks(recipe), steps.get_tokenizer(recipe)
     config = steps.get_config(recipe)
     tokens, history = recipe.tokens_per_step, folder / "history.jsonl"
@@ -59,9 +59,6 @@ def measure(recipe, folder: Path) -> tuple[Counter, float, int]:
         callbacks.LivePlotCallback(folder / "loss.png", config.vocab_size, tokens, history),
         callbacks.SampleCallback(write, prompts, recipe.sample_steps),
     ]
-    drawings = []
-    draw = watching[3]._draw
-    watching[3]._draw = lambda: drawings.append(draw())
     arguments = training_arguments(
         recipe, folder / "checkpoints", choose_precision(recipe.precision).name
     )
@@ -69,6 +66,15 @@ def measure(recipe, folder: Path) -> tuple[Counter, float, int]:
     make = steps.get_optimizer(recipe)
     model = steps.get_model(recipe)
     trainer = build_trainer(model, arguments, blocks["train"], few, watching, make_optimizer=make)
+    return trainer, watching
+
+
+def measure(recipe, folder: Path) -> tuple[Counter, float, int]:
+    """Train and return the seconds per callback, those of the whole run, and the redraws."""
+    trainer, watching = watched_trainer(recipe, folder)
+    drawings = []
+    draw = watching[3]._draw
+    watching[3]._draw = lambda: drawings.append(draw())
     spent: Counter = Counter()
     for callback in [*watching, trainer.guard]:
         count_time(callback, spent)

@@ -154,6 +154,36 @@ def qwen2_config(
     )
 
 
+def recipe_config(
+    recipe: Recipe, vocab_size: int | None = None, eos_token_id: int = 0
+) -> Qwen2Config:
+    """Return the configuration of a recipe's model.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its fields under "model" decide.
+    vocab_size : int, optional
+        Rows of the embedding; by default those the recipe asks for, or the words of Qwen2.5.
+    eos_token_id : int
+        The end-of-text token; it matters to generation, not to sizes.
+
+    Returns
+    -------
+    transformers.Qwen2Config
+    """
+    return qwen2_config(
+        vocab_size=vocab_size or recipe.vocab_size or 151_665,
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_hidden_layers,
+        num_attention_heads=recipe.num_attention_heads,
+        num_key_value_heads=recipe.num_key_value_heads,
+        context_length=recipe.context_length,
+        eos_token_id=eos_token_id,
+    )
+
+
 def build_model(config: Qwen2Config, seed: int = 0) -> Qwen2ForCausalLM:
     """Build a model with random weights in float32.
 
@@ -207,7 +237,11 @@ def compile_layers(model: PreTrainedModel) -> None:
 
     @functools.wraps(kind.forward)
     def forward(self, *args: Any, **kwargs: Any):
-        return (compiled if self.training else kind.forward)(self, *args, **kwargs)
+        if not self.training:
+            return kind.forward(self, *args, **kwargs)
+        # A cache of keys and values, which nothing reads in training, knows each layer's number and
+        # would make each one compile anew.
+        return compiled(self, *args, **kwargs | {"past_key_values": None})
 
     # A class of its own, as in tinytrain.loss: copies of the model keep their own parts.
     faster = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
@@ -580,17 +614,7 @@ def estimate(
     >>> estimate(RECIPES["seed"], KNOWN_GPUS[0]).fits  # the guide's model on a T4
     False
     """
-    if config is None:
-        config = qwen2_config(
-            recipe.vocab_size or 151_665,
-            hidden_size=recipe.hidden_size,
-            intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=recipe.num_hidden_layers,
-            num_attention_heads=recipe.num_attention_heads,
-            num_key_value_heads=recipe.num_key_value_heads,
-            context_length=recipe.context_length,
-            eos_token_id=0,
-        )
+    config = config or recipe_config(recipe)
     parameters = count_parameters(config)
     memory = training_memory(
         config,

@@ -255,19 +255,11 @@ def get_config(recipe: Recipe) -> Qwen2Config:
     # A small text may not have the words for the vocabulary that the recipe asks for. More rows
     # than words, as in the published model, are only for the whole of Qwen2.5's.
     padded = recipe.tokenizer == "qwen2.5" and recipe.vocab_size and not _is_reduced(recipe)
-    return modeling.qwen2_config(
-        vocab_size=recipe.vocab_size if padded else len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_hidden_layers,
-        num_attention_heads=recipe.num_attention_heads,
-        num_key_value_heads=recipe.num_key_value_heads,
-        context_length=recipe.context_length,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    rows = recipe.vocab_size if padded else len(tokenizer)
+    return modeling.recipe_config(recipe, rows, tokenizer.eos_token_id)
 
 
-def get_model(recipe: Recipe) -> Qwen2ForCausalLM:
+def get_model(recipe: Recipe, config: Qwen2Config | None = None) -> Qwen2ForCausalLM:
     """Return the untrained model of a recipe, with what saves time and memory in training.
 
     Parameters
@@ -275,6 +267,8 @@ def get_model(recipe: Recipe) -> Qwen2ForCausalLM:
     recipe : Recipe
         Its ``seed`` decides the weights; ``loss_rows``, ``attention`` and ``compile`` how fast
         and in how much memory they are trained.
+    config : transformers.Qwen2Config, optional
+        By default that of `get_config`.
 
     Returns
     -------
@@ -282,7 +276,7 @@ def get_model(recipe: Recipe) -> Qwen2ForCausalLM:
     """
     from tinytrain.loss import save_loss_memory
 
-    model = modeling.build_model(get_config(recipe), seed=recipe.seed)
+    model = modeling.build_model(config or get_config(recipe), seed=recipe.seed)
     if recipe.loss_rows:
         save_loss_memory(model, recipe.loss_rows)
     model.set_attn_implementation(recipe.attention)
