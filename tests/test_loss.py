@@ -58,14 +58,15 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_the_plain_loss():
 
 
 def test_in_fp16_small_gradients_do_not_vanish():
-    """Of many words and positions each gradient is smaller than fp16 can hold."""
-    hidden, weight, labels = inputs(2000, 16, 5000)
+    """The share of a word that is never right is 1 / words / positions: too small for fp16."""
+    hidden, weight, labels = inputs(2000, 16, 20_000)
     weight = (0.01 * weight).detach().requires_grad_()
-    truth = with_gradients(plain, hidden, weight, labels)
+    *_, truth = with_gradients(plain, hidden, weight, labels)
     with torch.autocast("cpu", torch.float16):
-        found = with_gradients(linear_cross_entropy, hidden, weight, labels, rows=500)
-    for ours, exact in zip(found, truth, strict=True):
-        assert (ours - exact).norm() <= 0.01 * exact.norm()
+        *_, found = with_gradients(linear_cross_entropy, hidden, weight, labels, rows=500)
+    never = torch.ones(20_000, dtype=torch.bool)
+    never[labels] = False
+    assert (found - truth)[never].norm() <= 0.02 * truth[never].norm()
 
 
 def test_no_second_table_is_made_for_the_gradient_of_tied_words():
