@@ -446,6 +446,8 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     from tinytrain.logs import setup_logging
 
     first, processes = this_process() == 0, int(os.environ.get("WORLD_SIZE", 1))
+    # `accelerate launch --use_fsdp` says it so.
+    fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if fsdp and processes == 1:
         raise ValueError(
             "FSDP shares a model out to several processes and here is one: start them with "

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from filelock import FileLock, Timeout
 from safetensors.torch import load_model, save_model
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -448,6 +450,19 @@ class GuardedTrainer(Trainer):
         self.add_callback(guard)
         self.add_callback(self.keeper)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let FSDP be on processors what it is on GPUs: accelerate knows it only there."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if self.accelerator.mixed_precision != "no":
+                plugin.set_mixed_precision(self.accelerator.mixed_precision)
+            self.accelerator.state.fsdp_plugin = plugin
+            # Two objects, each with a copy of it.
+            self.accelerator.state.distributed_type = DistributedType.FSDP
+            PartialState().distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
     def keep_first_weights(self) -> None:
         """Write down the weights that the model came with, once, for `start_anew`."""
         if self._first is None and _processes() == 1:
@@ -624,7 +639,7 @@ def train(
                     trainer.start_anew()
     except Exception as error:
         if _has_lost_another(error):
-            message = _lost_another(folder, error)
+            message = _lost_another(folder)
             # Written at once: what started the processes may end this one before it is raised.
             logger.error(message)
             raise LostProcessError(message) from error
@@ -679,12 +694,12 @@ def _has_lost_another(error: Exception) -> bool:
     return lost or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
-def _lost_another(folder: Path, error: Exception) -> str:
+def _lost_another(folder: Path) -> str:
     last = last_checkpoint(folder)
     on = f"the same command goes on from {last.name}" if last else "there is no checkpoint yet"
     return (
         f"process {torch.distributed.get_rank()} has lost another process of this run, which was "
-        f"killed or failed ({str(error).splitlines()[0]:.200}); {on}"
+        f"killed or has failed; {on}"
     )
 
 
