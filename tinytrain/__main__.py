@@ -77,6 +77,7 @@ def tokenize(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train, going on from the last checkpoint if there is one; then measure and save the model."""
+    _show_no_bars()
     result = steps.train_recipe(options.recipe, fresh=options.fresh, fsdp=options.fsdp)
     if steps.this_process() == 0 and result["finished"]:
         print(f"held-out loss  {result['held_out_loss']:.3f}")
@@ -88,6 +89,70 @@ def train(options: argparse.Namespace) -> int:
             print(f"{prompt} → {' '.join(text.split())}")
         print(f"the model is in {steps.run_folder(options.recipe) / 'model'}")
     return 0 if result["finished"] else 130
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure a trained model on the held-out documents, and with questions if there are any."""
+    from tqdm import tqdm
+
+    from tinytrain import evaluation
+
+    model, tokenizer = load_model(options)
+    texts = list(steps.get_split(options.recipe)["test"]["text"])
+    print(f"{len(texts):,} held-out documents; in brackets, what 95 of 100 such samples would give")
+    losses = []
+    for start in tqdm(range(0, len(texts), 256), "measuring", disable=None, leave=False):
+        some, length = texts[start : start + 256], options.recipe.context_length
+        losses += evaluation.document_losses(model, tokenizer, some, context_length=length)
+    measures = evaluation.summarize(losses)
+    for name in ("bits_per_character", "perplexity", "accuracy"):
+        print(f"{name.replace('_', ' '):20} {getattr(measures, name)}")
+    if questions := steps.get_questions(options.recipe):
+        answers = evaluation.answer_questions(model, tokenizer, questions)
+        right = evaluation.share(sum(answer.right for answer in answers), len(answers))
+        print(f"{'questions right':20} {right}, of {len(answers):,}")
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Let a trained model continue a text, shown as it is written."""
+    from tinytrain import evaluation
+
+    model, tokenizer = load_model(options)
+    begins = iter(
+        [options.prompt]
+    )  # shown with the first piece, when nothing can be wrong any more
+    evaluation.generate(
+        model,
+        tokenizer,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        on_text=lambda text: print(next(begins, "") + text, end="", flush=True),
+    )
+    print(next(begins, ""))
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a trained model as a folder to share, with a model card; GGUF and upload if asked."""
+    from tinytrain.export import export_model, upload
+
+    model, tokenizer = load_model(options)
+    run = steps.run_folder(options.recipe)
+    folder = export_model(
+        model,
+        tokenizer,
+        options.output or run / "export",
+        steps.describe_run(options.recipe),
+        gguf=options.gguf,
+        files=[run / "loss.png", run / "history.jsonl"],
+    )
+    print(f"exported to {folder}")
+    if options.upload:
+        print(upload(folder, options.upload, to=options.to, private=not options.public))
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -103,8 +168,16 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
             f"there is no model in {folder}: `python -m tinytrain train --recipe "
             f"{options.recipe.name}` makes one, --model names another folder"
         )
+    _show_no_bars()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return AutoModelForCausalLM.from_pretrained(folder).to(device), load_tokenizer(folder)
+
+
+def _show_no_bars() -> None:
+    """Leave out the bars of transformers, one for every file of weights."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def parse_recipe(options: argparse.Namespace) -> Recipe:
@@ -155,7 +228,7 @@ def parse_change(text: str) -> tuple[str, Any]:
     try:
         return name, kinds[0](value)
     except ValueError:
-        raise ValueError(f"--set {text}: {value!r} is no {kinds[0].__name__}") from None
+        raise ValueError(f"--set {text}: {value!r} is not of type {kinds[0].__name__}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -166,7 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    chosen = parser.add_subparsers(metavar="STEP", title="steps, in their order")
+    chosen = parser.add_subparsers(metavar="STEP", title="steps, in their order", prog=parser.prog)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--recipe",
@@ -203,6 +276,40 @@ def build_parser() -> argparse.ArgumentParser:
     )
     training.add_argument(
         "--fsdp", action="store_true", help="share the weights out over the processes (FSDP)"
+    )
+    measuring, writing, sharing = add(evaluate), add(generate), add(export)
+    for added in (measuring, writing, sharing):
+        added.add_argument(
+            "--model", type=Path, metavar="FOLDER", help="a trained model (default: the recipe's)"
+        )
+    writing.add_argument("prompt", help="the beginning, e.g. 法国的首都是")
+    for name, default, about in (
+        ("--max-new-tokens", 100, "where to stop at the latest"),
+        ("--temperature", 1.0, "0 takes the likeliest token; the higher, the wilder"),
+        ("--top-k", 0, "draw only from so many of the likeliest tokens; 0 from all"),
+        ("--top-p", 1.0, "draw only from the likeliest that have this probability together"),
+        ("--repetition-penalty", 1.0, "above 1: avoid tokens that are there already"),
+    ):
+        writing.add_argument(
+            name,
+            type=type(default),
+            default=default,
+            metavar="NUMBER",
+            help=f"{about} (default: {default})",
+        )
+    writing.add_argument(
+        "--seed", type=int, metavar="NUMBER", help="the same seed writes the same text"
+    )
+    sharing.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where to (default: export in the run)"
+    )
+    sharing.add_argument("--gguf", action="store_true", help="add a file for llama.cpp")
+    sharing.add_argument("--upload", metavar="OWNER/NAME", help="upload it to a hub")
+    sharing.add_argument(
+        "--to", choices=("modelscope", "huggingface"), default="modelscope", help="which hub"
+    )
+    sharing.add_argument(
+        "--public", action="store_true", help="let everybody see it (default: you alone)"
     )
     return parser
 

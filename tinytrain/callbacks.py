@@ -735,9 +735,7 @@ def in_notebook() -> bool:
         return False
     from IPython import get_ipython
 
-    kernel = getattr(get_ipython(), "kernel", None)
-    # A process forked from the kernel, as accelerate's launcher does, cannot show pictures there.
-    return kernel is not None and kernel.session.pid == os.getpid()
+    return hasattr(get_ipython(), "kernel")
 
 
 class _NotebookScreen:

@@ -647,6 +647,42 @@ def save_summary(recipe: Recipe, **values: Any) -> Path:
     return path
 
 
+def describe_run(recipe: Recipe) -> dict[str, Any]:
+    """Return the facts of a run for its model card, as far as they are known.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The recipe of the run.
+
+    Returns
+    -------
+    dict
+        What `tinytrain.export.export_model` takes as ``about``.
+    """
+    from tinytrain import callbacks
+
+    folder, tokenizer = run_folder(recipe), get_tokenizer(recipe)
+    kind = "trained on the text" if recipe.tokenizer == "own" else "Qwen2.5's"
+    if _is_reduced(recipe):
+        kind += ", reduced to the words of the text"
+    about = {
+        "name": f"tinytrain-{folder.name}",
+        "text": recipe.corpus,
+        "documents": [len(half) for half in get_split(recipe).values()],
+        "tokenizer": kind,
+        "words": len(tokenizer),
+    }
+    if (folder / "summary.json").is_file():
+        about |= json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if (folder / "history.jsonl").is_file():
+        history = callbacks.read_history(folder)
+        last = history[-1]
+        about |= {"history": history, "seconds": last["seconds"], "tokens": last["tokens"]}
+    # Last, since the summary's own "recipe" is only its name; the path of a text is private.
+    return about | {"recipe": {k: v for k, v in asdict(recipe).items() if k != "corpus"}}
+
+
 def _keep(
     folder: Path, inputs: dict[str, Any], build: Callable[[Path, dict[str, Any]], None]
 ) -> Path:
