@@ -118,9 +118,7 @@ def generate(options: argparse.Namespace) -> None:
     from tinytrain import evaluation
 
     model, tokenizer = load_model(options)
-    begins = iter(
-        [options.prompt]
-    )  # shown with the first piece, when nothing can be wrong any more
+    begins = iter([options.prompt])  # shown with the first piece: nothing is wrong then
     evaluation.generate(
         model,
         tokenizer,

@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -529,7 +530,9 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
                 after = _answer(saved, tokenizer, questions)
                 result |= {"cloze_before": before, "cloze_after": after}
             save_summary(recipe, **result)
-    if processes > 1:
+    # Or NCCL complains at the end. Gloo does not, and were it to go before the model that uses it,
+    # the process might never end: PyTorch 2.13 then waits for a thread which waits for Python.
+    if processes > 1 and "nccl" in torch.distributed.get_backend():
         torch.distributed.destroy_process_group()
     return result
 
@@ -688,13 +691,23 @@ def _keep(
 ) -> Path:
     """Return the folder, built anew unless it was built from the same inputs.
 
-    If several processes want it at once, one builds and the others wait.
+    Of several processes of a run, the first on each machine builds and the others wait: should it
+    fail, what has started them ends them too.
     """
-    if _is_kept(folder, inputs):
-        return folder
+    while not _is_kept(folder, inputs):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _build(folder, inputs, build)
+        else:
+            time.sleep(0.1)
+    return folder
+
+
+def _build(
+    folder: Path, inputs: dict[str, Any], build: Callable[[Path, dict[str, Any]], None]
+) -> None:
     with _one_at_a_time(folder):
         if _is_kept(folder, inputs):  # another process has built it meanwhile
-            return folder
+            return
         if folder.exists():
             logger.info("%s was made from other inputs and is made anew", folder.name)
         building = folder.with_name(f"{folder.name}.{os.getpid()}.building")
@@ -707,7 +720,6 @@ def _keep(
             os.replace(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    return folder
 
 
 def _is_kept(folder: Path, inputs: dict[str, Any]) -> bool:
