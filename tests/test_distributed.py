@@ -103,6 +103,12 @@ class Run:
         return [started.exitcode for started in self.processes], written
 
 
+@pytest.fixture(autouse=True)
+def own_runs_folder(monkeypatch, tmp_path):
+    """Named in the environment, which `--runs` would change for the tests that follow."""
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path / "runs"))
+
+
 @pytest.fixture
 def runs(smoke, tmp_path):
     """A folder for runs in which text, tokenizer and blocks are made already."""
@@ -145,7 +151,9 @@ def alone(smoke, tmp_path_factory):
     """One process: 4 blocks, twice, a step."""
     runs = copy_of(smoke.runs, tmp_path_factory.mktemp("alone") / "runs")
     arguments = ["--set", "batch_size=4", "gradient_accumulation=2"]
-    assert main([*SMOKE, "--runs", str(runs), *arguments]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYTRAIN_RUNS", "which --runs replaces")
+        assert main([*SMOKE, "--runs", str(runs), *arguments]) == 0
     return runs
 
 

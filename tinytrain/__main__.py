@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain import steps
+from tinytrain.logs import setup_logging
 from tinytrain.recipes import RECIPES, Recipe, get_recipe
 
 EXAMPLES = """examples:
@@ -53,6 +54,7 @@ def check(options: argparse.Namespace) -> None:
 
 def data(options: argparse.Namespace) -> None:
     """Get the text and split it into documents to learn from and held-out ones."""
+    setup_logging()
     split = steps.get_split(options.recipe)
     twins = len(steps.get_duplicates(options.recipe))
     print(f"{steps.get_text(options.recipe)}")
@@ -65,6 +67,7 @@ def tokenize(options: argparse.Namespace) -> None:
     """Make the tokenizer, and blocks of tokens of equal length."""
     from tinytrain.tokenization import tokens_per_character
 
+    setup_logging()
     recipe = options.recipe
     blocks, tokenizer = steps.get_blocks(recipe), steps.get_tokenizer(recipe)
     rate = tokens_per_character(tokenizer, steps.get_split(recipe)["test"][:500]["text"])
