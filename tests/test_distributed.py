@@ -134,7 +134,7 @@ def about(losses):
     return pytest.approx(losses, rel=TOLERANCE)
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=120):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "nothing happened"
