@@ -264,6 +264,8 @@ def test_the_share_of_right_answers_has_wilsons_interval():
     assert share(9, 10) == pytest.approx((0.9, 0.5958, 0.9821), abs=2e-4)
     assert share(0, 20) == pytest.approx((0.0, 0.0, 0.1611), abs=2e-4)
     assert math.isnan(share(0, 0).value)
+    for total in range(1, 60):  # whatever the rounding
+        assert share(total, total).high == 1 and share(0, total).low == 0
 
 
 def test_answers_by_domain():
@@ -276,11 +278,16 @@ def test_answers_by_domain():
 
 def test_bars_are_as_long_as_the_numbers():
     measures = summarize([DocumentLoss(n, n, float(n % 5), 0) for n in range(1, 30)])
-    figure = plot_comparison({"ours": measures.bits_per_character, "xz": 2.0})
+    ours = measures.bits_per_character
+    figure = plot_comparison({"ours": ours, "xz": 2.0, "all right": share(21, 21)})
     [axes] = figure.axes
     widths = [bar.get_width() for bar in axes.patches]
-    assert widths == pytest.approx([measures.bits_per_character.value, 2.0])
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["ours", "xz"]
+    assert widths == pytest.approx([ours.value, 2.0, 1.0])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["ours", "xz", "all right"]
+    ends = [
+        segment[:, 0].tolist() for lines in axes.collections for segment in lines.get_segments()
+    ]
+    assert ends == [pytest.approx([ours.low, ours.high]), pytest.approx(share(21, 21)[1:])]
 
 
 def test_pieces_make_up_the_text_and_its_loss(taught, smoke):

@@ -27,11 +27,14 @@ from tinytrain.modeling import (
     initial_loss,
     optimizer_flops,
     plan_sizes,
+    plot_memory,
     plot_parameters,
     plot_plans,
     predicted_loss,
     qwen2_config,
+    recipe_config,
     training_memory,
+    with_width,
 )
 from tinytrain.optimizer import muon_adamw
 from tinytrain.recipes import RECIPES
@@ -318,6 +321,39 @@ def test_the_plot_shows_every_component_of_every_model():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["guide", "real"]
     untied = plot_parameters(small_config(tie_word_embeddings=False))
     assert "lm head" in [text.get_text() for text in untied.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_memory_bar_is_the_estimate_component_by_component(name):
+    axes = plot_memory(RECIPES[name], A100).axes[0]
+    bars = [container[0] for container in axes.containers]
+    memory = estimate(RECIPES[name], A100).memory
+    total = memory.pop("total") / 1e9
+    assert [bar.get_width() for bar in bars] == pytest.approx([n / 1e9 for n in memory.values()])
+    assert bars[-1].get_x() + bars[-1].get_width() == pytest.approx(total)
+    assert total < axes.get_xlim()[1]
+
+
+def test_the_memory_bar_tells_the_cards_that_are_too_small():
+    figure = plot_memory(RECIPES["seed"], A100)  # 20.9 GB in bf16
+    sizes = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
+    fits = {size: color == "#2e7d32" for size, color in sizes.items() if size.endswith("GB")}
+    assert fits == {"8 GB": 0, "16 GB": 0, "24 GB": 1, "40 GB": 1, "80 GB": 1}
+    assert any("this machine: 40 GB" in text for text in sizes)
+    assert "123.3M parameters" in figure.get_suptitle() and "in bf16" in figure.get_suptitle()
+
+
+def test_a_wider_recipe_keeps_the_size_of_its_heads():
+    wide = with_width(RECIPES["qwen-0.5b"], 960)
+    assert (wide.num_attention_heads, wide.num_key_value_heads) == (15, 1)
+    assert wide.intermediate_size == pytest.approx(960 * 4864 / 896, abs=1)
+    for recipe in RECIPES.values():
+        assert with_width(recipe, recipe.hidden_size) == recipe
+        head = recipe.hidden_size // recipe.num_attention_heads
+        for heads in range(1, 33):
+            assert recipe_config(with_width(recipe, heads * head)).hidden_size == heads * head
+    with pytest.raises(ValueError, match="no multiple of 64"):
+        with_width(RECIPES["pocket"], 100)
 
 
 def trainer_for(model, folder):

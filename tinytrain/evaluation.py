@@ -204,7 +204,8 @@ def share(right: int, total: int) -> Interval:
     p, weight = right / total, z * z / total
     middle = (p + weight / 2) / (1 + weight)
     half = z * math.sqrt(p * (1 - p) / total + weight / (4 * total)) / (1 + weight)
-    return Interval(p, max(0.0, middle - half), min(1.0, middle + half))
+    # Rounding must not move an end past the share itself, where all or none are right.
+    return Interval(p, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))
 
 
 def by_domain(
@@ -575,10 +576,11 @@ def plot_comparison(
     figure = Figure(figsize=(8, 0.6 + 0.42 * len(bits)), layout="constrained")
     axes = figure.add_subplot()
     for name, number in bits.items():
-        interval = number if isinstance(number, Interval) else Interval(number, number, number)
-        errors = [[interval.value - interval.low], [interval.high - interval.value]]
-        bar = axes.barh(name, interval.value, xerr=errors, color="tab:blue", capsize=3, height=0.6)
-        axes.bar_label(bar, labels=[f"{interval.value:.2f}"], padding=6)
+        value, low, high = number if isinstance(number, Interval) else (number, number, number)
+        axes.barh(name, value, color="tab:blue", height=0.6)
+        if low < high:
+            axes.errorbar(value, name, xerr=[[value - low], [high - value]], color="k", capsize=3)
+        axes.annotate(f"{value:.2f}", (high, name), (6, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
     axes.set_xlabel(label)
     axes.margins(x=0.12)

@@ -13,7 +13,7 @@ import copy
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinytrain.recipes import Recipe
@@ -181,6 +181,47 @@ def recipe_config(
         num_key_value_heads=recipe.num_key_value_heads,
         context_length=recipe.context_length,
         eos_token_id=eos_token_id,
+    )
+
+
+def with_width(recipe: Recipe, hidden_size: int) -> Recipe:
+    """Return a recipe of another width: heads of the same size, an MLP of the same proportion.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Whose proportions to keep.
+    hidden_size : int
+        The new width, a multiple of the size of a head.
+
+    Returns
+    -------
+    Recipe
+        With fewer key/value heads where they would not divide the heads evenly. Its learning rate
+        is the old one, though a wider model wants a lower one.
+
+    Raises
+    ------
+    ValueError
+        If the width is no multiple of the size of a head.
+
+    Examples
+    --------
+    >>> from tinytrain.recipes import RECIPES
+    >>> wide = with_width(RECIPES["seed"], 1024)
+    >>> wide.num_attention_heads, wide.intermediate_size
+    (16, 4096)
+    """
+    head = recipe.hidden_size // recipe.num_attention_heads
+    if hidden_size < head or hidden_size % head:
+        raise ValueError(f"hidden_size {hidden_size} is no multiple of {head}, the size of a head")
+    heads = hidden_size // head
+    return replace(
+        recipe,
+        hidden_size=hidden_size,
+        intermediate_size=recipe.intermediate_size * hidden_size // recipe.hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=math.gcd(heads, recipe.num_key_value_heads),
     )
 
 
@@ -945,4 +986,78 @@ _COLORS = {
     "mlp": "#55a868",
     "norms": "#8c8c8c",
     "lm_head": "#8172b3",
+}
+
+
+CARDS = (8, 16, 24, 40, 80)  # gigabytes of memory that graphics cards usually have
+
+
+def plot_memory(recipe: Recipe, hardware: Any, config: Qwen2Config | None = None) -> Figure:
+    """Draw what a step of training holds in memory, beside the sizes of graphics cards.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The numbers of the run.
+    hardware : tinytrain.hardware.Hardware
+        This machine, whose memory is marked and whose precision is assumed.
+    config : transformers.Qwen2Config, optional
+        The model; by default what the recipe says.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One bar, its colours the components of `estimate`, and a line for each size: green where
+        the run fits. The axis ends at the next larger card.
+    """
+    from matplotlib.figure import Figure
+
+    cost = estimate(recipe, hardware, config)
+    memory = {part: size / 1e9 for part, size in cost.memory.items()}
+    total = memory.pop("total")
+    here = hardware.memory / 1e9
+
+    figure = Figure(figsize=(7, 2.5), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    end = 0.0
+    for part, size in memory.items():
+        label = f"{part} {_size(size * 1e9)}"
+        axes.barh([0], [size], left=[end], color=_MEMORY_COLORS[part], label=label)
+        end += size
+    last = next((card for card in CARDS if card >= total), total)
+    axes.set(xlim=(0, 1.08 * last), ylim=(-0.75, 0.8), yticks=[])
+    for card in CARDS:
+        color = "#2e7d32" if total <= card else "#c62828"
+        axes.axvline(card, ymax=0.85, color=color, linestyle="--", linewidth=1)
+        axes.text(card, 0.6, f"{card} GB", color=color, ha="center", clip_on=True)
+    axes.axvline(here, ymax=0.85, color="black", linewidth=1.5)
+    beyond = here > 1.08 * last
+    axes.text(
+        min(here, 1.08 * last),
+        -0.6,
+        f" this machine: {here:.0f} GB {'→' if beyond else ''}",
+        ha="right" if here > last / 2 else "left",
+        va="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )
+    axes.set_xlabel("memory while training (GB)")
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    precision = recipe.precision or hardware.precision
+    millions = cost.parameters["total"] / 1e6
+    figure.suptitle(f"{millions:,.1f}M parameters: {_size(total * 1e9)} in {precision}")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.0f} MB"
+
+
+_MEMORY_COLORS = {
+    "weights": "#4c72b0",
+    "gradients": "#64b5cd",
+    "optimizer": "#8172b3",
+    "activations": "#55a868",
+    "logits": "#dd8452",
+    "libraries": "#8c8c8c",
 }

@@ -30,7 +30,7 @@ from tinytrain.recipes import WATCHED_ONLY, Recipe
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-    from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
     from tinytrain.training import GuardedTrainer
 
@@ -563,6 +563,48 @@ def _answer(model: Any, tokenizer: Any, questions: list[Any]) -> float:
     from tinytrain import evaluation
 
     return evaluation.accuracy(evaluation.answer_questions(model, tokenizer, questions))
+
+
+def get_trained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the trained model of a recipe and its tokenizer; train it if there is none.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The recipe of the run. A model trained from other inputs, a changed recipe for example, is
+        not taken for it. One whose training was stopped early is.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        In float32, on the GPU if there is one.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = run_folder(recipe)
+    if not _is_trained(recipe, folder):
+        logger.info("recipe %s has not been trained yet: training it now", recipe.name)
+        train_recipe(recipe)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device)
+    return model, tokenization.load_tokenizer(folder / "model")
+
+
+def _is_trained(recipe: Recipe, folder: Path) -> bool:
+    """Tell whether the run's folder holds a model, and one trained from these inputs."""
+    from tinytrain.training import MARK, last_checkpoint
+
+    if not (folder / "model" / "config.json").is_file():
+        return False
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        logger.warning("%s has no checkpoints any more: its model is taken as it is", folder.name)
+        return True
+    before = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["inputs"]
+    # The number format depends on the machine; a model may have come from another one.
+    return before == json.loads(json.dumps(run_inputs(recipe, before.get("precision", ""))))
 
 
 def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:

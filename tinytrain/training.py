@@ -39,6 +39,7 @@ from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,107 @@ def training_arguments(
         "disable_tqdm": True,  # our callbacks show the progress
     }
     return TrainingArguments(**(arguments | overrides))
+
+
+def total_steps(recipe: Recipe, blocks: int) -> int:
+    """Return how many steps of the optimiser the Trainer will make, on one device.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its ``max_steps``, or else its ``epochs`` decide.
+    blocks : int
+        Blocks of the training half.
+
+    Returns
+    -------
+    int
+    """
+    if recipe.max_steps > 0:
+        return recipe.max_steps
+    batches = math.ceil(blocks / recipe.batch_size)
+    # The last batches of an epoch make a step too, even if they are too few to fill one.
+    return math.ceil(recipe.epochs * max(1, math.ceil(batches / recipe.gradient_accumulation)))
+
+
+def learning_rates(recipe: Recipe, steps: int) -> list[float]:
+    """Return the learning rate of each step, from the very scheduler that the Trainer uses.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its ``learning_rate``, ``lr_scheduler`` and ``warmup_steps`` decide.
+    steps : int
+        Steps of the run, from `total_steps`.
+
+    Returns
+    -------
+    list of float
+        In the order of the steps.
+
+    Raises
+    ------
+    ValueError
+        If there is no such scheduler, or if it goes by something else than the step.
+
+    Examples
+    --------
+    >>> from tinytrain.recipes import RECIPES
+    >>> rates = learning_rates(RECIPES["seed"], 1000)
+    >>> rates[0], rates[200], rates[-1] < 1e-9
+    (0.0, 2e-05, True)
+    """
+    from transformers import get_scheduler
+
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a run has at least one")
+    if recipe.lr_scheduler in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(f"{recipe.lr_scheduler} goes by the loss: its rates are not known before")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
+    scheduler = get_scheduler(recipe.lr_scheduler, optimizer, recipe.warmup_steps, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(float(scheduler.get_last_lr()[0]))
+        optimizer.step()  # without a gradient it changes nothing; the scheduler wants it first
+        scheduler.step()
+    return rates
+
+
+def plot_learning_rate(recipe: Recipe, steps: int) -> Figure:
+    """Draw the learning rate over a run.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its ``learning_rate``, ``lr_scheduler`` and ``warmup_steps`` decide.
+    steps : int
+        Steps of the run, from `total_steps`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        As `learning_rates`.
+    """
+    from matplotlib.figure import Figure
+
+    rates = learning_rates(recipe, steps)
+    figure = Figure(figsize=(7, 2.6), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(range(1, steps + 1), rates, linewidth=2)
+    if 0 < recipe.warmup_steps < steps and recipe.lr_scheduler != "constant":
+        top = recipe.warmup_steps + 1  # the first step at the full rate
+        axes.axvline(top, color="0.3", linestyle="--", linewidth=1)
+        axes.text(top, 0.04 * max(rates), " end of the warm-up", color="0.3")
+    axes.set_title(f"{recipe.lr_scheduler.replace('_', ' ')}, highest rate {max(rates):.2g}")
+    axes.set(xlabel="step", ylabel="learning rate", xlim=(0, steps), ylim=(0, 1.1 * max(rates)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
