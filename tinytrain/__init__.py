@@ -14,6 +14,7 @@ notebook              module                         what it is about
 
 Notebook 05 also uses ``tinytrain.callbacks`` (what one sees, and how one stops it),
 ``tinytrain.loss`` (a large vocabulary in little memory) and ``tinytrain.evaluation``.
+Notebook 06 also uses ``tinytrain.export`` (a folder for everyone, its card, GGUF, an upload).
 ``tinytrain.recipes`` holds every number of a run. ``tinytrain.steps`` joins the modules: one
 function a step, which keeps its result on disk.
 

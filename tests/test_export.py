@@ -1,0 +1,483 @@
+"""Tests of the export: what was written is loaded, read and uploaded as anyone else would do it."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from tinytrain import export, modeling, steps, tokenization
+from tinytrain.loss import save_loss_memory
+
+TEXTS = [
+    "法国的首都是巴黎。",
+    "Hello, world! It's 3.14159 and 20,000.",
+    "表情🙂👨‍👩‍👧，𠮷野家",
+    " \n\n  空 格\t和换行\r\n",
+    "cafe\u0301 <|endoftext|> 之后",
+]
+
+
+@pytest.fixture(scope="module")
+def patched(smoke):
+    """An untrained model as it is while training: own loss, compiled layers, no cache."""
+    model = modeling.build_model(smoke.config, seed=1)
+    save_loss_memory(model, 64)
+    modeling.compile_layers(model)
+    model.config.use_cache = False
+    # A trained model's are not zero, and a lost bias would not be seen.
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 1:
+                weight += torch.linspace(-0.5, 0.5, len(weight))
+    return model
+
+
+@pytest.fixture(scope="module")
+def about(smoke):
+    history = [{"step": 0, "max_steps": 20}]
+    for step in range(1, 21):
+        history.append({"step": step, "loss": 7 - step / 10})
+        if step % 10 == 0:
+            history.append({"step": step, "eval_loss": 7.1 - step / 10})
+    return {
+        "name": "tiny",
+        "text": "encyclopedia",
+        "documents": (270, 30),
+        "tokenizer": "byte-level byte pairs, trained on the text",
+        "words": 1024,
+        "recipe": {"optimizer": "muon", "learning_rate": 0.008},
+        "history": history,
+        "precision": "float32",
+        "machine": "a computer, 2 cores",
+        "seconds": 75.2,
+        "tokens": 10240,
+        "held_out_loss": 5.1,
+        "bits_per_character": 6.25,
+        "interval": (6.0, 6.5),
+        "cloze_after": 0.25,
+        "completions": [("法国的首都是", "巴黎。"), ("日本的货币是", "日元。")],
+    }
+
+
+@pytest.fixture(scope="module")
+def exported(patched, smoke, about, tmp_path_factory):
+    """The folder, with everything in it."""
+    scratch = tmp_path_factory.mktemp("export")
+    files = [scratch / "loss.png", scratch / "history.jsonl", scratch / "not-there.txt"]
+    files[0].write_bytes(b"\x89PNG\r\n\x1a\n")
+    files[1].write_text('{"step": 0}\n', encoding="utf-8")
+    tokenizer = smoke.tokenizer
+    tokenizer("一" * 100, truncation=True, max_length=8, padding="max_length")  # leaves traces
+    folder = scratch / "folder"
+    return export.export_model(patched, tokenizer, folder, about, gguf=True, files=files)
+
+
+# --- the folder -------------------------------------------------------------------------------
+
+
+def test_it_loads_without_tinytrain_and_says_the_same(patched, smoke, exported):
+    assert export.round_trip(patched, smoke.tokenizer, exported, TEXTS) == 0.0
+    assert {path.name for path in exported.iterdir()} == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "model.gguf", "loss.png", "history.jsonl"),
+    }
+
+
+def test_the_round_trip_notices_other_weights_and_another_tokenizer(patched, smoke, exported):
+    other = modeling.build_model(smoke.config, seed=2)
+    assert export.round_trip(other, smoke.tokenizer, exported, TEXTS[:1]) > 0.01
+    tokenizer = tokenization.train_tokenizer(["北京是中国的首都。" * 9], 300)
+    with pytest.raises(ValueError, match="reads '法国的首都是巴黎。' otherwise"):
+        export.round_trip(patched, tokenizer, exported, TEXTS[:1])
+
+
+def test_the_round_trip_tells_why_a_folder_does_not_load(patched, smoke, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+    with pytest.raises(RuntimeError, match="cannot be loaded by transformers alone: OSError"):
+        export.round_trip(patched, smoke.tokenizer, tmp_path, TEXTS[:1])
+
+
+def test_what_training_left_in_model_and_tokenizer_is_not_saved(patched, smoke, exported):
+    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["Qwen2ForCausalLM"] and config["use_cache"] is True
+    assert config["dtype"] == "float32"
+    state = json.loads((exported / "tokenizer.json").read_text(encoding="utf-8"))
+    assert state["truncation"] is None and state["padding"] is None
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer.model_max_length == smoke.recipe.context_length
+    # And the model in hand is as it was.
+    assert type(patched).forward is not AutoModelForCausalLM.from_pretrained(exported).forward
+    assert patched.config.use_cache is False
+    ids = torch.tensor(smoke.blocks["test"]["input_ids"][:2])
+    assert patched(input_ids=ids, labels=ids).logits is None
+
+
+def test_it_stops_at_the_end_of_text_and_does_not_go_in_circles(exported, smoke):
+    generation = GenerationConfig.from_pretrained(exported)
+    end = smoke.tokenizer.eos_token_id
+    assert (generation.eos_token_id, generation.pad_token_id) == (end, end)
+    assert generation.do_sample and 0 < generation.temperature < 1 and generation.top_p < 1
+    assert generation.max_new_tokens <= smoke.recipe.context_length
+
+
+def test_bfloat16_takes_half_the_space_and_moves_the_scores_a_little(
+    patched, smoke, exported, tmp_path
+):
+    tokenizer = smoke.tokenizer
+    narrow = export.export_model(
+        patched, tokenizer, tmp_path / "bf16", {"name": "n"}, dtype="bfloat16", gguf=True
+    )
+    for name in ("model.safetensors", "model.gguf"):
+        sizes = [os.path.getsize(folder / name) for folder in (narrow, exported)]
+        assert sizes[0] < 0.6 * sizes[1]
+    assert {weight.dtype for weight in patched.parameters()} == {torch.float32}
+    assert 0 < export.round_trip(patched, tokenizer, narrow, TEXTS[:2]) < 0.1
+    # The GGUF holds just these numbers.
+    saved = AutoModelForCausalLM.from_pretrained(narrow, dtype="float32")
+    saved.set_attn_implementation(patched.config._attn_implementation)
+    assert export.round_trip(saved, tokenizer, narrow, TEXTS[:2], gguf=True) == 0.0
+
+
+def test_an_unknown_format_is_named(patched, smoke, tmp_path):
+    with pytest.raises(ValueError, match="'fp8' is neither 'float32' nor 'bfloat16'"):
+        export.export_model(patched, smoke.tokenizer, tmp_path / "x", {"name": "n"}, dtype="fp8")
+
+
+def test_a_failure_leaves_the_earlier_export_whole(patched, smoke, tmp_path, monkeypatch):
+    def content():
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    export.export_model(patched, smoke.tokenizer, tmp_path / "out", {"name": "first"})
+    before = content()
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "model_card", lambda about: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export.export_model(patched, smoke.tokenizer, tmp_path / "out", {"name": "second"})
+    assert content() == before and os.listdir(tmp_path) == ["out"]
+    export.export_model(patched, smoke.tokenizer, tmp_path / "out", {"name": "second"})
+    assert b"# second" in content()["README.md"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_with_something_else_is_not_touched(patched, smoke, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="something other than an earlier export"):
+        export.export_model(patched, smoke.tokenizer, tmp_path, {"name": "n"})
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+# --- the card ---------------------------------------------------------------------------------
+
+
+def metadata(card):
+    block = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    return yaml.safe_load(block[1])
+
+
+def test_the_cards_metadata_are_what_the_hubs_read(exported):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(exported / "README.md")
+    data = metadata(str(card))
+    assert data["license"] == "mit" and data["language"] == "zh" and "datasets" not in data
+    assert data["pipeline_tag"] == "text-generation" and data["library_name"] == "transformers"
+    assert data["tasks"] == ["text-generation"]
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+        "loss": 5.1,
+        "bits_per_character": 6.25,
+    }
+
+
+def test_the_card_tells_the_run(exported):
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    for words in (
+        "# tiny",
+        "| `learning_rate` | 0.008 |",
+        "| time | 1 min 15 s |",
+        "| tokens seen | 10,240 |",
+        "| 10 | 6.450 | 6.100 |",  # the mean of 6.9 to 6.0, and the held-out loss
+        "| 20 | 5.450 | 5.100 |",
+        "![The losses and the learning rate of the run](loss.png)",
+        "6.250 (95% interval 6.000 to 6.500)",
+        "| questions about facts of the text, right | 25% |",
+        "法国的首都是 → 巴黎。",
+        "270 documents to learn from; 30 were held out",
+        "does not follow instructions",
+        "must not be used to inform, advise or decide about people",
+        "never seen more than 64 tokens",
+        "140k parameters",
+    ):
+        assert words in card, words
+
+
+def test_the_lines_that_the_card_gives_work(exported):
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
+    blocked = "import sys; sys.modules['tinytrain'] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", blocked + lines],
+        **{"cwd": exported, "capture_output": True, "encoding": "utf-8"},
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("法国的首都是") and len(done.stdout.strip()) > 6
+
+
+@pytest.mark.parametrize(
+    ("text", "license", "datasets", "words"),
+    [
+        ("encyclopedia", "mit", None, "a program writes from a list of facts"),
+        (
+            "wikipedia",
+            "cc-by-sa-3.0",
+            ["pleisto/wikipedia-cn-20230720-filtered"],
+            "under CC BY-SA 3.0",
+        ),
+        ("/home/ann/secret/日记.txt", "unknown", None, "license of the text is not known"),
+    ],
+)
+def test_each_text_has_its_license(text, license, datasets, words):
+    card = export.model_card({"name": "n", "text": text})
+    assert metadata(card)["license"] == license
+    assert metadata(card).get("datasets") == datasets
+    assert words in card
+
+
+def test_a_license_that_is_known_better_wins():
+    card = export.model_card({"name": "n", "text": "mine.txt", "license": "cc0-1.0"})
+    assert metadata(card)["license"] == "cc0-1.0"
+
+
+@pytest.mark.parametrize(
+    "path", ["/home/ann/secret/diary.txt", r"C:\Users\ann\secret\diary.txt", "secret/diary.txt"]
+)
+def test_of_a_path_only_the_name_is_told(path):
+    card = export.model_card({"name": "n", "text": path})
+    assert "`diary.txt`" in card and "secret" not in card and "ann" not in card
+
+
+def test_what_a_run_wrote_cannot_break_the_card():
+    nasty = "---\nlicense: apache-2.0\n---\n```` # <script>| \x00\u202e"
+    card = export.model_card(
+        {
+            "name": nasty,
+            "text": "a`b``.txt",
+            "machine": nasty,
+            "completions": [(nasty, nasty), ("a", "```\n# not a heading")],
+            "held_out_loss": 1.0,
+        }
+    )
+    assert metadata(card)["license"] == "unknown"
+    from markdown_it import MarkdownIt
+
+    body = card.split("\n---\n", 1)[1]
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    headings = [after.content for token, after in zip(tokens, tokens[1:], strict=False)
+                if token.type == "heading_open"]  # fmt: skip
+    sections = ["How to use it", "Limits", "Data", "Training", "Results"]
+    assert headings[1:] == sections
+    assert not any(token.type.startswith("html") for token in tokens)
+    inline = [child for token in tokens for child in token.children or ()]
+    assert not any(child.type.startswith("html") for child in inline)
+    assert "a`b``.txt" in [child.content for child in inline if child.type == "code_inline"]
+    assert "\x00" not in card and "\u202e" not in card
+    (written,) = [token.content for token in tokens if token.info == "text"]
+    assert written.splitlines()[1] == "a → ``` # not a heading"
+
+
+def test_what_is_not_known_is_not_said():
+    card = export.model_card({"name": "n", "held_out_loss": float("nan")})
+    assert "## Results" not in card and "## Training" not in card
+    assert "None" not in card and "nan" not in card
+    assert "not recorded" in card and "model-index" not in metadata(card)
+
+
+# --- the steps --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(smoke, monkeypatch):
+    """A run of recipe ``smoke`` with an untrained model, as notebook 05 leaves one."""
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(smoke.runs))
+    folder = steps.run_folder(smoke.recipe)
+    model = modeling.build_model(smoke.config, seed=3)
+    model.save_pretrained(folder / "model")
+    (folder / "model" / "training_args.bin").write_bytes(b"a pickle")
+    lines = [{"step": 0, "max_steps": 2}, {"step": 2, "seconds": 61.0, "tokens": 99, "loss": 5.0}]
+    history = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "history.jsonl").write_text(history, encoding="utf-8")
+    steps.save_summary(
+        smoke.recipe, held_out_loss=4.25, precision="float32", completions=[("a", "b")]
+    )
+    return folder
+
+
+def test_a_run_is_exported_with_its_facts(run, smoke):
+    folder = steps.export_run(smoke.recipe, machine="another machine")
+    assert folder == run / "export"
+    assert not (folder / "training_args.bin").exists()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for words in ("# tinytrain-smoke", "| 2 | 5.000 |  |", "1 min 01 s", "another machine",
+                  "4.250", "| `hidden_size` | 64 |", "270 documents"):  # fmt: skip
+        assert words in card, words
+    assert str(run) not in card
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert export.round_trip(model, smoke.tokenizer, folder, TEXTS[:2]) == 0.0
+
+
+def test_the_machine_of_the_run_is_remembered(run, smoke):
+    from tinytrain.hardware import machine_name
+
+    assert steps.get_about(smoke.recipe)["machine"] == machine_name()
+
+
+def test_an_untrained_recipe_says_what_to_do(smoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="run notebook 05 with recipe 'smoke'"):
+        steps.export_run(smoke.recipe)
+
+
+def test_only_a_reduced_vocabulary_can_be_made_whole(run, smoke):
+    with pytest.raises(ValueError, match="'smoke' has no reduced Qwen2.5 vocabulary"):
+        steps.export_run(smoke.recipe, whole_vocabulary=True)
+
+
+def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "context_length": 32}
+    recipe = replace(smoke.recipe, tokenizer="qwen2.5", vocab_size=1500, max_documents=60, **sizes)
+    reduced, whole = steps.get_tokenizer(recipe), tokenization.qwen_tokenizer()
+    model = steps.get_model(recipe)
+    model.save_pretrained(steps.run_folder(recipe) / "model")
+    folder = steps.export_run(recipe, whole_vocabulary=True, gguf=True)
+
+    loaded, tokenizer = (
+        kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    assert len(tokenizer) == len(whole) == loaded.config.vocab_size
+    assert tokenization.fingerprint(tokenizer) == tokenization.fingerprint(whole)
+    text = steps.get_split(recipe)["train"][0]["text"][:30]
+    few, many = reduced(text)["input_ids"], tokenizer(text)["input_ids"]
+    ids = tokenization.original_ids(reduced, whole)
+    assert [ids[number] for number in few] == many
+    with torch.no_grad():
+        scores = model.eval()(input_ids=torch.tensor([few])).logits
+        same = loaded(input_ids=torch.tensor([many])).logits[..., ids]
+    assert torch.equal(scores, same) or (scores - same).abs().max() < 1e-5
+    assert loaded.generation_config.eos_token_id == whole.eos_token_id
+    assert export.round_trip(loaded, whole, folder, TEXTS, gguf=True) == 0.0
+
+
+# --- GGUF -------------------------------------------------------------------------------------
+
+
+def test_gguf_gives_the_same_ids_and_scores(patched, smoke, exported):
+    assert export.round_trip(patched, smoke.tokenizer, exported, TEXTS, gguf=True) == 0.0
+
+
+def test_gguf_says_what_llama_cpp_needs(exported, smoke):
+    from gguf import GGUFReader
+
+    fields = GGUFReader(exported / "model.gguf").fields
+    got = {name: field.contents() for name, field in fields.items()}
+    assert got["general.architecture"] == "qwen2" and got["general.name"] == "tiny"
+    assert got["tokenizer.ggml.model"] == "gpt2" and got["tokenizer.ggml.pre"] == "qwen2"
+    assert got["qwen2.context_length"] == smoke.recipe.context_length
+    assert got["tokenizer.ggml.eos_token_id"] == smoke.tokenizer.eos_token_id
+    assert got["tokenizer.ggml.add_bos_token"] is False
+    assert len(got["tokenizer.ggml.tokens"]) == smoke.config.vocab_size
+    end = smoke.tokenizer.eos_token_id
+    assert got["tokenizer.ggml.token_type"][end] == 3  # steers: not to be shown
+
+
+@pytest.mark.skipif(
+    not os.environ.get("TINYTRAIN_LLAMA_CPP"),
+    reason="needs llama.cpp's converter: make gguf",
+)
+@pytest.mark.parametrize("vocabulary", ["own", "reduced", "whole"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_llama_cpps_own_converter_writes_the_same(smoke, tmp_path, vocabulary, dtype):
+    from gguf import GGUFReader
+
+    texts = smoke.split["train"]["text"]
+    whole = tokenization.qwen_tokenizer()
+    tokenizer = {
+        "own": smoke.tokenizer,
+        "reduced": tokenization.reduce_tokenizer(whole, texts, 1500),
+        "whole": whole,
+    }[vocabulary]
+    rows = len(tokenizer) + 7  # as in the published model, more rows than words
+    config = modeling.recipe_config(smoke.recipe, rows, tokenizer.eos_token_id)
+    folder = export.export_model(
+        modeling.build_model(config), tokenizer, tmp_path / "m", {"name": "m"}, dtype=dtype,
+        gguf=True,
+    )  # fmt: skip
+    # The converter knows Qwen2.5's tokenizer by the ids it gives to a text; for the others, which
+    # it turns away, it is told what it would have found.
+    known = "" if vocabulary == "whole" else (
+        "import conversion.base as base;"
+        "base.TextModel.get_vocab_base_pre = lambda self, tokenizer: 'qwen2';"
+    )  # fmt: skip
+    source = os.environ["TINYTRAIN_LLAMA_CPP"]
+    code = (
+        f"import sys, types; sys.path[:0] = [{source!r}, {source + '/gguf-py'!r}];"
+        # Imported before it looks whether it is needed.
+        "sys.modules['sentencepiece'] = types.SimpleNamespace(SentencePieceProcessor=None);"
+        f"{known} import convert_hf_to_gguf; convert_hf_to_gguf.main()"
+    )
+    kind = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    theirs = tmp_path / "theirs.gguf"
+    command = [sys.executable, "-c", code, str(folder), "--outtype", kind, "--outfile", str(theirs)]
+    subprocess.run(command, check=True, capture_output=True)
+
+    ours, theirs = GGUFReader(folder / "model.gguf"), GGUFReader(theirs)
+    described = {"general.name", "general.size_label", "GGUF.kv_count", "general.license",
+                 "general.tags", "general.languages", "general.datasets"}  # fmt: skip
+    fields = [
+        {n: f.contents() for n, f in r.fields.items() if n not in described} for r in (ours, theirs)
+    ]
+    assert fields[0].pop("tokenizer.ggml.add_bos_token") is False  # theirs leaves it to llama.cpp
+    fields[1].pop("tokenizer.ggml.add_bos_token", None)
+    assert fields[0] == fields[1]
+    weights = [
+        {t.name: (t.tensor_type, t.data.tobytes()) for t in r.tensors} for r in (ours, theirs)
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_tokenizer_that_cuts_differently_is_turned_away(exported, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    state["pre_tokenizer"] = {"type": "Whitespace"}
+    (folder / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    before = (folder / "model.gguf").read_bytes()
+    with pytest.raises(ValueError, match="cuts texts differently"):
+        export.write_gguf(folder)
+    assert (folder / "model.gguf").read_bytes() == before
+
+
+def test_without_the_package_nothing_is_written(patched, smoke, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install gguf"):
+        export.export_model(patched, smoke.tokenizer, tmp_path / "x", {"name": "n"}, gguf=True)
+    assert not os.listdir(tmp_path)
