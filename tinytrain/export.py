@@ -586,8 +586,8 @@ def write_gguf(folder: str | Path, path: str | Path | None = None, name: str = "
 
     Notes
     -----
-    llama.cpp does not compose characters as the tokenizer's NFC normalisation does: a text with
-    letters and accents apart becomes other tokens there. Chinese is not concerned.
+    GGUF has no word for the tokenizer's Unicode normalisation (NFC): a text that writes letters
+    and accents apart becomes other tokens there. Chinese is not concerned.
     """
     gguf = _gguf_package()
     from transformers import AutoConfig, AutoTokenizer
@@ -597,8 +597,8 @@ def write_gguf(folder: str | Path, path: str | Path | None = None, name: str = "
     config = AutoConfig.from_pretrained(folder)
     if config.model_type != "qwen2":
         raise ValueError(f"write_gguf is for Qwen2 models, and {folder} holds {config.model_type}")
+    _check_cuts_like_qwen2(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    _check_cuts_like_qwen2(tokenizer, folder)
 
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     writer = gguf.GGUFWriter(temporary, "qwen2")
@@ -629,17 +629,17 @@ def _gguf_package() -> Any:
     return gguf
 
 
-def _check_cuts_like_qwen2(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _check_cuts_like_qwen2(folder: Path) -> None:
     """Make sure that a text is cut into the same pieces before any merging."""
     from transformers import Qwen2Tokenizer
 
-    def rule(tokenizer: PreTrainedTokenizerFast) -> Any:
-        return json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]
-
-    if rule(tokenizer) != rule(Qwen2Tokenizer()):
+    # From the file: transformers gives every tokenizer of a Qwen2 model Qwen2's rule.
+    saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    rule = json.loads(Qwen2Tokenizer().backend_tokenizer.to_str())["pre_tokenizer"]
+    if saved["pre_tokenizer"] != rule:
         raise ValueError(
-            f"the tokenizer in {folder} cuts texts differently from Qwen2's, and llama.cpp has no "
-            "such rule: take one of tinytrain.tokenization"
+            f"the tokenizer in {folder} cuts texts differently from Qwen2's, the rule that the "
+            "file would name: take one of tinytrain.tokenization"
         )
 
 
@@ -761,6 +761,8 @@ def upload(
             f"{folder} has no config.json with a README.md: export the model first "
             "(tinytrain.export.export_model)"
         )
+    import requests
+
     variable, where = _TOKENS[to]
     client = _modelscope if to == "modelscope" else _huggingface
     token, endpoint, send = client(folder, repo_id, token, endpoint, private)
@@ -771,6 +773,8 @@ def upload(
         )
     logger.info("uploading %s to %s", folder, f"{endpoint}/{repo_id}")
     try:
+        # Asked first because the clients go on trying for a long while.
+        requests.head(endpoint, timeout=20)
         return send()
     except Exception as error:
         failure = _explained(error, f"{to} ({repo_id})", variable, where)
