@@ -418,8 +418,9 @@ def test_gguf_says_what_llama_cpp_needs(exported, smoke):
     not os.environ.get("TINYTRAIN_LLAMA_CPP"),
     reason="needs llama.cpp's converter: make gguf",
 )
-@pytest.mark.parametrize("vocabulary", ["own", "reduced", "whole"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"), [("own", "float32"), ("reduced", "bfloat16"), ("whole", "float32")]
+)
 def test_llama_cpps_own_converter_writes_the_same(smoke, tmp_path, vocabulary, dtype):
     from gguf import GGUFReader
 
@@ -436,19 +437,19 @@ def test_llama_cpps_own_converter_writes_the_same(smoke, tmp_path, vocabulary, d
         modeling.build_model(config), tokenizer, tmp_path / "m", {"name": "m"}, dtype=dtype,
         gguf=True,
     )  # fmt: skip
-    # The converter knows Qwen2.5's tokenizer by the ids it gives to a text; for the others, which
-    # it turns away, it is told what it would have found.
-    known = "" if vocabulary == "whole" else (
-        "import conversion.base as base;"
-        "base.TextModel.get_vocab_base_pre = lambda self, tokenizer: 'qwen2';"
-    )  # fmt: skip
     source = os.environ["TINYTRAIN_LLAMA_CPP"]
-    code = (
-        f"import sys, types; sys.path[:0] = [{source!r}, {source + '/gguf-py'!r}];"
-        # Imported before it looks whether it is needed.
-        "sys.modules['sentencepiece'] = types.SimpleNamespace(SentencePieceProcessor=None);"
-        f"{known} import convert_hf_to_gguf; convert_hf_to_gguf.main()"
-    )
+    code = [
+        "import sys, types",
+        f"sys.path[:0] = [{source!r}, {source + '/gguf-py'!r}]",
+        "import conversion.base as base",
+        # It imports this before it looks whether it is needed.
+        "sys.modules['sentencepiece'] = types.SimpleNamespace(SentencePieceProcessor=None)",
+    ]
+    if vocabulary != "whole":
+        # It knows a tokenizer by the ids that a text becomes, and turns the others away: they are
+        # given the name that it has for Qwen2.5's.
+        code.append("base.TextModel.get_vocab_base_pre = lambda self, tokenizer: 'qwen2'")
+    code = "\n".join([*code, "import convert_hf_to_gguf", "convert_hf_to_gguf.main()"])
     kind = {"float32": "f32", "bfloat16": "bf16"}[dtype]
     theirs = tmp_path / "theirs.gguf"
     command = [sys.executable, "-c", code, str(folder), "--outtype", kind, "--outfile", str(theirs)]

@@ -263,7 +263,7 @@ def round_trip(
         done = subprocess.run(
             [sys.executable, "-P", "-c", _ELSEWHERE],
             input=json.dumps(job),
-            text=True,
+            encoding="utf-8",
             cwd=scratch,
             capture_output=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
@@ -590,7 +590,7 @@ def write_gguf(folder: str | Path, path: str | Path | None = None, name: str = "
     and accents apart becomes other tokens there. Chinese is not concerned.
     """
     gguf = _gguf_package()
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     folder = Path(folder)
     path = Path(path) if path else folder / GGUF_FILE
@@ -608,6 +608,9 @@ def write_gguf(folder: str | Path, path: str | Path | None = None, name: str = "
             if name:
                 writer.add_name(name)
             _add_sizes(writer, gguf, config)
+            generation = GenerationConfig.from_pretrained(folder)
+            writer.add_sampling_temp(generation.temperature)
+            writer.add_sampling_top_p(generation.top_p)
             _add_tokenizer(writer, gguf, tokenizer, folder, config.vocab_size)
             _add_weights(writer, gguf, folder, config.num_hidden_layers)
             writer.write_header_to_file()
