@@ -41,11 +41,11 @@ GGUF_FILE = "model.gguf"
 _TEXTS: dict[str, dict[str, Any]] = {
     "encyclopedia": {
         "is": "the encyclopedia built into tinytrain: short Chinese articles that a program writes "
-        "from a list of facts, in a few hundred phrasings",
+        "from a list of some 1,700 facts, each told dozens of times",
         "license": "mit",
         "licensed": "The text is part of tinytrain and under the MIT license, and so is the model.",
-        "limit": "It has read nothing but a few thousand articles made from templates. It knows "
-        "their facts and their phrasings, and no other Chinese.",
+        "limit": "It has read nothing but short articles made from templates. It knows their "
+        "facts and their phrasings, and no other Chinese.",
     },
     "wikipedia": {
         "is": "the Chinese Wikipedia of July 2023 in the filtered edition "
