@@ -5,7 +5,7 @@ TEST_RUNS := $(CURDIR)/build/test-runs
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=1500 --timeout=1600
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test soak benchmark lint lab notebooks clean
+.PHONY: help tutorial test soak gguf benchmark lint lab notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -27,6 +27,14 @@ test: .venv/ready lint  ## lint, every notebook (training included) under nbval,
 
 soak: .venv/ready  ## kill a training 200 times, and train 10,000 logged steps (half an hour)
 	TINYTRAIN_KILLS=200 $(BIN)/python -m pytest -v -m "soak or not soak" -k "killed or soak" --timeout=3600 tests/test_kill_and_resume.py
+
+build/llama.cpp/ready: tests/llama_cpp.txt .venv/ready
+	$(BIN)/python -m pip download --disable-pip-version-check --no-deps --no-binary :all: --require-hashes --dest build/llama.cpp --requirement tests/llama_cpp.txt
+	tar -xzf build/llama.cpp/llama_cpp_python-*.tar.gz -C build/llama.cpp --strip-components=1
+	@touch $@
+
+gguf: build/llama.cpp/ready  ## compare our GGUF files with those of llama.cpp's own converter
+	TINYTRAIN_LLAMA_CPP=$(CURDIR)/build/llama.cpp/vendor/llama.cpp $(BIN)/python -m pytest -v -k converter tests/test_export.py
 
 build/peers/ready: benchmarks/peers.txt
 	$(PYTHON) -m venv build/peers

@@ -189,6 +189,20 @@ def test_a_text_appears_as_it_is_written(with_model, monkeypatch):
     assert len(pieces) > 3 and pieces[0].startswith("北京")
 
 
+def test_a_model_is_exported_and_who_uploads_must_say_who(trained, with_model, monkeypatch, capsys):
+    monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
+    assert run("export", "--dtype", "bfloat16", "--upload", "me") == 1
+    assert "'me' must have the form" in capsys.readouterr().err
+    exported = trained / "smoke" / "export"
+    assert (exported / "README.md").read_text(encoding="utf-8").count("bfloat16")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(exported, dtype="auto").dtype == torch.bfloat16
+    assert command.main(["export", "--recipe", "pocket", "--set", "max_documents=40"]) == 1
+    assert "no trained model" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(smoke, tmp_path):
     runs = tmp_path / "runs"

@@ -139,19 +139,16 @@ def generate(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a trained model as a folder to share, with a model card; GGUF and upload if asked."""
-    from tinytrain.export import export_model, upload
+    from tinytrain.export import upload
 
-    model, tokenizer = load_model(options)
-    run = steps.run_folder(options.recipe)
-    folder = export_model(
-        model,
-        tokenizer,
-        options.output or run / "export",
-        steps.describe_run(options.recipe),
+    _show_no_bars()
+    setup_logging()
+    folder = steps.export_run(
+        options.recipe,
+        dtype=options.dtype,
         gguf=options.gguf,
-        files=[run / "loss.png", run / "history.jsonl"],
+        whole_vocabulary=options.whole_vocabulary,
     )
-    print(f"exported to {folder}")
     if options.upload:
         print(upload(folder, options.upload, to=options.to, private=not options.public))
 
@@ -279,7 +276,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--fsdp", action="store_true", help="share the weights out over the processes (FSDP)"
     )
     measuring, writing, sharing = add(evaluate), add(generate), add(export)
-    for added in (measuring, writing, sharing):
+    for added in (measuring, writing):
         added.add_argument(
             "--model", type=Path, metavar="FOLDER", help="a trained model (default: the recipe's)"
         )
@@ -301,10 +298,18 @@ def build_parser() -> argparse.ArgumentParser:
     writing.add_argument(
         "--seed", type=int, metavar="NUMBER", help="the same seed writes the same text"
     )
-    sharing.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="where to (default: export in the run)"
-    )
     sharing.add_argument("--gguf", action="store_true", help="add a file for llama.cpp")
+    sharing.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="number format of the weights; bfloat16 takes half the space (default: float32)",
+    )
+    sharing.add_argument(
+        "--whole-vocabulary",
+        action="store_true",
+        help="give a model with a reduced Qwen2.5 vocabulary all its words again",
+    )
     sharing.add_argument("--upload", metavar="OWNER/NAME", help="upload it to a hub")
     sharing.add_argument(
         "--to", choices=("modelscope", "huggingface"), default="modelscope", help="which hub"

@@ -248,6 +248,15 @@ def this_hardware(path: str | Path = ".") -> Hardware:
     return Hardware(name, memory, precision, speed, shutil.disk_usage(_existing(path)).free)
 
 
+def machine_name() -> str:
+    """Return the GPU that is used, or the processor and how many of its cores, for reading."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).name
+    return f"{_cpu_name()}, {_count(_usable_cores(), 'core')}"
+
+
 def peak_memory(reset: bool = False) -> int:
     """Return the most memory that this process has used so far, in bytes.
 

@@ -25,7 +25,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinytrain import corpus, encyclopedia, hub, modeling, tokenization
+from tinytrain import corpus, encyclopedia, export, hub, modeling, tokenization
 from tinytrain.recipes import WATCHED_ONLY, Recipe
 
 if TYPE_CHECKING:
@@ -687,45 +687,128 @@ def save_summary(recipe: Recipe, **values: Any) -> Path:
     Path
         The file written.
     """
+    from tinytrain import hardware
+
     path = run_folder(recipe) / "summary.json"
-    _write_json(path, {"recipe": recipe.name, "corpus": recipe.corpus, **values})
+    about = {"recipe": recipe.name, "corpus": recipe.corpus, "machine": hardware.machine_name()}
+    _write_json(path, {**about, **values})
     return path
 
 
-def describe_run(recipe: Recipe) -> dict[str, Any]:
-    """Return the facts of a run for its model card, as far as they are known.
+def get_about(recipe: Recipe) -> dict[str, Any]:
+    """Return what the folder of a run tells about it, for `tinytrain.export.model_card`.
 
     Parameters
     ----------
     recipe : Recipe
-        The recipe of the run.
+        The recipe of a run that has ended.
 
     Returns
     -------
     dict
-        What `tinytrain.export.export_model` takes as ``about``.
+        The facts that are there; a run without ``summary.json`` or ``history.jsonl`` has fewer.
     """
-    from tinytrain import callbacks
+    from importlib.metadata import version
 
-    folder, tokenizer = run_folder(recipe), get_tokenizer(recipe)
-    kind = "trained on the text" if recipe.tokenizer == "own" else "Qwen2.5's"
-    if _is_reduced(recipe):
-        kind += ", reduced to the words of the text"
-    about = {
+    from tinytrain.callbacks import read_history
+
+    folder = run_folder(recipe)
+    tokenizer, split = get_tokenizer(recipe), get_split(recipe)
+    kinds = {True: "Qwen2.5's, reduced to the words that the text uses most", False: "Qwen2.5's"}
+    own = "byte-level byte pairs, trained on the text"
+    left_out = {"name", "corpus", *WATCHED_ONLY}
+    about: dict[str, Any] = {
         "name": f"tinytrain-{folder.name}",
         "text": recipe.corpus,
-        "documents": [len(half) for half in get_split(recipe).values()],
-        "tokenizer": kind,
+        "documents": (len(split["train"]), len(split["test"])),
+        "tokenizer": own if recipe.tokenizer == "own" else kinds[_is_reduced(recipe)],
         "words": len(tokenizer),
+        "recipe": {name: value for name, value in asdict(recipe).items() if name not in left_out},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    if (folder / "summary.json").is_file():
-        about |= json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if (folder / "history.jsonl").is_file():
-        history = callbacks.read_history(folder)
-        last = history[-1]
-        about |= {"history": history, "seconds": last["seconds"], "tokens": last["tokens"]}
-    # Last, since the summary's own "recipe" is only its name; the path of a text is private.
-    return about | {"recipe": {k: v for k, v in asdict(recipe).items() if k != "corpus"}}
+        about["history"] = read_history(folder / "history.jsonl")
+        about |= {name: about["history"][-1].get(name, 0) for name in ("seconds", "tokens")}
+    if (folder / "summary.json").is_file():
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        about |= {name: summary[name] for name in summary if name not in ("recipe", "corpus")}
+    return about
+
+
+def export_run(
+    recipe: Recipe,
+    dtype: str = "float32",
+    gguf: bool = False,
+    whole_vocabulary: bool = False,
+    **about: Any,
+) -> Path:
+    """Export the trained model of a run to ``export`` in its folder.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The recipe of a run whose model notebook 05 has saved.
+    dtype, gguf
+        As in `tinytrain.export.export_model`.
+    whole_vocabulary : bool
+        For a reduced Qwen2.5 vocabulary: give the model all words again, so that it works with
+        Qwen2.5's own tokenizer; see `tinytrain.modeling.expand_vocabulary`. Goes to
+        ``export-whole``.
+    **about
+        Facts for the card that the run's folder does not hold, or holds wrongly.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no trained model.
+    ValueError
+        If ``whole_vocabulary`` is asked for and the vocabulary is not a reduced one.
+    """
+    from transformers import AutoModelForCausalLM
+
+    run, tokenizer = run_folder(recipe), get_tokenizer(recipe)
+    if not (run / "model" / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{run} holds no trained model: run notebook 05 with recipe {recipe.name!r} first"
+        )
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype="float32")
+    facts = {**get_about(recipe), **about}
+    if whole_vocabulary:
+        if not _is_reduced(recipe):
+            raise ValueError(
+                f"recipe {recipe.name!r} has no reduced Qwen2.5 vocabulary that could be made whole"
+            )
+        model, tokenizer = _with_whole_vocabulary(recipe, model, tokenizer)
+        facts |= {
+            "tokenizer": "Qwen2.5's, whole; trained with a part of it",
+            "words": len(tokenizer),
+        }
+        facts["parameters"] = model.num_parameters()
+    return export.export_model(
+        model,
+        tokenizer,
+        run / ("export-whole" if whole_vocabulary else "export"),
+        facts,
+        dtype=dtype,
+        gguf=gguf,
+        files=(run / "loss.png", run / "history.jsonl"),
+    )
+
+
+def _with_whole_vocabulary(recipe: Recipe, model: Any, reduced: Any) -> tuple[Any, Any]:
+    """Return the model with a row for each word of Qwen2.5, and Qwen2.5's tokenizer."""
+    whole = tokenization.qwen_tokenizer()
+    blocks = get_blocks(recipe)["train"]
+    # Ten tokens for each number of a row that is sought, evenly from the whole text.
+    number = min(len(blocks), 1 + 10 * model.config.hidden_size // recipe.context_length)
+    some = blocks.select(range(0, len(blocks), len(blocks) // number))["input_ids"]
+    ids = tokenization.original_ids(reduced, whole)
+    return modeling.expand_vocabulary(model, ids, len(whole), list(some)), whole
 
 
 def _keep(
