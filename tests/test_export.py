@@ -283,7 +283,7 @@ def test_what_a_run_wrote_cannot_break_the_card():
             "name": nasty,
             "text": "a`b``.txt",
             "machine": nasty,
-            "completions": [(nasty, nasty), ("a", "```\n# not a heading")],
+            "completions": [(nasty, nasty), ("a", "```\n# not a heading"), ("```", "")],
             "held_out_loss": 1.0,
         }
     )
@@ -552,7 +552,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.rfile.readline()
             self.rfile.readline()
         if hub.status:
-            return self.reply(hub.status, {"error": "no", "Message": "no"})
+            said = "tea only, " + self.headers.get("Authorization", "")
+            return self.reply(hub.status, {"error": said, "Message": said})
         if parts.path == "/":
             return self.reply(200, {})
         signed = parts.path.startswith("/blob/")  # such an address is the permission itself
@@ -816,6 +817,7 @@ def test_by_hugging_faces_faster_protocol_too(hub, exported, tmp_path, monkeypat
 def test_uploading_again_replaces_what_changed(hub, to, exported, tmp_path):
     import shutil
 
+    names = sorted(os.listdir(exported))
     export.upload(exported, "ann/tiny", to, TOKEN, hub.endpoint, private=False)
     assert hub.repositories["ann/tiny"]["private"] is False
     folder = shutil.copytree(exported, tmp_path / "copy")
@@ -825,7 +827,7 @@ def test_uploading_again_replaces_what_changed(hub, to, exported, tmp_path):
     assert hub.repositories["ann/tiny"]["files"]["README.md"] == card.encode()
     assert hub.repositories["ann/tiny"]["private"] is False  # as its owner has made it
     assert hub.commits == 2
-    assert sorted(os.listdir(folder)) == sorted(os.listdir(exported))
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(exported)) == names
 
 
 @pytest.mark.parametrize(
@@ -847,6 +849,7 @@ def test_the_token_may_come_from_the_environment(hub, to, variable, exported, mo
         ("ann/tiny", STRANGER, None, PermissionError, "token is not known there .HTTP 401"),
         ("bob/tiny", TOKEN, None, PermissionError, "the name is someone else's"),
         ("ann/tiny", TOKEN, 500, ConnectionError, "HTTP 500"),
+        ("ann/tiny", TOKEN, 418, ConnectionError, r"HTTP 418: tea only, Bearer \*\*\*"),
         ("ann/tiny", TOKEN + "\n x", None, OSError, "stopped"),  # a client quotes such a header
     ],
 )

@@ -507,9 +507,10 @@ def _results(about: Mapping[str, Any]) -> str:
         rows.append(("questions about facts of the text, right", f"{about['cloze_after']:.0%}"))
     parts = [_table(("measured", ""), rows)] if rows else []
     if about.get("completions"):
+        # No line is only backticks, which would end the block.
         lines = [f"{_one_line(p)} → {_one_line(t)}" for p, t in about["completions"]]
         parts.append("What it writes, always taking the most likely word, not chosen by anyone:")
-        parts.append(_fenced("\n".join(lines)))
+        parts.append("\n".join(["```text", *lines, "```"]))
     return "## Results\n\n" + "\n\n".join(parts) if parts else ""
 
 
@@ -533,11 +534,6 @@ def _code(text: str) -> str:
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     padding = " " if "`" in text else ""
     return f"{fence}{padding}{_one_line(text)}{padding}{fence}"
-
-
-def _fenced(text: str) -> str:
-    fence = "`" * max(3, max(map(len, re.findall("`+", text)), default=0) + 1)
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def _is_number(value: Any) -> bool:
@@ -780,12 +776,12 @@ def upload(
         requests.head(endpoint, timeout=20)
         return send()
     except Exception as error:
-        failure = _explained(error, f"{to} ({repo_id})", variable, where)
+        failure = _explained(error, f"{to} ({repo_id})", variable, where, token)
     # Not chained: the client's own message may hold the header that carries the token.
     raise failure
 
 
-def _explained(error: Exception, place: str, variable: str, where: str) -> OSError:
+def _explained(error: Exception, place: str, variable: str, where: str, token: str) -> OSError:
     """Turn a client's exception into one that says what to do."""
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
@@ -806,13 +802,16 @@ def _explained(error: Exception, place: str, variable: str, where: str) -> OSErr
             f"{place}: the token must not write there (HTTP {status}). Either it only reads, or "
             "the name is someone else's: take one of your own, and a token that may write."
         )
+    words = getattr(error, "server_message", None) or getattr(error, "message", None) or ""
+    words = _one_line(words).replace(token, "***")[:150]
     if status is not None:
         return ConnectionError(
-            f"{place}: the hub answers with an error (HTTP {status}). Try again later."
+            f"{place}: the hub answers with an error (HTTP {status}: {words}). Try again later."
         )
+    kind = type(chain[-1]).__name__
     return ConnectionError(
-        f"{place}: the upload stopped ({type(chain[-1]).__name__}). Check the network and run it "
-        "again; what has arrived need not be sent twice."
+        f"{place}: the upload stopped ({': '.join(filter(None, (kind, words)))}). Check the "
+        "network and run it again; what has arrived need not be sent twice."
     )
 
 
