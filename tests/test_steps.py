@@ -81,7 +81,7 @@ def test_what_breaks_off_leaves_nothing_half_built(mine, monkeypatch):
     steps.get_blocks(mine)
     before = modified(steps.run_folder(mine))
 
-    def fails(*args):
+    def fails(*args, **kwargs):
         raise OSError("no space left")
 
     monkeypatch.setattr(steps.tokenization, "pack_documents", fails)
