@@ -410,17 +410,18 @@ class _Window:
     def read_value(self) -> object:
         """Return the value that begins here."""
         while True:
+            nearly_all = len(self.text) - 16  # longer than any word or escape
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 # A value that the window's end cuts gives an error near the end, or in a string
                 # that has none. All others are real, and no reason to read on.
-                is_cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated")
+                is_cut = error.pos > nearly_all or error.msg.startswith("Unterminated")
                 if is_cut and self.read_on():
                     continue
                 raise self.error(error.msg, error.pos) from None
-            if end == len(self.text) and self.read_on():
-                continue  # the rest of a number may follow
+            if end > nearly_all and self.read_on():
+                continue  # "1e" is 1, and perhaps the beginning of 1e5
             self.at = end
             return value
 
@@ -489,7 +490,7 @@ def _read_parquet(path: Path, text_field: str | None) -> Iterator[tuple[object, 
             with _open(path) as packed:
                 shutil.copyfileobj(packed, whole, _PIECE)
         try:
-            file = pq.ParquetFile(whole, buffer_size=_PIECE)
+            file = pq.ParquetFile(whole, buffer_size=_PIECE, pre_buffer=False)
             names = file.schema_arrow.names
             text_field = _find_field(names, str(path), text_field)
             wanted = [name for name in names if name in (text_field, "source")]
@@ -497,7 +498,7 @@ def _read_parquet(path: Path, text_field: str | None) -> Iterator[tuple[object, 
                 texts = batch.column(text_field).to_pylist()
                 sources = batch.column("source").to_pylist() if "source" in wanted else repeat(None)
                 yield from zip(texts, sources, strict=False)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{path}: cannot read it as parquet ({error}); the file is damaged or cut off, or "
                 "is something else. Fetch or write it again"
