@@ -42,7 +42,7 @@ FORMATS = (".json", ".jsonl", ".ndjson", ".txt", ".parquet")
 COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
 
 _DAMAGED = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
-_PIECE = 1 << 20  # characters or bytes read at once
+_PIECE = 1 << 18  # characters or bytes read at once
 
 
 class Duplicate(NamedTuple):
@@ -556,7 +556,7 @@ def _usable(
 
 
 def _batches(rows: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
-    """Collect rows until there are a thousand of them or a megabyte."""
+    """Collect rows until there are a thousand of them, or enough for a large piece."""
     batch, size = [], 0
     for row in rows:
         batch.append(row)
