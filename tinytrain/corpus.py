@@ -721,19 +721,20 @@ def find_duplicates(
     return found
 
 
-def _keys(text: str, hashes: np.ndarray, blank: MinHash, bands: MinHashLSH) -> list[int]:
+def _keys(text: str, hashes: np.ndarray, blank: MinHash, bands: MinHashLSH) -> np.ndarray:
     """Return a hash of the text and one of each band of its MinHash.
 
     Two documents that have any of them in common are likely to be alike.
     """
+    import numpy as np
     from xxhash import xxh64_intdigest
 
-    exact = xxh64_intdigest(text.encode("utf-8"))
-    if not len(hashes):  # nothing but punctuation
-        return [exact] * (bands.b + 1)
-    values = _minhash(hashes, blank).hashvalues
-    pieces = (values[start:end].tobytes() for start, end in bands.hashranges)
-    return [exact, *(xxh64_intdigest(piece, seed) for seed, piece in enumerate(pieces, start=1))]
+    keys = np.full(bands.b + 1, xxh64_intdigest(text.encode("utf-8")), np.uint64)
+    if len(hashes):  # else it is nothing but punctuation
+        values = _minhash(hashes, blank).hashvalues
+        for band, (start, end) in enumerate(bands.hashranges, start=1):
+            keys[band] = xxh64_intdigest(values[start:end].tobytes(), band)
+    return keys
 
 
 def _texts(documents: Dataset) -> Iterator[str]:
