@@ -191,7 +191,7 @@ def _candidates(folder: Path) -> str:
     if not names:
         return f"{folder} holds no {', '.join(FORMATS)} file; give the path of one"
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"give the path of one file; in {folder} there are: {', '.join(names[:5])}{more}"
+    return f"give the path of one; in {folder} there are: {', '.join(names[:5])}{more}"
 
 
 def _read_file(path: Path, text_field: str | None) -> Iterator[tuple[object, object]]:
@@ -844,7 +844,7 @@ def describe(documents: Dataset) -> dict[str, float]:
 def _lengths(documents: Dataset) -> np.ndarray:
     import numpy as np
 
-    return np.array([len(text) for text in _texts(documents)])
+    return np.fromiter(map(len, _texts(documents)), np.int64, len(documents))
 
 
 def count_sources(documents: Dataset, top: int = 10) -> dict[str, int]:
