@@ -82,7 +82,7 @@ def test_what_breaks_off_leaves_nothing_half_built(mine, monkeypatch):
     steps.get_blocks(mine)
     before = modified(steps.run_folder(mine))
 
-    def fails(*args):
+    def fails(*args, **kwargs):
         raise OSError("no space left")
 
     monkeypatch.setattr(steps.tokenization, "pack_documents", fails)
@@ -102,6 +102,33 @@ def test_duplicates_are_dropped_or_only_counted(mine):
     dropped = steps.get_split(mine)
     assert len(dropped["test"]) == len(kept["test"]) - len(twins)
     assert len(dropped["train"]) == len(kept["train"])
+
+
+def test_a_folder_of_shards_is_a_text_too(mine, tmp_path):
+    lines = Path(mine.corpus).read_text(encoding="utf-8").splitlines(keepends=True)
+    folder = tmp_path / "texts.d"
+    folder.mkdir()
+    for number in range(4):
+        part = "".join(lines[number * 20 : number * 20 + 20])
+        (folder / f"part-{number}.jsonl").write_text(part, encoding="utf-8")
+    whole = steps.get_split(mine)
+    shards = replace(mine, corpus=f"{folder}{os.sep}")
+    pattern = replace(mine, corpus=str(folder / "part-?.jsonl"))
+    for recipe in (shards, pattern):
+        assert steps.run_folder(recipe).name == "smoke-texts"
+        split = steps.get_split(recipe)
+        assert split["train"]["text"][:] == whole["train"]["text"][:]
+    before = modified(steps.run_folder(shards) / "split")
+    steps.get_split(shards)
+    assert modified(steps.run_folder(shards) / "split") == before
+    (folder / "part-2.jsonl").unlink()
+    assert sum(map(len, steps.get_split(shards).values())) == 60
+
+
+def test_what_is_only_needed_meanwhile_does_not_stay(mine):
+    steps.get_blocks(mine)
+    kept = {path.name for path in steps.run_folder(mine).rglob("*") if path.is_dir()}
+    assert kept == {"split", "tokenizer", "blocks", "train", "test"}
 
 
 def test_a_missing_text_is_said_with_its_name(mine):

@@ -11,6 +11,7 @@ This is the one module that imports the others; copy from those, not from here.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +60,10 @@ def run_folder(recipe: Recipe) -> Path:
     """
     name = recipe.name
     if recipe.corpus not in ("encyclopedia", "wikipedia"):
-        name += "-" + Path(recipe.corpus).name.split(".")[0]
+        path = Path(recipe.corpus).absolute()
+        while glob.has_magic(path.name) and not path.exists():  # "texts/*.jsonl" counts as "texts"
+            path = path.parent
+        name += "-" + path.name.split(".")[0]
     folder = runs_folder() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +88,7 @@ def get_text(recipe: Recipe, source: str = "modelscope") -> Path:
     Returns
     -------
     Path
-        A file that `tinytrain.corpus.load_documents` reads.
+        A file, or one's own folder or pattern, that `tinytrain.corpus.load_documents` reads.
 
     Raises
     ------
@@ -99,11 +104,11 @@ def get_text(recipe: Recipe, source: str = "modelscope") -> Path:
         with _one_at_a_time(downloads):
             return hub.download_wikipedia(downloads, source=source)
     for path in (Path(recipe.corpus), project_folder() / recipe.corpus):
-        if path.exists():
+        if path.exists() or glob.glob(str(path), recursive=True):
             return path.absolute()
     raise FileNotFoundError(
-        f"the corpus {recipe.corpus!r} is neither 'encyclopedia', 'wikipedia' nor a file; "
-        "check the path in TINYTRAIN_CORPUS or in the recipe"
+        f"the corpus {recipe.corpus!r} is neither 'encyclopedia', 'wikipedia', a file nor a "
+        "folder; check the path in TINYTRAIN_CORPUS or in the recipe"
     )
 
 
@@ -131,7 +136,7 @@ def get_split(recipe: Recipe) -> DatasetDict:
     path = get_text(recipe)
 
     def build(folder: Path, inputs: dict[str, Any]) -> None:
-        documents = corpus.load_documents(path)
+        documents = corpus.load_documents(path, folder=folder / "documents")
         if recipe.max_documents is not None and recipe.max_documents < len(documents):
             documents = documents.select(range(recipe.max_documents))
         split = corpus.split_documents(documents, recipe.test_size, recipe.split_seed)
@@ -149,6 +154,8 @@ def get_split(recipe: Recipe) -> DatasetDict:
         if recipe.drop_duplicates:
             split = corpus.drop_duplicates(split, duplicates)
         split.save_to_disk(str(folder / "split"))
+        del documents, split  # an open file cannot be deleted everywhere
+        shutil.rmtree(folder / "documents", ignore_errors=True)
 
     folder = _keep(run_folder(recipe) / "split", _split_inputs(recipe, path), build)
     return load_from_disk(str(folder / "split"))
@@ -164,7 +171,7 @@ def get_duplicates(recipe: Recipe) -> list[dict[str, Any]]:
 def _split_inputs(recipe: Recipe, path: Path) -> dict[str, Any]:
     names = ("max_documents", "test_size", "split_seed", "drop_duplicates")
     numbers = {name: getattr(recipe, name) for name in names}
-    return {"text": _sha256(path), **numbers, "code": _code(corpus)}
+    return {"text": _text_hash(path), **numbers, "code": _code(corpus)}
 
 
 def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -227,11 +234,14 @@ def get_blocks(recipe: Recipe) -> DatasetDict:
     make_blocks = tokenization.pack_documents if recipe.packing else tokenization.chunk_documents
 
     def build(folder: Path, inputs: dict[str, Any]) -> None:
-        blocks = {
-            half: make_blocks(documents, tokenizer, recipe.context_length)
-            for half, documents in get_split(recipe).items()
-        }
-        DatasetDict(blocks).save_to_disk(str(folder / "blocks"))
+        blocks = DatasetDict()
+        for half, documents in get_split(recipe).items():
+            part = folder / "parts" / half
+            length = recipe.context_length
+            blocks[half] = make_blocks(documents, tokenizer, length, folder=part)
+        blocks.save_to_disk(str(folder / "blocks"))
+        del blocks
+        shutil.rmtree(folder / "parts", ignore_errors=True)
 
     inputs = {
         "split": _split_inputs(recipe, get_text(recipe)),
@@ -667,7 +677,7 @@ def get_questions(recipe: Recipe) -> list[tuple[str, str, str]]:
 
 def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
     """Return what decides the outcome of a training run, for `tinytrain.training.open_run`."""
-    inputs = {**asdict(recipe), "precision": precision, "text": _sha256(get_text(recipe))}
+    inputs = {**asdict(recipe), "precision": precision, "text": _text_hash(get_text(recipe))}
     inputs["tokenizer_fingerprint"] = tokenization.fingerprint(get_tokenizer(recipe))
     return {name: value for name, value in inputs.items() if name not in WATCHED_ONLY}
 
@@ -885,6 +895,28 @@ def _write_json(path: Path, values: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(_json(values), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _text_hash(path: Path) -> str:
+    """Return a hash of the text: of one file, or of the names and hashes of several."""
+    files = corpus.text_files(path)
+    hashes = [_sha256_of(file, *_version(file)) for file in files]
+    if files == [path]:
+        return hashes[0]
+    names = "".join(f"{hash_} {file.name}\n" for hash_, file in zip(hashes, files, strict=True))
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written to."""
+    about = path.stat()
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
+@cache
+def _sha256_of(path: Path, *version: int) -> str:
+    """Return the hash of a file, which takes seconds for a large one and is asked for often."""
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

@@ -8,7 +8,8 @@ is simple and throws away every document shorter than a chunk; joining all of th
 (`pack_documents`) loses only the last, unfinished block, at the price of blocks that hold the end
 of one document and the beginning of the next.
 
-Nothing here caches blocks. `fingerprint` says when blocks made earlier still fit the tokenizer.
+Nothing here holds more of a text in memory than it works on, if the blocks go to a folder, or
+caches blocks. `fingerprint` says when blocks made earlier still fit the tokenizer.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ import json
 import logging
 import os
 import secrets
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerFast
@@ -287,7 +291,7 @@ def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     max_token_chars: int = 4,
-    max_characters: int = 5_000_000,
+    max_characters: int = 2_000_000,
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level byte-pair tokenizer that treats text as Qwen2.5's does.
 
@@ -308,7 +312,8 @@ def train_tokenizer(
         them. 4 is the length of the longest common words.
     max_characters : int
         Stop reading after so many characters. A few million show which pairs are frequent; more
-        take minutes and hardly change a small vocabulary. The texts should be in random order.
+        hardly change a small vocabulary, and each takes some 250 bytes of memory. The texts should
+        be in random order.
 
     Returns
     -------
@@ -428,7 +433,7 @@ def reduce_tokenizer(
             "taken by bytes and special tokens. Ask for 8,000 or more."
         )
     parts = {first + second: (first, second) for first, second in merges}
-    words = tokenizer.convert_ids_to_tokens(_by_frequency(tokenizer, list(texts)))
+    words = tokenizer.convert_ids_to_tokens(_by_frequency(tokenizer, texts))
     for word in words:
         needed, open_words = set(), [word]
         while open_words:  # a word can only be merged if its parts, and theirs, exist
@@ -448,11 +453,11 @@ def reduce_tokenizer(
     return _qwen_with(ids, [pair for pair in merges if "".join(pair) in kept])
 
 
-def _by_frequency(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[int]:
+def _by_frequency(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[int]:
     """Return the ids that occur in texts, the most frequent first."""
     counts: Counter[int] = Counter()
-    for start in range(0, len(texts), _BATCH):
-        for ids in _plain_ids(tokenizer, texts[start : start + _BATCH]):
+    for batch in _batches(texts):
+        for ids in _plain_ids(tokenizer, batch):
             counts.update(ids)
     return [number for number, _ in counts.most_common()]
 
@@ -544,6 +549,7 @@ def chunk_documents(
     context_length: int,
     text_field: str = "text",
     num_proc: int | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> Dataset:
     """Cut every document into full chunks; what does not fill one is lost.
 
@@ -560,6 +566,9 @@ def chunk_documents(
     num_proc : int, optional
         Processes. None is one process, in which the tokenizer uses all cores by itself. More of
         them pay only for long texts, as each gets a tokenizer of its own. The result is the same.
+    folder : path, optional
+        Where the ids are written, 4 bytes each, to be mapped into memory from there; files of an
+        earlier call are replaced. By default they are held in memory.
 
     Returns
     -------
@@ -576,6 +585,7 @@ def chunk_documents(
         documents,
         tokenize,
         num_proc,
+        folder,
         row_length=context_length,
         tokenizer=tokenizer,
         context_length=context_length,
@@ -589,11 +599,11 @@ def pack_documents(
     context_length: int,
     text_field: str = "text",
     num_proc: int | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> Dataset:
     """Join all documents, an end-of-text token after each, and cut the whole into blocks.
 
-    Only the tail that does not fill a last block is lost, once for the whole dataset. All ids are
-    held in memory, 4 bytes each, and twice over while they are joined.
+    Only the tail that does not fill a last block is lost, once for the whole dataset.
 
     Parameters
     ----------
@@ -609,6 +619,9 @@ def pack_documents(
     num_proc : int, optional
         Processes. None is one process, in which the tokenizer uses all cores by itself. More of
         them pay only for long texts, as each gets a tokenizer of its own. The result is the same.
+    folder : path, optional
+        Where the ids are written, 4 bytes each, to be mapped into memory from there; files of an
+        earlier call are replaced. By default they are held in memory.
 
     Returns
     -------
@@ -620,18 +633,41 @@ def pack_documents(
     ValueError
         If ``context_length`` is not positive, or there is no column ``text_field``.
     """
-    import numpy as np
     import pyarrow as pa
     from datasets import Dataset
+    from datasets.table import InMemoryTable
 
     _check_documents(documents, text_field, context_length)
-    joined = _map(documents, _join, num_proc, tokenizer=tokenizer, text_field=text_field)
-    # One row a batch, whose borders disappear here: documents run on across them.
-    pieces = [chunk.flatten().to_numpy() for chunk in joined.data.column("input_ids").chunks]
-    ids = np.concatenate([np.empty(0, dtype=np.int32), *pieces])
-    ids = ids[: len(ids) // context_length * context_length]
-    blocks = pa.FixedSizeListArray.from_arrays(pa.array(ids), context_length)
-    return Dataset(pa.table({"input_ids": blocks}))
+    schema = pa.schema({"input_ids": pa.list_(pa.int32(), context_length)})
+    if folder is None:
+        joined = _map(documents, _join, num_proc, tokenizer=tokenizer, text_field=text_field)
+        return Dataset(InMemoryTable.from_batches(list(_blocks(joined, context_length)), schema))
+    path = Path(folder, "blocks.arrow")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as ids,
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
+        joined = _map(documents, _join, num_proc, ids, tokenizer=tokenizer, text_field=text_field)
+        for blocks in _blocks(joined, context_length):
+            writer.write_batch(blocks)
+        del joined  # an open file cannot be deleted everywhere
+    return Dataset.from_file(str(path))
+
+
+def _blocks(joined: Dataset, context_length: int) -> Iterator[pa.RecordBatch]:
+    """Cut rows of ids into blocks; they run on across the borders of the rows."""
+    import numpy as np
+    import pyarrow as pa
+
+    rest = np.empty(0, dtype=np.int32)
+    for piece in joined.data.column("input_ids").chunks:  # one for each batch of documents
+        ids = np.concatenate([rest, piece.flatten().to_numpy()])
+        whole = len(ids) // context_length * context_length
+        rest = ids[whole:]
+        blocks = pa.FixedSizeListArray.from_arrays(pa.array(ids[:whole]), context_length)
+        yield pa.record_batch([blocks], names=["input_ids"])
 
 
 def _join(
@@ -658,6 +694,12 @@ def _plain_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[lis
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    texts = iter(texts)
+    while batch := list(islice(texts, _BATCH)):
+        yield batch
+
+
 def _check_documents(documents: Dataset, text_field: str, context_length: int) -> None:
     if context_length < 1:
         raise ValueError(f"context_length={context_length} must be at least 1.")
@@ -672,15 +714,18 @@ def _map(
     documents: Dataset,
     function: Callable[..., dict[str, list[Any]]],
     num_proc: int | None,
+    folder: str | os.PathLike | None = None,
     row_length: int = -1,
     **arguments: Any,
 ) -> Dataset:
-    """Run a function that returns input_ids over all documents, in memory and without a cache."""
+    """Run a function that returns input_ids over all documents, without a cache."""
     from datasets import Dataset, Features, List, Value
 
     features = Features({"input_ids": List(Value("int32"), length=row_length)})
     if len(documents) == 0:  # of which `map` would return the old columns
         return Dataset.from_dict({"input_ids": []}, features=features)
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     with _one_thread_a_process(num_proc):
         return documents.map(
             function,
@@ -690,7 +735,8 @@ def _map(
             features=features,
             fn_kwargs=arguments,
             num_proc=num_proc,
-            keep_in_memory=True,
+            keep_in_memory=folder is None,
+            cache_file_name=None if folder is None else str(Path(folder, "ids.arrow")),
             load_from_cache_file=False,
             # Without a name for the result, `map` makes one by hashing the whole vocabulary, which
             # takes seconds.
@@ -819,12 +865,12 @@ def tokens_per_character(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str
     ValueError
         If the texts hold no characters.
     """
-    texts = list(texts)
-    characters = sum(map(len, texts))
+    characters = tokens = 0
+    for batch in _batches(texts):
+        characters += sum(map(len, batch))
+        tokens += sum(map(len, _plain_ids(tokenizer, batch)))
     if characters == 0:
         raise ValueError("The texts hold no characters: pass some text to measure on.")
-    batches = (texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH))
-    tokens = sum(len(ids) for batch in batches for ids in _plain_ids(tokenizer, batch))
     return tokens / characters
 
 
