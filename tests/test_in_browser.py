@@ -115,7 +115,7 @@ def menu(page, name, entry):
 def open_notebook(page, lab, name):
     """Open a notebook in a workspace of its own, without the outputs that are committed."""
     page.goto(f"{lab.url}lab/workspaces/{name}/tree/{name}.ipynb?token={lab.token}")
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # in the status bar
     menu(page, "Edit", "Clear Outputs of All Cells")
 
 
@@ -134,6 +134,13 @@ def wait_for_all_cells(page, minutes):
         page.wait_for_timeout(500)
     numbers = [int(prompt) for prompt in prompts(page)]
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def wait_until(page, condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {seconds} seconds"
+        page.wait_for_timeout(100)
 
 
 def widget(page, label):
@@ -180,7 +187,7 @@ def test_05_trains_under_the_readers_eyes_and_stops_when_told(lab, page):
     cell_below.scroll_into_view_if_needed()
     shoot(page, "05_goes_on")
     menu(page, "File", "Save Notebook")
-    page.get_by_text("Saving completed").wait_for()
+    page.locator(".lm-TabBar-tab.jp-mod-dirty").wait_for(state="detached")
     saved = nbformat.read(lab.runs / "notebooks" / "05_train_bf16.ipynb", as_version=4)
     nbformat.validate(saved)
     assert "by the interrupt" in json.dumps(saved)
@@ -191,11 +198,10 @@ def test_03_shows_the_tokens_of_what_is_typed(lab, page):
     menu(page, "Run", "Run All Cells")
     wait_for_all_cells(page, minutes=5)
     control, explorer = widget(page, "text")
-    before = explorer.inner_text()
+    assert "spring" not in explorer.inner_text()
     shoot(page, "03_before")
-    control.locator("textarea").fill("春眠不觉晓 spring")
-    explorer.get_by_text("spring").last.wait_for()
-    assert explorer.inner_text() != before
+    control.locator("textarea").press_sequentially("春眠不觉晓, spring")
+    explorer.get_by_text("spring").first.wait_for()
 
 
 def test_04_weighs_the_model_of_the_sliders(lab, page):
@@ -203,23 +209,30 @@ def test_04_weighs_the_model_of_the_sliders(lab, page):
     menu(page, "Run", "Run All Cells")
     wait_for_all_cells(page, minutes=5)
     control, explorer = widget(page, "layers")
-    picture = explorer.locator("img")
-    shown = picture.get_attribute("src"), explorer.locator("table").inner_text()
+    picture, table = explorer.locator("img"), explorer.locator("table")
+    before = picture.get_attribute("src"), table.inner_text()
     shoot(page, "04_before")
-    control.get_by_role("slider").focus()
-    for _ in range(8):
-        page.keyboard.press("ArrowRight")
-    control.locator(".widget-readout", has_text="12").wait_for()
-    page.wait_for_function("shown => document.images.length && shown", arg=shown)
+    control.get_by_role("slider").press("End")
+    wait_until(page, lambda: table.inner_text() != before[1])
+    wait_until(page, lambda: picture.get_attribute("src") != before[0])
 
 
 def test_06_writes_on_from_a_prompt(lab, page):
     open_notebook(page, lab, "06_evaluate")
     menu(page, "Run", "Run All Cells")
     wait_for_all_cells(page, minutes=10)
-    control, explorer = widget(page, "prompt")
-    control.locator("textarea").fill("法国的首都是")
-    shoot(page, "06_before")
-    explorer.get_by_role("button", name="Write").click()
-    begun = explorer.locator("b", has_text="法国的首都是")
-    begun.wait_for()
+    prompt, explorer = widget(page, "prompt")
+    prompt.locator("textarea").fill("法国的首都是")
+    write = explorer.get_by_role("button", name="Write")
+    written = explorer.locator(".widget-html-content").last
+
+    write.click()
+    wait_until(page, lambda: re.match("法国的首都是.", written.inner_text()))
+    wait_until(page, write.is_enabled)
+    sampled = written.inner_text()
+    shoot(page, "06_sampled")
+    widget(page, "temperature")[0].get_by_role("slider").press("Home")  # the likeliest word always
+    write.click()
+    wait_until(page, lambda: written.inner_text() not in (sampled, "", "法国的首都是"))
+    wait_until(page, write.is_enabled)
+    assert written.inner_text().startswith("法国的首都是")
