@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,3 +200,22 @@ def test_qwens_words_can_be_reduced_by_the_recipe(mine):
     assert len(steps.get_tokenizer(replace(recipe, vocab_size=None))) == 151_665
     padded = replace(recipe, vocab_size=151_936)
     assert steps.get_config(padded).vocab_size == 151_936
+
+
+def test_a_trained_model_is_trained_once_and_only_from_the_same_inputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
+    recipe = replace(RECIPES["smoke"], max_steps=2, eval_steps=2, save_steps=2, sample_steps=2)
+    model, tokenizer = steps.get_trained(recipe)
+    saved = tmp_path / "smoke" / "model" / "model.safetensors"
+    made = saved.stat().st_mtime_ns
+    again, _ = steps.get_trained(recipe)
+    assert saved.stat().st_mtime_ns == made
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert len(tokenizer) == model.config.vocab_size
+
+    other, _ = steps.get_trained(replace(recipe, learning_rate=1e-4))
+    assert not torch.equal(other.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    # Without its checkpoints a model is what there is.
+    shutil.rmtree(tmp_path / "smoke" / "checkpoints")
+    kept, _ = steps.get_trained(recipe)
+    assert torch.equal(kept.get_input_embeddings().weight, other.get_input_embeddings().weight)

@@ -15,7 +15,8 @@ notebook              module                         what it is about
 Notebook 05 also uses ``tinytrain.callbacks`` (what one sees, and how one stops it),
 ``tinytrain.loss`` (a large vocabulary in little memory) and ``tinytrain.evaluation``.
 ``tinytrain.recipes`` holds every number of a run. ``tinytrain.steps`` joins the modules: one
-function a step, which keeps its result on disk.
+function a step, which keeps its result on disk. ``tinytrain.widgets`` lays sliders over some of
+their functions.
 
 Importing ``tinytrain`` imports none of them, nor torch.
 """

@@ -14,10 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ from tinytrain.recipes import WATCHED_ONLY, Recipe
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-    from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
     from tinytrain.training import GuardedTrainer
 
@@ -92,7 +94,9 @@ def get_text(recipe: Recipe, source: str = "modelscope") -> Path:
         folder = _keep(run_folder(recipe) / "text", inputs, _write_encyclopedia)
         return folder / "encyclopedia.json"
     if recipe.corpus == "wikipedia":
-        return hub.download_wikipedia(runs_folder() / "downloads", source=source)
+        downloads = runs_folder() / "downloads"
+        with _one_at_a_time(downloads):
+            return hub.download_wikipedia(downloads, source=source)
     for path in (Path(recipe.corpus), project_folder() / recipe.corpus):
         if path.exists():
             return path.absolute()
@@ -369,6 +373,237 @@ def train_for(recipe: Recipe, seconds: float, folder: str | Path) -> GuardedTrai
     return trainer
 
 
+def share_recipe(recipe: Recipe, processes: int) -> Recipe:
+    """Return the recipe of one of several processes that make each step of the optimiser together.
+
+    The batch and the accumulation become smaller, so that a step learns from the same blocks as
+    in one process, and the same numbers lead to the same result. Where the blocks of a step cannot
+    be shared out evenly, there are a few more of them.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        As for one process.
+    processes : int
+        How many there are.
+
+    Returns
+    -------
+    Recipe
+
+    Examples
+    --------
+    >>> from tinytrain.recipes import RECIPES
+    >>> mine = share_recipe(RECIPES["wiki"], 2)  # 16 blocks, 4 times
+    >>> mine.batch_size, mine.gradient_accumulation
+    (16, 2)
+    >>> mine = share_recipe(RECIPES["pocket"], 2)  # 8 blocks, once
+    >>> mine.batch_size, mine.gradient_accumulation
+    (4, 1)
+    """
+    blocks = math.ceil(recipe.batch_size * recipe.gradient_accumulation / processes)
+    sizes = range(1, min(recipe.batch_size, blocks) + 1)
+    batch_size = max(size for size in sizes if blocks % size == 0)
+    return replace(recipe, batch_size=batch_size, gradient_accumulation=blocks // batch_size)
+
+
+def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dict[str, Any]:
+    """Train as notebook 05 does, cell by cell, in one process or in several.
+
+    ``torchrun``, ``accelerate launch`` and, in a notebook, ``accelerate.notebook_launcher`` start
+    the processes; each calls this function. One step learns from the same blocks, however many
+    processes share it, so a run may go on with another number of them. All read and write one
+    folder. Only the first process writes and logs.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The numbers of the run, as for one process; see `share_recipe`.
+    fresh : bool
+        Start over even though there is something to go on from; the earlier run is kept aside.
+    fsdp : bool
+        Give each process only a part of the weights (PyTorch's FSDP), for a model that is too
+        large for one GPU. Needs several processes.
+
+    Returns
+    -------
+    dict
+        ``finished`` tells whether the run came to its end. If so, the first process adds what it
+        writes to ``summary.json``. The model and its tokenizer are in ``model`` in the run's
+        folder, be it finished or stopped.
+
+    Raises
+    ------
+    ValueError
+        If ``fsdp`` is asked of a single process.
+    """
+    from functools import partial
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tinytrain import callbacks, evaluation, training
+    from tinytrain.logs import setup_logging
+
+    first, processes = this_process() == 0, int(os.environ.get("WORLD_SIZE", 1))
+    # `accelerate launch --use_fsdp` says it so.
+    fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if fsdp and processes == 1:
+        raise ValueError(
+            "FSDP shares a model out to several processes and here is one: start them with "
+            "`torchrun --nproc-per-node 2 -m tinytrain train --fsdp`"
+        )
+    folder = run_folder(recipe)
+    if first:
+        setup_logging(folder / "training.log")
+    # Before the processes are connected: however long it takes, no connection can time out.
+    blocks, tokenizer = get_blocks(recipe), get_tokenizer(recipe)
+    precision, model = _choose_precision(recipe, processes), get_model(recipe)
+    prompts, questions = get_prompts(recipe), get_questions(recipe)
+    before = _answer(model, tokenizer, questions) if first else None
+
+    mine = share_recipe(recipe, processes)
+    tokens = mine.tokens_per_step * processes
+    if processes > 1:
+        logger.info(
+            "%d processes share each step: %d x %d blocks each, %s tokens in all%s",
+            processes,
+            mine.gradient_accumulation,
+            mine.batch_size,
+            f"{tokens:,}",
+            "" if tokens == recipe.tokens_per_step else f" (alone: {recipe.tokens_per_step:,})",
+        )
+    arguments = training.training_arguments(
+        mine, folder / "checkpoints", precision, **({"fsdp": True} if fsdp else {})
+    )
+    about = {"vocab_size": model.config.vocab_size, "name": recipe.name}
+    history = callbacks.HistoryCallback(folder / "history.jsonl", tokens, **about)
+    plot = callbacks.LivePlotCallback(
+        folder / "loss.png",
+        model.config.vocab_size,
+        tokens,
+        history.path,
+        callbacks.reference_curve(recipe),
+    )
+    write = partial(evaluation.complete, tokenizer=tokenizer, max_new_tokens=10)
+    watching = [
+        callbacks.StopCallback(folder / "STOP"),
+        history,
+        callbacks.VerboseTrainingCallback(tokens),
+        plot,
+        callbacks.SampleCallback(write, prompts[:2], recipe.sample_steps, folder / "samples.jsonl"),
+    ]
+    held_out = blocks["test"]
+    few = held_out.select(range(min(len(held_out), recipe.eval_blocks or len(held_out))))
+    trainer = training.build_trainer(
+        model,
+        arguments,
+        blocks["train"],
+        few,
+        watching,
+        guard=training.LossGuard(tokenizer=tokenizer),
+        make_optimizer=get_optimizer(recipe),
+    )
+    training.train(trainer, run_inputs(recipe, precision), fresh, recipe.halve_batch)
+
+    trainer.save_model(str(folder / "model"))
+    if first:
+        tokenizer.save_pretrained(folder / "model")
+    result = {"finished": trainer.state.global_step >= trainer.state.max_steps}
+    if result["finished"]:
+        loss = trainer.evaluate(held_out, metric_key_prefix="full")["full_loss"]
+        if first:
+            losses = [line["loss"] for line in callbacks.read_history(folder) if "loss" in line]
+            rate = tokenization.tokens_per_character(tokenizer, get_split(recipe)["test"]["text"])
+            saved = AutoModelForCausalLM.from_pretrained(folder / "model").to(arguments.device)
+            completions = evaluation.complete(saved, tokenizer, prompts, 12)
+            result |= {
+                "parameters": saved.num_parameters(),
+                "precision": precision,
+                "train_loss": sum(losses[-10:]) / len(losses[-10:]),
+                "held_out_loss": loss,
+                "bits_per_character": evaluation.bits_per_character(loss, rate),
+                "completions": list(zip(prompts, completions, strict=True)),
+            }
+            if questions:
+                after = _answer(saved, tokenizer, questions)
+                result |= {"cloze_before": before, "cloze_after": after}
+            save_summary(recipe, **result)
+    if processes > 1:
+        torch.distributed.destroy_process_group()
+    return result
+
+
+def this_process() -> int:
+    """Return the number of this process among those of a run, from 0; 0 if it is the only one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _choose_precision(recipe: Recipe, processes: int) -> str:
+    """Return the same precision in all processes."""
+    import torch
+
+    from tinytrain import hardware
+
+    name = hardware.choose_precision(recipe.precision).name
+    if processes > 1 and not torch.accelerator.is_available():
+        # On a processor the choice is measured, and may come out differently in each process.
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        PartialState(cpu=True)
+        name = broadcast_object_list([name])[0]
+    return name
+
+
+def _answer(model: Any, tokenizer: Any, questions: list[Any]) -> float:
+    from tinytrain import evaluation
+
+    return evaluation.accuracy(evaluation.answer_questions(model, tokenizer, questions))
+
+
+def get_trained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the trained model of a recipe and its tokenizer; train it if there is none.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The recipe of the run. A model trained from other inputs, a changed recipe for example, is
+        not taken for it. One whose training was stopped early is.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        In float32, on the GPU if there is one.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = run_folder(recipe)
+    if not _is_trained(recipe, folder):
+        logger.info("recipe %s has not been trained yet: training it now", recipe.name)
+        train_recipe(recipe)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device)
+    return model, tokenization.load_tokenizer(folder / "model")
+
+
+def _is_trained(recipe: Recipe, folder: Path) -> bool:
+    """Tell whether the run's folder holds a model, and one trained from these inputs."""
+    from tinytrain.training import MARK, last_checkpoint
+
+    if not (folder / "model" / "config.json").is_file():
+        return False
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        logger.warning("%s has no checkpoints any more: its model is taken as it is", folder.name)
+        return True
+    before = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["inputs"]
+    # The number format depends on the machine; a model may have come from another one.
+    return before == json.loads(json.dumps(run_inputs(recipe, before.get("precision", ""))))
+
+
 def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:
     """Return what makes the optimiser of a recipe, for `tinytrain.training.build_trainer`.
 
@@ -457,24 +692,58 @@ def save_summary(recipe: Recipe, **values: Any) -> Path:
 def _keep(
     folder: Path, inputs: dict[str, Any], build: Callable[[Path, dict[str, Any]], None]
 ) -> Path:
-    """Return the folder, built anew unless it was built from the same inputs."""
-    note = folder / "inputs.json"
-    if note.is_file() and note.read_text(encoding="utf-8") == _json(inputs):
-        logger.debug("using %s again", folder)
+    """Return the folder, built anew unless it was built from the same inputs.
+
+    If several processes want it at once, one builds and the others wait.
+    """
+    if _is_kept(folder, inputs):
         return folder
-    if folder.exists():
-        logger.info("%s was made from other inputs and is made anew", folder.name)
-    building = folder.with_name(f"{folder.name}.{os.getpid()}.building")
-    building.mkdir(parents=True)
-    try:
-        build(building, inputs)
-        (building / "inputs.json").write_text(_json(inputs), encoding="utf-8")
+    with _one_at_a_time(folder):
+        if _is_kept(folder, inputs):  # another process has built it meanwhile
+            return folder
         if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+            logger.info("%s was made from other inputs and is made anew", folder.name)
+        building = folder.with_name(f"{folder.name}.{os.getpid()}.building")
+        building.mkdir(parents=True)
+        try:
+            build(building, inputs)
+            (building / "inputs.json").write_text(_json(inputs), encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     return folder
+
+
+def _is_kept(folder: Path, inputs: dict[str, Any]) -> bool:
+    note = folder / "inputs.json"
+    kept = note.is_file() and note.read_text(encoding="utf-8") == _json(inputs)
+    if kept:
+        logger.debug("using %s again", folder)
+    return kept
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process builds the folder.
+
+    A lock on a file needs no connection between the processes, has no time limit, and the system
+    lets go of it even if the one that builds is killed.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(folder.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("another process makes %s: waiting for it", folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _json(values: Any) -> str:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -855,6 +857,139 @@ def _show_lone_bytes(piece: str) -> str:
     # Decoding with "surrogateescape" turns a byte that fits nowhere into U+DC00 plus the byte.
     return "".join(
         f"<0x{ord(char) - 0xDC00:02X}>" if "\udc80" <= char <= "\udcff" else char for char in piece
+    )
+
+
+def colour_tokens(tokenizer: PreTrainedTokenizerFast, text: str, limit: int = 1000) -> str:
+    """Return the tokens of a text as HTML, on alternating colours, each with its id below.
+
+    Spaces, tabs and line ends are shown as signs, other characters that cannot be seen by their
+    number; after a line end a new line begins. Nothing in the text is read as HTML.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerFast
+        The tokenizer, of a byte-level kind.
+    text : str
+        A short text.
+    limit : int
+        Tokens to show; of the others only the number is told.
+
+    Returns
+    -------
+    str
+        For ``IPython.display.HTML``. It brings its own text colour, so that it can be read on a
+        dark page too.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer is not byte-level.
+
+    Examples
+    --------
+    >>> tokenizer = qwen_tokenizer()
+    >>> "&lt;b&gt;" in colour_tokens(tokenizer, "北京<b>")
+    True
+    """
+    tokens = show_tokens(tokenizer, text)
+    shown = []
+    for number, (piece, id_) in enumerate(tokens[:limit]):
+        color = _TOKEN_COLORS[number % len(_TOKEN_COLORS)]
+        shown.append(
+            f'<span title="id {id_}" style="background:{color};{_TOKEN_STYLE}">'
+            f'{html.escape(_visible(piece))}<small style="display:block">{id_}</small></span>'
+        )
+        shown += ["<br>"] * piece.count("\n")
+    if len(tokens) > limit:
+        shown.append(f"<p>and {len(tokens) - limit:,} more tokens</p>")
+    return f"<div>{''.join(shown)}</div>"
+
+
+_TOKEN_COLORS = ("#bcd9f5", "#f9dcb0", "#c6e9c4", "#f3c9d6")
+_TOKEN_STYLE = (
+    "color:#111;display:inline-block;margin:1px;padding:1px 4px;border-radius:3px;"
+    "text-align:center;line-height:1.35;white-space:nowrap"
+)
+
+
+def token_table(tokenizers: Mapping[str, PreTrainedTokenizerFast], text: str) -> str:
+    """Return the tokens of a text in several tokenizers as plain text, side by side.
+
+    Parameters
+    ----------
+    tokenizers : mapping of str to transformers.PreTrainedTokenizerFast
+        By name, of a byte-level kind.
+    text : str
+        A short text.
+
+    Returns
+    -------
+    str
+        A column for each tokenizer: its name, what the text costs, then a line for each token with
+        its id. What cannot be seen is shown as in `colour_tokens`.
+
+    Raises
+    ------
+    ValueError
+        If a tokenizer is not byte-level.
+
+    Examples
+    --------
+    >>> print(token_table({"Qwen2.5": qwen_tokenizer()}, "法国的首都"))
+    Qwen2.5
+    3 tokens, 0.60 a character
+    104328 法国
+     9370 的
+    """
+    columns = []
+    for name, tokenizer in tokenizers.items():
+        tokens = show_tokens(tokenizer, text)
+        digits = max((len(str(id_)) for _, id_ in tokens), default=0)
+        lines = [f"{id_:{digits}} {_visible(piece)}" for piece, id_ in tokens]
+        columns.append([name, count_tokens(tokenizer, text), *lines])
+    widths = [max(map(_width, column)) + 3 for column in columns]
+    rows = []
+    for cells in itertools.zip_longest(*columns, fillvalue=""):
+        padded = [cell + " " * (w - _width(cell)) for cell, w in zip(cells, widths, strict=True)]
+        rows.append("".join(padded).rstrip())
+    return "\n".join(rows)
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
+    """Say how many tokens a text becomes, and how many that is for each of its characters.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerFast
+        The tokenizer.
+    text : str
+        A text, in which special tokens count as one.
+
+    Returns
+    -------
+    str
+        For example ``"12 tokens, 0.67 a character"``.
+    """
+    tokens = len(tokenizer(text)["input_ids"])
+    words = "1 token" if tokens == 1 else f"{tokens:,} tokens"
+    return f"{words}, {tokens / len(text):.2f} a character" if text else words
+
+
+def _visible(piece: str) -> str:
+    """Return a piece of text in which one sees what is otherwise only felt."""
+    signs = {" ": "·", "\n": "⏎", "\t": "⇥"}
+    return "".join(
+        signs.get(char) or (char if char.isprintable() else f"<U+{ord(char):04X}>")
+        for char in piece
+    )
+
+
+def _width(text: str) -> int:
+    """Return how many columns a text takes in a terminal: a Chinese character takes two."""
+    return sum(
+        0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
+        for char in text
     )
 
 
