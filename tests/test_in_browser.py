@@ -186,7 +186,7 @@ def test_05_trains_under_the_readers_eyes_and_stops_when_told(lab, page):
     cell_below = page.locator(".jp-CodeCell", has_text="right before training")
     cell_below.scroll_into_view_if_needed()
     shoot(page, "05_goes_on")
-    menu(page, "File", "Save Notebook")
+    page.get_by_role("button", name="Save and create checkpoint").click()
     page.locator(".lm-TabBar-tab.jp-mod-dirty").wait_for(state="detached")
     saved = nbformat.read(lab.runs / "notebooks" / "05_train_bf16.ipynb", as_version=4)
     nbformat.validate(saved)
