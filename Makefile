@@ -17,7 +17,7 @@ help:  ## list the targets
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[notebook,test]'
 	@touch $@
 
-tutorial: .venv/ready  ## run notebooks 01 to 05 and show what the trained model has learned
+tutorial: .venv/ready  ## run the notebooks and show what the trained model has learned
 	@$(BIN)/python notebooks/run_all.py
 
 test: .venv/ready lint  ## lint, every notebook (training included) under nbval, all tests

@@ -281,12 +281,15 @@ def test_text_appears_while_it_is_written_and_the_button_waits(playground):
     assert not button(playground).disabled
 
 
-def test_what_is_written_never_becomes_html(playground):
+def test_neither_the_prompt_nor_what_is_written_becomes_html(playground):
     move(playground, "prompt", "日本")
     move(playground, "temperature", 0.0)
     move(playground, "length (tokens)", 120)
     button(playground).click()
     assert page(playground).strip() == "日本" + HOSTILE
+    move(playground, "prompt", HOSTILE)
+    button(playground).click()
+    assert HOSTILE in page(playground)
 
 
 def test_an_empty_prompt_is_a_line_and_the_next_click_works(playground):

@@ -1038,6 +1038,7 @@ def plot_memory(recipe: Recipe, hardware: Any, config: Qwen2Config | None = None
         f" this machine: {here:.0f} GB {'→' if beyond else ''}",
         ha="right" if here > last / 2 else "left",
         va="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
     )
     axes.set_xlabel("memory while training (GB)")
     axes.spines[["top", "left", "right"]].set_visible(False)

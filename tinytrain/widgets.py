@@ -105,7 +105,7 @@ def token_explorer(
 
     def show(text: str) -> None:
         shown.value = "".join(
-            f"<p><b>{html.escape(name)}</b>: {count_tokens(tokenizer, text)}</p>"
+            f"<div><b>{html.escape(name)}</b>: {count_tokens(tokenizer, text)}</div>"
             + colour_tokens(tokenizer, text)
             for name, tokenizer in tokenizers.items()
         )
@@ -139,7 +139,7 @@ def learning_rate_explorer(recipe: Recipe, steps: int) -> VBox:
     lengths = [n * 10**power for power in range(1, 5) for n in (1, 2, 5)]
     controls = {
         "lr_scheduler": ipw.Dropdown(
-            description="schedule", options=kinds, value=recipe.lr_scheduler, style=_STYLE
+            description="schedule", options=kinds, value=recipe.lr_scheduler, **_LOOK
         ),
         "learning_rate": ipw.FloatLogSlider(
             description="peak",
@@ -149,7 +149,7 @@ def learning_rate_explorer(recipe: Recipe, steps: int) -> VBox:
             step=0.05,
             readout_format=".2g",
             continuous_update=False,
-            style=_STYLE,
+            **_LOOK,
         ),
         "warmup_steps": _slider(ipw.IntSlider, "warm-up", recipe.warmup_steps, min=0, max=1000),
         "steps": _choice("steps", steps, lengths),
@@ -198,7 +198,7 @@ def playground(
             ipw.FloatSlider, "repetition penalty", 1.0, min=1, max=2, step=0.05
         ),
         "max_new_tokens": _slider(ipw.IntSlider, "length (tokens)", 60, min=1, max=500),
-        "seed": ipw.IntText(description="seed", value=seed, style=_STYLE),
+        "seed": ipw.IntText(description="seed", value=seed, **_LOOK),
     }
     button = ipw.Button(description="Write", icon="pencil", button_style="primary")
     problem, shown = ipw.HTML(), ipw.HTML()
@@ -225,15 +225,14 @@ def playground(
     return ipw.VBox([box, _in_rows(knobs.values()), button, problem, shown])
 
 
-_STYLE = {"description_width": "120px"}
+# Two controls fit in a row even beside the open side bar of a small screen.
+_LOOK = {"style": {"description_width": "120px"}, "layout": {"width": "325px"}}
 
 
 def _slider(kind: type[Widget], description: str, value: float, **range_: Any) -> Widget:
     """Return a slider that tells its value when it is let go, long enough to hold the first one."""
     range_["max"] = max(range_["max"], value)
-    return kind(
-        description=description, value=value, continuous_update=False, style=_STYLE, **range_
-    )
+    return kind(description=description, value=value, continuous_update=False, **_LOOK, **range_)
 
 
 def _choice(description: str, value: int, options: Iterable[int]) -> Widget:
@@ -242,7 +241,7 @@ def _choice(description: str, value: int, options: Iterable[int]) -> Widget:
 
     numbers = [(f"{number:,}", number) for number in sorted({*options, value})]
     return ipw.SelectionSlider(
-        description=description, options=numbers, value=value, continuous_update=False, style=_STYLE
+        description=description, options=numbers, value=value, continuous_update=False, **_LOOK
     )
 
 
@@ -301,4 +300,5 @@ def _table(rows: Iterable[Mapping[str, str]], columns: Sequence[str]) -> str:
         return "".join(f"<{tag} {style}>{html.escape(text)}</{tag}>" for text in cells)
 
     lines = [line("th", columns), *(line("td", (row[name] for name in columns)) for row in rows)]
-    return f"<table>{''.join(f'<tr>{cells}</tr>' for cells in lines)}</table>"
+    table = "".join(f"<tr>{cells}</tr>" for cells in lines)
+    return f'<table style="line-height:1.4">{table}</table>'
