@@ -129,9 +129,9 @@ def test_the_text_is_got_and_cut_into_blocks(capsys, tmp_path):
     assert run("data", *mine) == 0
     shown = capsys.readouterr().out
     assert "72 documents to learn from, " in shown
-    assert run("tokenize", *mine, "--set", "context_length=16", "vocab_size=250") == 0
+    assert run("tokenize", *mine, "--set", "context_length=16", "vocab_size=270") == 0
     shown = capsys.readouterr().out
-    assert "blocks of 16, " in shown and "250 words" in shown
+    assert "blocks of 16, " in shown and "270 words" in shown
     assert (tmp_path / "elsewhere" / "smoke-mine" / "blocks").is_dir()
 
 
