@@ -5,10 +5,10 @@ TEST_RUNS := $(CURDIR)/build/test-runs
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=1500 --timeout=1600
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test soak gguf benchmark lint lab notebooks clean
+.PHONY: help tutorial test browser-test colab-test soak gguf benchmark lint lab notebooks clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("tinytrain needs Python 3.11 or newer, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12" % sys.version_info[:2])'
@@ -17,7 +17,7 @@ help:  ## list the targets
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[notebook,test]'
 	@touch $@
 
-tutorial: .venv/ready  ## run notebooks 01 to 05 and show what the trained model has learned
+tutorial: .venv/ready  ## run the notebooks and show what the trained model has learned
 	@$(BIN)/python notebooks/run_all.py
 
 test: .venv/ready lint  ## lint, every notebook (training included) under nbval, all tests
@@ -25,8 +25,25 @@ test: .venv/ready lint  ## lint, every notebook (training included) under nbval,
 	TINYTRAIN_RUNS=$(TEST_RUNS) TINYTRAIN_RECIPE=pocket $(BIN)/python -m pytest -v $(NBVAL) notebooks
 	TINYTRAIN_RUNS=$(TEST_RUNS) $(BIN)/python -m pytest
 
-soak: .venv/ready  ## kill a training 200 times, and train 10,000 logged steps (half an hour)
-	TINYTRAIN_KILLS=200 $(BIN)/python -m pytest -v -m "soak or not soak" -k "killed or soak" --timeout=3600 tests/test_kill_and_resume.py
+.venv/browser: .venv/ready
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt playwright
+	@touch $@
+
+# Needs a Chromium: apt-get install chromium, or .venv/bin/playwright install chromium
+browser-test: .venv/browser  ## JupyterLab in a real browser; what it looks like is in build/screenshots
+	rm -rf build/screenshots
+	$(BIN)/python -m pytest -v -m browser tests/test_in_browser.py
+
+build/colab/ready: tests/colab.txt
+	$(PYTHON) -m venv build/colab
+	build/colab/bin/python -m pip install --disable-pip-version-check -r tests/colab.txt
+	@touch $@
+
+colab-test: .venv/ready build/colab/ready  ## every notebook as in Colab: its versions, its way to install
+	$(BIN)/python -m pytest -v -m colab tests/test_in_colab.py
+
+soak: .venv/ready  ## kill a training 200 times, train 10,000 logged steps, read 2 GB in 1 GB (an hour)
+	TINYTRAIN_KILLS=200 $(BIN)/python -m pytest -v -m "soak or not soak" -k "killed or soak" --timeout=3600 tests/test_kill_and_resume.py tests/test_big_text.py
 
 build/llama.cpp/ready: tests/llama_cpp.txt .venv/ready
 	$(BIN)/python -m pip download --disable-pip-version-check --no-deps --no-binary :all: --require-hashes --dest build/llama.cpp --requirement tests/llama_cpp.txt
@@ -58,8 +75,17 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-lab: .venv/ready  ## open JupyterLab at notebook 01
-	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/01_gpu_check.ipynb
+# JupyterLab saves what it runs: copies are the reader's, and the checkout stays as it is.
+MINE := $(or $(TINYTRAIN_RUNS),runs)/notebooks
+
+lab: .venv/ready  ## open JupyterLab in your own copies of the notebooks, in runs/notebooks
+	@mkdir -p $(MINE)
+	@for new in notebooks/[0-9]*.ipynb; do \
+		mine=$(MINE)/$${new##*/}; \
+		[ -e $$mine ] || cp $$new $$mine; \
+		[ ! $$new -nt $$mine ] || echo "$$new is newer than $$mine; delete yours to get it"; \
+	done
+	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) $(MINE)/01_gpu_check.ipynb
 
 notebooks: .venv/ready  ## run the notebooks and keep their outputs in place, to be committed
 	@$(BIN)/python notebooks/run_all.py --in-place

@@ -139,7 +139,7 @@ def tell_results(folder: Path, seconds: float) -> None:
         print(f"  {prompt} → {' '.join(text.split())}")
     print("\nLook at:")
     for name, what in (
-        ("report.html", "all five notebooks as one page"),
+        ("report.html", "all notebooks as one page"),
         ("notebooks", "the executed notebooks"),
         ("loss.png", "the loss plot"),
         ("model", "the model and its tokenizer"),

@@ -1,5 +1,6 @@
 """What several tests share: one small, real run of recipe ``smoke``, made once a session."""
 
+import logging
 import os
 from types import SimpleNamespace
 
@@ -14,6 +15,18 @@ def no_choice_from_outside(monkeypatch):
     """The recipes of the tests are their own, whatever the shell has set."""
     monkeypatch.delenv("TINYTRAIN_RECIPE", raising=False)
     monkeypatch.delenv("TINYTRAIN_CORPUS", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_logging_left():
+    """What a test sets up with `setup_logging` would keep messages from those after it."""
+    yield
+    logger = logging.getLogger("tinytrain")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,12 @@ import gzip
 import json
 import logging
 import lzma
+import re
 import subprocess
 import sys
+import tracemalloc
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +19,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tinytrain import corpus
 from tinytrain.corpus import (
     count_sources,
     describe,
@@ -229,20 +233,165 @@ def test_another_encoding_is_recognised_and_the_given_lines_convert_it(tmp_path,
     assert documents["text"][:] == [row["text"] for row in json.loads(CHINESE)]
 
 
-def test_a_folder_or_missing_path_names_what_could_be_meant(tmp_path):
+def test_a_missing_path_names_what_could_be_meant(tmp_path):
     for i in range(7):
         write(tmp_path / f"part{i}.jsonl.gz", "")
     write(tmp_path / "notes.md", "")
-    with pytest.raises(IsADirectoryError, match=r"part0.jsonl.gz, .* and 2 more") as caught:
-        load_documents(tmp_path)
-    assert "notes.md" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match=r"no\.json.*part0.jsonl.gz"):
-        load_documents(tmp_path / "no.json")
+    for missing in ("no.json", "no*.json", "*.md"):
+        with pytest.raises(FileNotFoundError, match=r"part0.jsonl.gz, .* and 2 more") as caught:
+            load_documents(tmp_path / missing)
+        assert str(tmp_path / missing) in str(caught.value)
+        assert "notes.md," not in str(caught.value)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(IsADirectoryError, match="holds no"):
+    with pytest.raises(FileNotFoundError, match="empty is a folder without a text.* holds no"):
         load_documents(tmp_path / "empty")
     with pytest.raises(FileNotFoundError):
         load_documents(tmp_path / "no" / "where" / "a.json")
+
+
+# --- large texts and shards -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path):
+    folder = tmp_path / "my texts"
+    folder.mkdir()
+    write(folder / "part-1.jsonl.gz", as_lines([{"text": "b"}, {"text": "c", "source": "s"}]))
+    write(folder / "part-0.json", json.dumps([{"completion": "a"}]))
+    write(folder / "part-2.txt.xz", "d\n\ne\nf")
+    write(folder / "part-3.parquet", as_parquet({"content": ["g"]}))
+    write(folder / "README.md", "no text")
+    write(folder / "._part-0.json", "left there by another system")
+    (folder / "deeper.json").mkdir()
+    return folder
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(shards):
+    documents = load_documents(shards)
+    assert documents["text"][:] == ["a", "b", "c", "d", "e\nf", "g"]
+    names = ["part-0.json", "part-1.jsonl.gz", "s", *["part-2.txt.xz"] * 2, "part-3.parquet"]
+    assert documents["source"][:] == names
+
+
+def test_a_pattern_chooses_files(shards):
+    assert load_documents(shards / "part-[12]*")["text"][:] == ["b", "c", "d", "e\nf"]
+    assert load_documents(shards.parent / "**" / "*.txt.xz")["text"][:] == ["d", "e\nf"]
+    odd = shards.rename(shards.with_name("[1]"))  # a name, and not the pattern of "1"
+    assert len(load_documents(odd)) == 6
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("part-5.jsonl", '{"text": "a"}\n{"text"', ["line 2", "not valid JSON"]),
+        ("part-5.jsonl.gz", "", ["cannot decompress"]),
+        ("part-5.txt", b"\xff", ["not UTF-8"]),
+        ("part-5.jsonl", '{"body": "a"}', ["line 1", "'body'"]),
+    ],
+)
+def test_a_bad_shard_is_named_and_nothing_is_left_of_it(shards, tmp_path, name, content, words):
+    path = write(shards / name, content)
+    if name.endswith(".gz"):
+        path.write_bytes(b"no gzip")
+    load_documents(shards / "part-0.json", folder=tmp_path / "out")
+    with pytest.raises(ValueError) as caught:
+        load_documents(shards, folder=tmp_path / "out")
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["documents.arrow"]
+
+
+def test_documents_are_mapped_from_the_folder_that_is_named(shards, tmp_path):
+    documents = load_documents(shards, folder=tmp_path / "out")
+    (file,) = documents.cache_files
+    assert file["filename"] == str(tmp_path / "out" / "documents.arrow")
+    other = load_documents(shards / "part-0.json", folder=tmp_path / "out")
+    assert (len(documents), len(other)) == (6, 1)
+    assert documents["text"][5] == "g"  # still that of the file it was made of
+
+
+def test_without_a_folder_nothing_stays_when_the_program_ends(shards):
+    code = (
+        "import sys; from tinytrain.corpus import *; documents = load_documents(sys.argv[1]);"
+        "split_documents(documents); print(documents.cache_files[0]['filename'])"
+    )
+    command = [sys.executable, "-c", code, str(shards)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    path = Path(shown.stdout.strip())
+    assert path.name == "documents.arrow" and not path.parent.exists()
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Read as if some characters were a large text, so that every place is the border of one."""
+    monkeypatch.setattr(corpus, "_PIECE", 3)
+
+
+broken_json = st.text(st.sampled_from('{}[]",:\\u0001e+-. truefalsn\n\t文😀"'), max_size=12)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.lists(
+        st.dictionaries(
+            st.sampled_from(["text", "é", "文"]), st.integers() | st.floats() | json_text
+        )
+    ),
+    indent=st.sampled_from([None, 1]),
+    ascii=st.booleans(),
+    broken=broken_json,
+    place=st.floats(0, 1),
+    cut=st.integers(0, 5),
+)
+def test_pieces_of_an_array_read_like_the_whole(
+    tmp_path, small_pieces, rows, indent, ascii, broken, place, cut
+):
+    content = json.dumps(rows, ensure_ascii=ascii, indent=indent)
+    place = round(place * len(content))
+    content = "[" + content[1:place] + broken + content[max(place + cut, 1) :]
+    path = write(tmp_path / "a.json", content)
+    try:
+        expected = json.loads(content)
+    except ValueError as error:
+        with pytest.raises(ValueError) as caught:
+            list(corpus._json_array(path))
+        assert f"not valid JSON: {error}." in str(caught.value)
+        advice = "Correct" if content.rstrip(" \n\t").endswith("]") else "cut off"
+        assert advice in str(caught.value)
+    else:
+        assert repr([row for _, row in corpus._json_array(path)]) == repr(expected)
+
+
+@pytest.mark.parametrize("content", ["一\n二\n\n\u3000三\r\n四\n \n五", "一\n\n", "一\r\n二\n三"])
+def test_pieces_of_a_plain_text_read_like_the_whole(tmp_path, small_pieces, content):
+    parts = [part.strip("\n") for part in re.split(r"\n\s*\n", content.replace("\r\n", "\n"))]
+    parts = parts if len(parts) > 2 else parts[0].split("\n")
+    documents = load_documents(write(tmp_path / "a.txt", content))
+    assert [text.strip() for text in documents["text"]] == [part.strip() for part in parts]
+
+
+@pytest.mark.parametrize("place", range(12))
+def test_a_bad_byte_is_found_in_any_piece(tmp_path, small_pieces, place):
+    good = "春\né\n夏x".encode()
+    path = write(tmp_path / "a.txt", good[:place] + b"\xff" + good[place:])
+    with pytest.raises(UnicodeDecodeError) as expected:
+        path.read_text(encoding="utf-8")
+    start = expected.value.start
+    line = path.read_bytes()[:start].count(b"\n") + 1
+    with pytest.raises(ValueError, match=rf"byte {start} \(line {line}\) is not UTF-8"):
+        load_documents(path)
+
+
+def test_a_damaged_place_in_a_long_array_is_named_without_reading_on(tmp_path):
+    rows = [{"text": "天地玄黄" * 50} for _ in range(40_000)]
+    content = json.dumps(rows, ensure_ascii=False, indent=0)
+    path = write(tmp_path / "a.json", content.replace('"text"', "text", 1))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"line 3 column 1 \(char 4\)"):
+        load_documents(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert path.stat().st_size > 20_000_000 and peak < 12_000_000
 
 
 # --- split ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from transformers import (
 from tinytrain.hardware import KNOWN_GPUS
 from tinytrain.modeling import (
     QWEN2_5_0_5B,
+    best_plan,
     build_model,
     compile_layers,
     count_parameters,
@@ -25,9 +26,15 @@ from tinytrain.modeling import (
     flops_per_token,
     initial_loss,
     optimizer_flops,
+    plan_sizes,
+    plot_memory,
     plot_parameters,
+    plot_plans,
+    predicted_loss,
     qwen2_config,
+    recipe_config,
     training_memory,
+    with_width,
 )
 from tinytrain.optimizer import muon_adamw
 from tinytrain.recipes import RECIPES
@@ -316,6 +323,39 @@ def test_the_plot_shows_every_component_of_every_model():
     assert "lm head" in [text.get_text() for text in untied.legends[0].get_texts()]
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_memory_bar_is_the_estimate_component_by_component(name):
+    axes = plot_memory(RECIPES[name], A100).axes[0]
+    bars = [container[0] for container in axes.containers]
+    memory = estimate(RECIPES[name], A100).memory
+    total = memory.pop("total") / 1e9
+    assert [bar.get_width() for bar in bars] == pytest.approx([n / 1e9 for n in memory.values()])
+    assert bars[-1].get_x() + bars[-1].get_width() == pytest.approx(total)
+    assert total < axes.get_xlim()[1]
+
+
+def test_the_memory_bar_tells_the_cards_that_are_too_small():
+    figure = plot_memory(RECIPES["seed"], A100)  # 20.9 GB in bf16
+    sizes = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
+    fits = {size: color == "#2e7d32" for size, color in sizes.items() if size.endswith("GB")}
+    assert fits == {"8 GB": 0, "16 GB": 0, "24 GB": 1, "40 GB": 1, "80 GB": 1}
+    assert any("this machine: 40 GB" in text for text in sizes)
+    assert "123.3M parameters" in figure.get_suptitle() and "in bf16" in figure.get_suptitle()
+
+
+def test_a_wider_recipe_keeps_the_size_of_its_heads():
+    wide = with_width(RECIPES["qwen-0.5b"], 960)
+    assert (wide.num_attention_heads, wide.num_key_value_heads) == (15, 1)
+    assert wide.intermediate_size == pytest.approx(960 * 4864 / 896, abs=1)
+    for recipe in RECIPES.values():
+        assert with_width(recipe, recipe.hidden_size) == recipe
+        head = recipe.hidden_size // recipe.num_attention_heads
+        for heads in range(1, 33):
+            assert recipe_config(with_width(recipe, heads * head)).hidden_size == heads * head
+    with pytest.raises(ValueError, match="no multiple of 64"):
+        with_width(RECIPES["pocket"], 100)
+
+
 def trainer_for(model, folder):
     blocks = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 2
     arguments = TrainingArguments(
@@ -420,3 +460,61 @@ def test_a_vocabulary_is_not_expanded_by_ids_of_another():
         expand_vocabulary(model, range(60), 59, blocks)
     with pytest.raises(ValueError, match="tied"):
         expand_vocabulary(model, range(60), 500, blocks)
+
+
+# --- planning -------------------------------------------------------------------------------------
+
+
+def test_the_law_says_what_chinchilla_found():
+    # 70B parameters and 1.4T tokens, for the operations of 280B and 300B (Gopher), which is worse.
+    assert predicted_loss(70e9, 1.4e12) < predicted_loss(280e9, 300e9)
+    assert predicted_loss(70e9, 1.4e12) == pytest.approx(1.94, abs=0.05)
+    # The best split of 10^22 operations lies near twenty tokens a parameter.
+    ratios = [10 ** (x / 50) for x in range(-50, 200)]
+    best = min(ratios, key=lambda r: predicted_loss((1e22 / 6 / r) ** 0.5, (1e22 / 6 * r) ** 0.5))
+    assert 10 < best < 40
+
+
+def test_text_read_again_teaches_less():
+    once = predicted_loss(1e8, 1e9)
+    assert predicted_loss(1e8, 1e9, corpus_tokens=1e9) == once
+    four, new = predicted_loss(1e8, 4e9, corpus_tokens=1e9), predicted_loss(1e8, 4e9)
+    forty, many = (predicted_loss(1e8, n * 1e9, corpus_tokens=1e9) for n in (40, 4000))
+    assert new < four < once
+    assert (four - new) < 0.1 * (once - new)  # "up to four epochs are almost as good as new text"
+    assert forty - many < 0.1 * (once - many)  # and beyond forty nothing comes any more
+
+
+def test_a_plan_spends_its_budget():
+    for plan in plan_sizes(1e18, vocab_size=4096, context_length=256):
+        config = qwen2_config(
+            vocab_size=4096,
+            hidden_size=plan.hidden_size,
+            intermediate_size=4 * plan.hidden_size,
+            num_hidden_layers=plan.num_hidden_layers,
+            num_attention_heads=plan.num_hidden_layers,
+            num_key_value_heads=1 + (plan.num_hidden_layers % 2 == 0),
+            eos_token_id=0,
+        )
+        assert plan.parameters == count_parameters(config)["total"]
+        assert plan.tokens * flops_per_token(config, 256)["total"] == pytest.approx(1e18)
+        assert plan.tokens_per_parameter == pytest.approx(plan.tokens / plan.parameters)
+
+
+def test_more_to_spend_wants_a_larger_model_and_more_tokens():
+    small, large = best_plan(plan_sizes(1e17)), best_plan(plan_sizes(1e19))
+    assert small.parameters < large.parameters and small.tokens < large.tokens
+    assert 15 < large.tokens_per_parameter < 30
+    # A text too short for the budget: rather a larger model than reading it once more.
+    short = best_plan(plan_sizes(1e19, corpus_tokens=1e8))
+    assert short.parameters > large.parameters and short.epochs < large.tokens / 1e8
+    with pytest.raises(ValueError, match="budget of 0 operations"):
+        plan_sizes(0)
+
+
+def test_the_plot_of_plans_marks_the_best_size():
+    budgets = {"1 hour": plan_sizes(1e16), "1 day": plan_sizes(24e16)}
+    [axes] = plot_plans(budgets).axes
+    marked = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1]
+    assert marked == [best_plan(plans).parameters for plans in budgets.values()]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(budgets)

@@ -30,6 +30,7 @@ def prose(notebook):
 
 def test_they_are_all_here():
     names = ["01_gpu_check", "02_data_split", "03_tokenization", "04_model_config", "05_train_bf16"]
+    names += ["06_evaluate", "07_scale_out"]
     assert list(NOTEBOOKS) == names
 
 
@@ -97,8 +98,8 @@ def test_the_tutorials_command_on_recipe_smoke(tmp_path):
     assert result.returncode == 0, result.stderr
     shown = result.stdout
     for words in (
-        "notebook 1 of 5: 01_gpu_check",
-        "notebook 5 of 5: 05_train_bf16",
+        "notebook 1 of 7: 01_gpu_check",
+        "notebook 7 of 7: 07_scale_out",
         "cell  1/",
         "training starts",
         "step 20 of 20, done",
@@ -111,9 +112,9 @@ def test_the_tutorials_command_on_recipe_smoke(tmp_path):
     run = tmp_path / "smoke"
     for name in ("report.html", "loss.png", "model/model.safetensors", "training.log"):
         assert (run / name).stat().st_size > 0
-    assert len(list((run / "notebooks").glob("*.ipynb"))) == 5
+    assert len(list((run / "notebooks").glob("*.ipynb"))) == 7
     report = (run / "report.html").read_text(encoding="utf-8")
-    assert report.count("<h1") == 5 and "image/png" in report
+    assert report.count("<h1") == 7 and "image/png" in report
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert summary["cloze_before"] == 0 and summary["parameters"] > 0
 
@@ -146,7 +147,7 @@ def test_ctrl_c_in_the_terminal_interrupts_the_cell_and_not_the_tutorial(tmp_pat
     assert texts == ["stopped in good order", "the next cell"]
 
 
-@pytest.mark.parametrize("name", ["03_tokenization", "05_train_bf16"])
+@pytest.mark.parametrize("name", ["03_tokenization", "06_evaluate"])
 def test_any_notebook_can_be_opened_first(name, tmp_path):
     """Alone, in an empty folder of runs, on a text of one's own."""
     from nbclient import NotebookClient

@@ -12,7 +12,7 @@ import tinytrain
 
 MODULES = sorted(Path(tinytrain.__file__).parent.glob("*.py"))
 SHARED = {"recipes", "logs"}
-JOINS_THE_OTHERS = {"steps.py"}
+JOINS_THE_OTHERS = {"steps.py", "widgets.py", "__main__.py"}
 
 
 def imported_from_tinytrain(path):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_what_breaks_off_leaves_nothing_half_built(mine, monkeypatch):
     steps.get_blocks(mine)
     before = modified(steps.run_folder(mine))
 
-    def fails(*args):
+    def fails(*args, **kwargs):
         raise OSError("no space left")
 
     monkeypatch.setattr(steps.tokenization, "pack_documents", fails)
@@ -101,6 +102,33 @@ def test_duplicates_are_dropped_or_only_counted(mine):
     dropped = steps.get_split(mine)
     assert len(dropped["test"]) == len(kept["test"]) - len(twins)
     assert len(dropped["train"]) == len(kept["train"])
+
+
+def test_a_folder_of_shards_is_a_text_too(mine, tmp_path):
+    lines = Path(mine.corpus).read_text(encoding="utf-8").splitlines(keepends=True)
+    folder = tmp_path / "texts.d"
+    folder.mkdir()
+    for number in range(4):
+        part = "".join(lines[number * 20 : number * 20 + 20])
+        (folder / f"part-{number}.jsonl").write_text(part, encoding="utf-8")
+    whole = steps.get_split(mine)
+    shards = replace(mine, corpus=f"{folder}{os.sep}")
+    pattern = replace(mine, corpus=str(folder / "part-?.jsonl"))
+    for recipe in (shards, pattern):
+        assert steps.run_folder(recipe).name == "smoke-texts"
+        split = steps.get_split(recipe)
+        assert split["train"]["text"][:] == whole["train"]["text"][:]
+    before = modified(steps.run_folder(shards) / "split")
+    steps.get_split(shards)
+    assert modified(steps.run_folder(shards) / "split") == before
+    (folder / "part-2.jsonl").unlink()
+    assert sum(map(len, steps.get_split(shards).values())) == 60
+
+
+def test_what_is_only_needed_meanwhile_does_not_stay(mine):
+    steps.get_blocks(mine)
+    kept = {path.name for path in steps.run_folder(mine).rglob("*") if path.is_dir()}
+    assert kept == {"split", "tokenizer", "blocks", "train", "test"}
 
 
 def test_a_missing_text_is_said_with_its_name(mine):
@@ -199,3 +227,22 @@ def test_qwens_words_can_be_reduced_by_the_recipe(mine):
     assert len(steps.get_tokenizer(replace(recipe, vocab_size=None))) == 151_665
     padded = replace(recipe, vocab_size=151_936)
     assert steps.get_config(padded).vocab_size == 151_936
+
+
+def test_a_trained_model_is_trained_once_and_only_from_the_same_inputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
+    recipe = replace(RECIPES["smoke"], max_steps=2, eval_steps=2, save_steps=2, sample_steps=2)
+    model, tokenizer = steps.get_trained(recipe)
+    saved = tmp_path / "smoke" / "model" / "model.safetensors"
+    made = saved.stat().st_mtime_ns
+    again, _ = steps.get_trained(recipe)
+    assert saved.stat().st_mtime_ns == made
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert len(tokenizer) == model.config.vocab_size
+
+    other, _ = steps.get_trained(replace(recipe, learning_rate=1e-4))
+    assert not torch.equal(other.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    # Without its checkpoints a model is what there is.
+    shutil.rmtree(tmp_path / "smoke" / "checkpoints")
+    kept, _ = steps.get_trained(recipe)
+    assert torch.equal(kept.get_input_embeddings().weight, other.get_input_embeddings().weight)

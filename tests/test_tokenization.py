@@ -1,5 +1,8 @@
+import html
+import itertools
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -437,6 +440,52 @@ def test_tokens_are_shown_as_text_and_lone_bytes_as_numbers(qwen, small):
     ]
     pieces = [piece for piece, _ in tokenization.show_tokens(small, "𠀿")]
     assert pieces == ["<0xF0>", "<0xA0>", "<0x80>", "<0xBF>"]
+
+
+def test_coloured_tokens_show_what_is_there_and_let_no_html_through(qwen):
+    text = '北京<b onclick="x">&amp;\'\n\n \t\u200b𠀿'
+    shown = tokenization.colour_tokens(qwen, text)
+    spans = re.findall(r"<span [^>]*background:(#\w+)[^>]*>([^<]*)<small[^>]*>(\d+)</small>", shown)
+    assert [int(id_) for _, _, id_ in spans] == qwen(text)["input_ids"]
+    written = html.unescape("".join(piece for _, piece, _ in spans))
+    signs = {"\n": "⏎", " ": "·", "\t": "⇥", "\u200b": "<U+200B>", "𠀿": "<0xF0><0xA0><0x80><0xBF>"}
+    for sign, visible in signs.items():
+        text = text.replace(sign, visible)
+    assert written == text
+    assert shown.count("<br>") == 2
+    assert set(re.findall(r"<(\w+)", shown)) == {"div", "span", "small", "br"}
+    colors = [color for color, _, _ in spans]
+    assert all(left != right for left, right in itertools.pairwise(colors))
+
+
+def test_of_a_long_text_only_so_many_tokens_are_coloured(small):
+    tokens = len(small("北京" * 900)["input_ids"])
+    shown = tokenization.colour_tokens(small, "北京" * 900, limit=10)
+    assert shown.count("<span") == 10 and f"and {tokens - 10:,} more tokens" in shown
+
+
+def test_the_table_of_tokens_stands_in_columns(qwen, small):
+    table = tokenization.token_table({"Qwen2.5": qwen, "小": small}, "北京 ok\n").splitlines()
+    assert table[0].split() == ["Qwen2.5", "小"]
+    assert table[1].startswith("3 tokens, 0.50 a character ")
+    assert table[2].split()[:2] == ["68990", "北京"]
+    assert table[3].split()[:2] == ["5394", "·ok"]
+    assert table[4].split()[:2] == ["198", "⏎"]
+    # The second column begins at the same place in every line; Chinese characters are two wide.
+    ids = [str(id_) for _, id_ in tokenization.show_tokens(small, "北京 ok\n")]
+    widest = max(map(len, ids))
+    starts = {
+        len(before.replace("北京", "....")) - (widest - len(id_))
+        for line, id_ in zip(table[2:], ids, strict=True)
+        for before in [line[: line.rindex(f"{id_} ")]]
+    }
+    assert len(starts) == 1
+
+
+def test_tokens_are_counted_for_each_character(qwen):
+    assert tokenization.count_tokens(qwen, "北京 ok") == "2 tokens, 0.40 a character"
+    assert tokenization.count_tokens(qwen, "北京") == "1 token, 0.50 a character"
+    assert tokenization.count_tokens(qwen, "") == "0 tokens"
 
 
 def test_the_plot_has_a_bar_for_each_tokenizer():

@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ from tinytrain.training import (
     checkpoint_problem,
     collate,
     last_checkpoint,
+    learning_rates,
     open_run,
+    plot_learning_rate,
+    total_steps,
     train,
     training_arguments,
 )
@@ -95,6 +99,64 @@ def test_precision_is_passed_on_or_refused(tmp_path):
 def test_other_arguments_go_through(tmp_path):
     arguments = training_arguments(RECIPES["pocket"], tmp_path, use_cpu=True, max_grad_norm=0.5)
     assert arguments.max_grad_norm == 0.5
+
+
+class Rates(TrainerCallback):
+    """Notes the learning rate with which each step is made."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant_with_warmup", "inverse_sqrt"])
+def test_the_learning_rates_shown_are_those_of_the_run(smoke, tmp_path, kind):
+    recipe = replace(smoke.recipe, lr_scheduler=kind, warmup_steps=3, max_steps=8)
+    noted = Rates()
+    arguments = training_arguments(recipe, tmp_path, use_cpu=True, eval_strategy="no")
+    model = build_model(smoke.config, seed=0)
+    build_trainer(model, arguments, smoke.blocks["train"], smoke.blocks["test"], [noted]).train()
+    assert len(noted.rates) == total_steps(recipe, len(smoke.blocks["train"])) == 8
+    assert noted.rates == pytest.approx(learning_rates(recipe, 8))
+    assert len(set(noted.rates)) > 3 and max(noted.rates) == recipe.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("blocks", "batch", "accumulation", "epochs"), [(7, 2, 3, 1.0), (6, 2, 1, 1.5), (3, 4, 8, 2.0)]
+)
+def test_the_steps_are_known_before_the_run(smoke, tmp_path, blocks, batch, accumulation, epochs):
+    recipe = replace(
+        smoke.recipe,
+        max_steps=-1,
+        batch_size=batch,
+        gradient_accumulation=accumulation,
+        epochs=epochs,
+    )
+    arguments = training_arguments(recipe, tmp_path, use_cpu=True, eval_strategy="no")
+    few = smoke.blocks["train"].select(range(blocks))
+    trainer = build_trainer(build_model(smoke.config), arguments, few, few)
+    trainer.train()
+    assert trainer.state.global_step == total_steps(recipe, blocks)
+
+
+def test_the_learning_rate_is_drawn_with_the_end_of_the_warm_up():
+    recipe = RECIPES["pocket"]
+    (axes,) = plot_learning_rate(recipe, 600).axes
+    curve, mark = axes.lines
+    assert list(curve.get_ydata()) == learning_rates(recipe, 600)
+    assert list(curve.get_xdata()) == list(range(1, 601))
+    assert curve.get_ydata()[int(mark.get_xdata()[0]) - 1] == recipe.learning_rate
+    assert len(plot_learning_rate(replace(recipe, warmup_steps=0), 600).axes[0].lines) == 1
+
+
+def test_learning_rates_that_nobody_can_know_are_refused():
+    for kind, message in (("reduce_lr_on_plateau", "goes by the loss"), ("up", "up is not a")):
+        with pytest.raises(ValueError, match=message):
+            learning_rates(replace(RECIPES["pocket"], lr_scheduler=kind), 10)
+    with pytest.raises(ValueError, match="at least one"):
+        learning_rates(RECIPES["pocket"], 0)
 
 
 def test_every_token_is_learned_the_end_of_text_too():

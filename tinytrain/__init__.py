@@ -10,13 +10,15 @@ notebook              module                         what it is about
 03_tokenization       ``tinytrain.tokenization``     tokenizers, chunks and packing
 04_model_config       ``tinytrain.modeling``         configuration and exact counts
 05_train_bf16         ``tinytrain.training``         the Trainer, watched while it runs
+06_evaluate           ``tinytrain.evaluation``       measure a model, let it write
+07_scale_out          ``tinytrain.__main__``         the same from a shell, in many processes
 ====================  =============================  ==============================
 
-Notebook 05 also uses ``tinytrain.callbacks`` (what one sees, and how one stops it),
-``tinytrain.loss`` (a large vocabulary in little memory) and ``tinytrain.evaluation``.
-Notebook 06 also uses ``tinytrain.export`` (a folder for everyone, its card, GGUF, an upload).
+Notebook 05 also uses ``tinytrain.callbacks`` (what one sees, and how one stops it) and
+``tinytrain.loss`` (a large vocabulary in little memory), notebook 06 ``tinytrain.export``.
 ``tinytrain.recipes`` holds every number of a run. ``tinytrain.steps`` joins the modules: one
-function a step, which keeps its result on disk.
+function a step, which keeps its result on disk. ``tinytrain.widgets`` lays sliders over some of
+their functions.
 
 Importing ``tinytrain`` imports none of them, nor torch.
 """

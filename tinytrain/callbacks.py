@@ -133,6 +133,8 @@ class VerboseTrainingCallback(TrainerCallback):
         The logged training losses in nats per token, each the mean since the last.
     """
 
+    only_shows = True  # of several processes, the first does it
+
     def __init__(self, tokens_per_step: int, seconds: float = 10.0):
         self.tokens_per_step = tokens_per_step
         self.seconds = seconds
@@ -207,6 +209,8 @@ class HistoryCallback(TrainerCallback):
     **about
         Kept in the first line, for example ``vocab_size=4096`` and ``name="pocket"``.
     """
+
+    only_shows = True  # of several processes, the first does it
 
     def __init__(self, path: str | Path, tokens_per_step: int, **about: Any):
         self.path = Path(path)
@@ -807,6 +811,8 @@ class LivePlotCallback(TrainerCallback):
         The time that drawing has taken so far.
     """
 
+    only_shows = True  # of several processes, the first does it
+
     def __init__(
         self,
         path: str | Path,
@@ -944,6 +950,9 @@ class SampleCallback(TrainerCallback):
         The most samples shown per prompt; the file keeps all.
     """
 
+    only_shows = True  # of several processes, the first does it
+    needs_whole_model = True  # one that FSDP has shared out writes only if all processes take part
+
     def __init__(
         self,
         write: Callable[..., list[str]],
@@ -1036,6 +1045,8 @@ class StopCallback(TrainerCallback):
     click. SIGTERM, with which a cloud machine announces its end, leaves time for a checkpoint
     alone, after which the signal takes its usual course.
 
+    If there are several processes, what one of them hears stops all after the same step.
+
     Name it first among the callbacks: `tinytrain.training.train` closes them in reverse order,
     and nothing should be left to do when a SIGTERM takes its course.
 
@@ -1068,7 +1079,7 @@ class StopCallback(TrainerCallback):
         """Listen."""
         self.reason, self._told = None, False
         self._looked = -math.inf
-        if self.stop_file and self.stop_file.exists():
+        if self._looks(state) and self.stop_file.exists():
             logger.info("%s is left from before and is removed", self.stop_file)
             self.stop_file.unlink()
         # Python hears signals in its main thread only; elsewhere the file and the button remain.
@@ -1080,6 +1091,10 @@ class StopCallback(TrainerCallback):
                 self._handlers[number] = signal.signal(number, heard)
         if self.button and in_notebook():
             self._show_button()
+
+    def _looks(self, state) -> bool:
+        """Tell whether this process is the one that looks for the stop file."""
+        return self.stop_file is not None and state.is_world_process_zero
 
     # A signal may arrive in the middle of writing a message: its handler must not write one.
     def _interrupted(self, number, frame):
@@ -1106,17 +1121,32 @@ class StopCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Ask the Trainer for a checkpoint, an evaluation and the end."""
         now = time.monotonic()
-        if self.stop_file and now - self._looked >= 1:  # a look at a network drive takes a while
+        # Once a second only: a look at a network drive takes a while.
+        if self._looks(state) and now - self._looked >= 1:
             self._looked = now
             if self.stop_file.exists():
                 self.stop_file.unlink(missing_ok=True)
                 self.ask(f"the file {self.stop_file.name}")
+        self._hear_others(args)
         if self.reason and state.global_step < state.max_steps:
             self._acknowledge()
             control.should_training_stop = True
             control.should_save = True
             control.should_log = True
             control.should_evaluate = self.reason != "SIGTERM"
+
+    def _hear_others(self, args) -> None:
+        """Take up what another process was asked; all of them call this after the same step."""
+        import torch
+
+        group = torch.distributed
+        if not group.is_available() or not group.is_initialized():
+            return
+        urgency = 2 if self.reason == "SIGTERM" else 1 if self.reason else 0
+        told = torch.tensor(urgency, device=args.device)
+        group.all_reduce(told, group.ReduceOp.MAX)
+        if told.item() > urgency:
+            self.reason = "SIGTERM" if told.item() == 2 else "another process"
 
     def on_train_end(self, args, state, control, **kwargs):
         """Say what one can do now."""

@@ -1,27 +1,38 @@
 """Load text, find what is wrong with it, and split it honestly.
 
 ``datasets.load_dataset`` reads most of these files too, but its messages about a broken one come
-from three libraries down. Here the whole file is read into memory and checked before anything is
-made of it: simple, with errors that name the line. The price is memory, about 2 GB at the peak
-for the 524 MB file of the guide; text that does not fit needs ``datasets`` and its files on disk.
+from three libraries down. Here the text is read a piece at a time, checked, and written to an
+Arrow file that is mapped into memory, so it may be larger than the memory; errors still name the
+line. The price is that file: as much disk as the text has bytes without compression.
 """
 
 from __future__ import annotations
 
+import atexit
+import codecs
+import glob
 import gzip
+import io
 import json
 import logging
 import lzma
+import os
 import re
+import shutil
+import tempfile
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from functools import lru_cache
+from itertools import groupby, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset, DatasetDict
+    from datasketch import MinHash, MinHashLSH
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
@@ -29,6 +40,9 @@ logger = logging.getLogger(__name__)
 TEXT_FIELDS = ("completion", "text", "content")
 FORMATS = (".json", ".jsonl", ".ndjson", ".txt", ".parquet")
 COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
+
+_DAMAGED = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
+_PIECE = 1 << 18  # characters or bytes read at once
 
 
 class Duplicate(NamedTuple):
@@ -50,8 +64,10 @@ class Duplicate(NamedTuple):
     kind: str
 
 
-def load_documents(path: str | Path, text_field: str | None = None) -> Dataset:
-    """Load the documents of one file, in the file's order.
+def load_documents(
+    path: str | Path, text_field: str | None = None, folder: str | Path | None = None
+) -> Dataset:
+    """Load the documents of a file, or of all files of a folder, in their order.
 
     Read are JSON arrays, JSON lines, plain text and parquet, each also compressed with gzip or
     xz (``.json .jsonl .ndjson .txt .parquet``, then perhaps ``.gz`` or ``.xz``). In plain text,
@@ -59,13 +75,20 @@ def load_documents(path: str | Path, text_field: str | None = None) -> Dataset:
 
     Empty texts, and texts that are no text, are left out and counted in one warning.
 
+    The text may be larger than the memory, which holds some megabytes of it and the longest
+    document at a time.
+
     Parameters
     ----------
     path : str or Path
-        The file.
+        A file, a folder, or a pattern such as ``texts/part-*.jsonl.gz``; see `text_files`.
     text_field : str, optional
         The field that holds the text; by default the first of ``completion``, ``text`` and
-        ``content`` that the first document has.
+        ``content`` that a file's first document has.
+    folder : str or Path, optional
+        Gets the file ``documents.arrow`` that the dataset is read from, and has to stay as long as
+        the dataset is used. By default a temporary folder that goes when the program ends; name
+        one for a large text, as temporary folders may be small or lie in memory.
 
     Returns
     -------
@@ -77,40 +100,80 @@ def load_documents(path: str | Path, text_field: str | None = None) -> Dataset:
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
-    IsADirectoryError
-        If the path is a folder; the message lists the files in it that could be meant.
+        If there is no such file; the message lists those that could be meant.
     ValueError
-        If the file cannot be read; the message names the place and what to do.
+        If a file cannot be read; the message names the place and what to do.
 
     Examples
     --------
     >>> load_documents("poems.jsonl.gz", text_field="body")  # doctest: +SKIP
     Dataset({features: ['text', 'source'], num_rows: 320})
     """
+    from datasets import Dataset
+    from datasets.table import MemoryMappedTable
+
+    files = text_files(path)
+    if folder is None:
+        folder = tempfile.mkdtemp(prefix="tinytrain-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    target = Path(folder) / "documents.arrow"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = target.with_name(f"{target.name}.{os.getpid()}.building")
+    try:
+        rows = (row for file in files for row in _read_file(file, text_field))
+        fingerprint = _write_documents(rows, building, path)
+        os.replace(building, target)
+    finally:
+        building.unlink(missing_ok=True)
+    # Without a fingerprint of our own, datasets would make one of the file's name and time.
+    return Dataset(MemoryMappedTable.from_file(str(target)), fingerprint=fingerprint)
+
+
+def text_files(path: str | Path) -> list[Path]:
+    """Return the files that `load_documents` reads for a path.
+
+    Parameters
+    ----------
+    path : str or Path
+        A file; a folder, of which those files are meant whose names end like a format that
+        can be read; or a pattern with ``*``, ``?`` or ``**``, of which likewise.
+
+    Returns
+    -------
+    list of Path
+        In the order of their names, letter by letter: ``part-10`` comes before ``part-2``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are none.
+    ValueError
+        If the path is a file of which the name does not tell the format.
+    """
     path = Path(path)
-    file_format = _check_path(path)
-    data = _read_bytes(path)
-    if file_format == ".parquet":
-        texts, sources = _parse_parquet(data, path, text_field)
-    else:
-        content = _decode(data, path)
-        del data  # the file's bytes and its characters need not both stay in memory
-        if file_format == ".txt":
-            texts, sources = _parse_text(content), None
-        else:
-            texts, sources = _parse_json(content, path, text_field)
-        del content
-    return _build_dataset(texts, sources, path)
-
-
-def _check_path(path: Path) -> str:
-    """Return the suffix that tells the format, or say what could be meant instead."""
+    if path.is_file():
+        _format(path)
+        return [path]
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, not a file; {_candidates(path)}")
-    if not path.exists():
-        nearest = next(folder for folder in path.absolute().parents if folder.is_dir())
-        raise FileNotFoundError(f"there is no file {path}; {_candidates(nearest)}")
+        found, problem = path.iterdir(), f"{path} is a folder without a text"
+    else:
+        found = map(Path, glob.glob(str(path), recursive=True))
+        problem = f"there is no file {path}"
+    files = sorted(file for file in found if _can_be_read(file))
+    if not files:
+        nearest = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+        raise FileNotFoundError(f"{problem}; {_candidates(nearest)}")
+    return files
+
+
+def _can_be_read(file: Path) -> bool:
+    endings = tuple(form + end for form in FORMATS for end in ("", *COMPRESSIONS))
+    hidden = file.name.startswith(".")  # what some systems lay beside a file is no text
+    return file.name.lower().endswith(endings) and not hidden and file.is_file()
+
+
+def _format(path: Path) -> str:
+    """Return the suffix that tells the format."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -124,55 +187,112 @@ def _check_path(path: Path) -> str:
 
 def _candidates(folder: Path) -> str:
     """Name the files of a folder that `load_documents` could read."""
-    endings = tuple(form + end for form in FORMATS for end in ("", *COMPRESSIONS))
-    names = sorted(f.name for f in folder.iterdir() if f.name.lower().endswith(endings))
+    names = sorted(file.name for file in folder.iterdir() if _can_be_read(file))
     if not names:
-        return f"and {folder} holds no {', '.join(FORMATS)} file; give the path of one"
+        return f"{folder} holds no {', '.join(FORMATS)} file; give the path of one"
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"give the path of one file; in {folder} there are: {', '.join(names[:5])}{more}"
+    return f"give the path of one; in {folder} there are: {', '.join(names[:5])}{more}"
 
 
-def _read_bytes(path: Path) -> bytes:
-    opener = COMPRESSIONS.get(path.suffix.lower(), open)
+def _read_file(path: Path, text_field: str | None) -> Iterator[tuple[object, object]]:
+    """Yield text and source of each document, and say what is wrong with the file."""
     try:
-        with opener(path, "rb") as file:
-            return file.read()
-    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
-        raise ValueError(
-            f"{path}: cannot decompress it ({error}); the file is damaged or cut off, or is no "
-            f"{path.suffix} file. Fetch or copy it again"
-        ) from None
+        if _format(path) == ".parquet":
+            rows = _read_parquet(path, text_field)
+        elif _format(path) == ".txt":
+            rows = ((text, None) for text in _read_text(path))
+        else:
+            rows = _read_json(path, text_field)
+        for text, source in rows:
+            yield text, path.name if source is None else source
+    except _DAMAGED as error:
+        raise _damaged(path, error) from None
+    except ValueError as error:
+        _check_compression(path)  # what is decompressed wrongly has other errors, too
+        if isinstance(error, UnicodeDecodeError):
+            raise _wrong_encoding(path) from None
+        raise
 
 
-def _decode(data: bytes, path: Path) -> str:
-    try:
-        # Editors on Windows put a byte order mark first, which is no part of the text.
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        start = error.start
-    line = data.count(b"\n", 0, start) + 1
-    place = f"{path}: byte {start} (line {line}) is not UTF-8"
-    encoding = _guess_encoding(data, data.rfind(b"\n", 0, start) + 1)
-    if encoding is None:
-        raise ValueError(
-            f"{place}: 0x{data[start]:02x}; repair that place or save the file as UTF-8"
-        )
-    opener = {".gz": "gzip.open", ".xz": "lzma.open"}.get(path.suffix.lower(), "open")
-    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
-    target = plain.with_name(f"{plain.stem}-utf8{plain.suffix}")
-    raise ValueError(
-        f"{place}; it looks like {encoding.upper()}. Convert it with these lines of Python, then "
-        f"load {target}:\n"
-        f"import gzip, lzma; text = {opener}({str(path)!r}, 'rt', encoding='{encoding}').read()\n"
-        f"open({str(target)!r}, 'w', encoding='utf-8').write(text)"
+def _open(path: Path) -> IO[bytes]:
+    return COMPRESSIONS.get(path.suffix.lower(), open)(path, "rb")
+
+
+def _open_text(path: Path) -> IO[str]:
+    # Editors on Windows put a byte order mark first, which is no part of the text ("-sig"). Lines
+    # end only at "\n": the other ends that Python knows may stand inside a JSON string.
+    return io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="\n")
+
+
+def _check_compression(path: Path) -> None:
+    if path.suffix.lower() in COMPRESSIONS:
+        try:
+            with _open(path) as file:
+                while file.read(_PIECE):
+                    pass
+        except _DAMAGED as error:
+            raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: cannot decompress it ({error}); the file is damaged or cut off, or is no "
+        f"{path.suffix} file. Fetch or copy it again"
     )
 
 
-def _guess_encoding(data: bytes, line_start: int) -> str | None:
+def _wrong_encoding(path: Path) -> ValueError:
+    """Say where a file stops to be UTF-8, and what it looks like."""
+    with _open(path) as file:
+        start = _first_bad_byte(file)
+        line, line_start = _line_of(file, start)
+        file.seek(0)
+        head = file.read(2)
+        file.seek(line_start)
+        sample = file.read(100_000)
+        file.seek(start)
+        byte = file.read(1)
+    place = f"{path}: byte {start} (line {line}) is not UTF-8"
+    encoding = "utf-16" if head in (b"\xff\xfe", b"\xfe\xff") else _guess_encoding(sample)
+    if encoding is None:
+        return ValueError(f"{place}: 0x{byte.hex()}; repair that place or save the file as UTF-8")
+    opener = {".gz": "gzip.open", ".xz": "lzma.open"}.get(path.suffix.lower(), "open")
+    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    target = plain.with_name(f"{plain.stem}-utf8{plain.suffix}")
+    return ValueError(
+        f"{place}; it looks like {encoding.upper()}. Convert it with these lines of Python, then "
+        f"load {target}:\n"
+        f"import gzip, lzma; text = {opener}({str(path)!r}, 'rt', encoding='{encoding}')\n"
+        f"open({str(target)!r}, 'w', encoding='utf-8').writelines(text)"
+    )
+
+
+def _first_bad_byte(file: IO[bytes]) -> int:
+    decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
+    while True:
+        piece = file.read(_PIECE)
+        waiting = len(decoder.getstate()[0])  # bytes of a character that the last piece cut
+        try:
+            decoder.decode(piece, final=not piece)
+        except UnicodeDecodeError as error:
+            return position - waiting + error.start
+        position += len(piece)
+
+
+def _line_of(file: IO[bytes], position: int) -> tuple[int, int]:
+    """Return the number of the line that a byte stands in, and where that line begins."""
+    file.seek(0)
+    line, line_start = 1, 0
+    for start in range(0, position, _PIECE):
+        piece = file.read(min(_PIECE, position - start))
+        line += piece.count(b"\n")
+        if b"\n" in piece:
+            line_start = start + piece.rindex(b"\n") + 1
+    return line, line_start
+
+
+def _guess_encoding(sample: bytes) -> str | None:
     """Tell, from a bad line on, another encoding from UTF-8 with a few bad bytes."""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
-    sample = data[line_start : line_start + 100_000]
     as_utf8 = sample.decode("utf-8", errors="replace")
     if 2 * as_utf8.count("\ufffd") < sum(char > "\x7f" for char in as_utf8):
         return None
@@ -184,31 +304,47 @@ def _guess_encoding(data: bytes, line_start: int) -> str | None:
     return "gb18030" if foreign and common > 0.8 * len(foreign) else None
 
 
-def _parse_text(content: str) -> list[str]:
+def _read_text(path: Path) -> Iterator[str]:
     """Cut plain text at blank lines, or at every line if no line is blank."""
-    content = content.replace("\r\n", "\n").strip()
-    paragraphs = [part.strip("\n") for part in re.split(r"\n\s*\n", content)]
-    if len(paragraphs) == 1:
-        paragraphs = content.split("\n")
-    return [paragraph for paragraph in paragraphs if paragraph]
+    with _open_text(path) as lines:
+        has_paragraphs = _has_paragraphs(lines)
+    with _open_text(path) as lines:
+        if has_paragraphs:
+            parts = ("".join(group) for blank, group in groupby(lines, str.isspace) if not blank)
+        else:
+            parts = (line for line in lines if not line.isspace())
+        for part in parts:
+            yield part.replace("\r\n", "\n").strip("\n")
 
 
-def _parse_json(content: str, path: Path, text_field: str | None) -> tuple[list, list]:
+def _has_paragraphs(lines: Iterable[str]) -> bool:
+    """Tell whether a blank line stands between two others."""
+    text_before = blank_before = False
+    for line in lines:
+        if line.isspace():
+            blank_before = text_before
+        elif blank_before:
+            return True
+        else:
+            text_before = True
+    return False
+
+
+def _read_json(path: Path, text_field: str | None) -> Iterator[tuple[object, object]]:
     """Tell an array from lines by the first character, and read it."""
-    first = re.search(r"\S", content)
-    if first is None:
-        return [], []
-    if first[0] == "[":
-        rows = _json_array(content, path)
-    elif first[0] == "{":
-        rows = _json_lines(content, path)
+    with _open_text(path) as file:
+        first = _Window(file).peek()
+    if first == "[":
+        rows = _json_array(path)
+    elif first == "{":
+        rows = _json_lines(path)
+    elif not first:
+        return
     else:
         raise ValueError(
-            f"{path}: starts with {first[0]!r}; a JSON file of documents is either one array "
+            f"{path}: starts with {first!r}; a JSON file of documents is either one array "
             '[{"text": "..."}, ...] or one object {"text": "..."} on each line'
         )
-
-    texts, sources = [], []
     for place, row in rows:
         if not isinstance(row, dict):
             raise ValueError(
@@ -216,38 +352,120 @@ def _parse_json(content: str, path: Path, text_field: str | None) -> tuple[list,
                 'such as {"text": "..."}'
             )
         text_field = _find_field(row, f"{path}, {place}", text_field)
-        texts.append(row[text_field])
-        sources.append(row.get("source"))
-    return texts, sources
+        yield row[text_field], row.get("source")
 
 
-def _json_array(content: str, path: Path) -> Iterator[tuple[str, object]]:
-    try:
-        rows = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        if content.rstrip().endswith("]"):
-            advice = "Correct that place"
-        else:
-            advice = "The file seems to be cut off: it does not end in ]. Fetch or copy it again"
-        raise ValueError(f"{path}: not valid JSON: {error}. {advice}") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"document {number}", row
-
-
-def _json_lines(content: str, path: Path) -> Iterator[tuple[str, object]]:
-    # Not splitlines(), which also cuts at characters that may stand inside a JSON string.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
+def _json_array(path: Path) -> Iterator[tuple[str, object]]:
+    with _open_text(path) as file:
+        window = _Window(file)
         try:
-            row = json.loads(line)
+            for number, row in enumerate(_elements(window), start=1):
+                yield f"document {number}", row
         except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not valid JSON: {getattr(error, 'msg', error)}. Each "
-                "line has to be one whole object; correct this one, or fetch the file again if "
-                "it is the last"
-            ) from None
-        yield f"line {number}", row
+            if isinstance(error, UnicodeDecodeError):
+                raise
+            if window.last_character() == "]":
+                advice = "Correct that place"
+            else:
+                advice = (
+                    "The file seems to be cut off: it does not end in ]. Fetch or copy it again"
+                )
+            raise ValueError(f"{path}: not valid JSON: {error}. {advice}") from None
+
+
+def _elements(window: _Window) -> Iterator[object]:
+    """Yield the elements of a JSON array, one at a time."""
+    window.peek()  # the opening bracket
+    window.at += 1
+    if window.peek() != "]":
+        yield window.read_value()
+        while window.peek() == ",":
+            window.at += 1
+            window.peek()
+            yield window.read_value()
+    if window.peek() != "]":
+        raise window.error("Expecting ',' delimiter")
+    window.at += 1
+    if window.peek():
+        raise window.error("Extra data")
+
+
+class _Window:
+    """The part of a long JSON text that is being read, and where it stands in the whole."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+        self.text = ""
+        self.at = 0  # what lies before this place has been used
+        self.characters = self.lines = self.column = 0  # before the first one of `text`
+        self.decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """Skip white space and return the character that follows, or ``""`` at the end."""
+        while True:
+            self.at = json.decoder.WHITESPACE.match(self.text, self.at).end()
+            if self.at < len(self.text) or not self.read_on():
+                return self.text[self.at : self.at + 1]
+
+    def read_value(self) -> object:
+        """Return the value that begins here."""
+        while True:
+            nearly_all = len(self.text) - 16  # longer than any word or escape
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                # A value that the window's end cuts gives an error near the end, or in a string
+                # that has none. All others are real, and no reason to read on.
+                is_cut = error.pos > nearly_all or error.msg.startswith("Unterminated")
+                if is_cut and self.read_on():
+                    continue
+                raise self.error(error.msg, error.pos) from None
+            if end > nearly_all and self.read_on():
+                continue  # "1e" is 1, and perhaps the beginning of 1e5
+            self.at = end
+            return value
+
+    def read_on(self) -> bool:
+        """Drop what has been used and read as much again as is left; tell whether there was any."""
+        more = self.file.read(max(_PIECE, len(self.text) - self.at))
+        if more:
+            self.characters, self.lines, self.column = self.position(self.at)
+            self.text, self.at = self.text[self.at :] + more, 0
+        return bool(more)
+
+    def position(self, at: int) -> tuple[int, int, int]:
+        """Return how many characters and lines lie before a place, and how many in its line."""
+        line_start = self.text.rfind("\n", 0, at) + 1
+        column = at - line_start + (0 if line_start else self.column)
+        return self.characters + at, self.lines + self.text.count("\n", 0, at), column
+
+    def error(self, message: str, at: int | None = None) -> ValueError:
+        """Say it as the module json does, with the place in the whole file."""
+        character, line, column = self.position(self.at if at is None else at)
+        return ValueError(f"{message}: line {line + 1} column {column + 1} (char {character})")
+
+    def last_character(self) -> str:
+        """Read to the end and return the last character that is not white space."""
+        tail = self.text.rstrip()[-1:]
+        while piece := self.file.read(_PIECE):
+            tail = piece.rstrip()[-1:] or tail
+        return tail
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    with _open_text(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.isspace():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: not valid JSON: {getattr(error, 'msg', error)}. Each "
+                    "line has to be one whole object; correct this one, or fetch the file again if "
+                    "it is the last"
+                ) from None
+            yield f"line {number}", row
 
 
 def _find_field(fields: Iterable[str], place: str, wanted: str | None) -> str:
@@ -262,48 +480,51 @@ def _find_field(fields: Iterable[str], place: str, wanted: str | None) -> str:
     )
 
 
-def _parse_parquet(data: bytes, path: Path, text_field: str | None) -> tuple[list, list]:
+def _read_parquet(path: Path, text_field: str | None) -> Iterator[tuple[object, object]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        names = file.schema_arrow.names
-        text_field = _find_field(names, str(path), text_field)
-        table = file.read([name for name in names if name in (text_field, "source")])
-        texts = table[text_field].to_pylist()
-        sources = table["source"].to_pylist() if "source" in names else [None] * len(texts)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: cannot read it as parquet ({error}); the file is damaged or cut off, or is "
-            "something else. Fetch or write it again"
-        ) from None
-    return texts, sources
+    is_packed = path.suffix.lower() in COMPRESSIONS
+    with tempfile.TemporaryFile() if is_packed else nullcontext(path) as whole:
+        if is_packed:  # parquet cannot be read from the front
+            with _open(path) as packed:
+                shutil.copyfileobj(packed, whole, _PIECE)
+        try:
+            file = pq.ParquetFile(whole, buffer_size=_PIECE, pre_buffer=False)
+            names = file.schema_arrow.names
+            text_field = _find_field(names, str(path), text_field)
+            wanted = [name for name in names if name in (text_field, "source")]
+            for batch in file.iter_batches(batch_size=100, columns=wanted):
+                texts = batch.column(text_field).to_pylist()
+                sources = batch.column("source").to_pylist() if "source" in wanted else repeat(None)
+                yield from zip(texts, sources, strict=False)
+        except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{path}: cannot read it as parquet ({error}); the file is damaged or cut off, or "
+                "is something else. Fetch or write it again"
+            ) from None
 
 
-def _build_dataset(texts: list, sources: list | None, path: Path) -> Dataset:
+def _write_documents(rows: Iterable[tuple[object, object]], target: Path, path: str | Path) -> str:
+    """Write the documents that have a text to an Arrow file, and return a hash of them."""
     import pyarrow as pa
     import xxhash
-    from datasets import Dataset
 
-    kept_texts, kept_sources, skipped = [], [], Counter()
+    skipped: Counter[str] = Counter()
     content_hash = xxhash.xxh64()
-    for text, source in zip(texts, sources or [None] * len(texts), strict=True):
-        problem = _text_problem(text)
-        if problem:
-            skipped[problem] += 1
-            continue
-        source = path.name if source is None else str(source)
-        # Names may hold halves of characters too, which no file can store.
-        source = source.encode("utf-8", errors="replace").decode("utf-8")
-        kept_texts.append(text)
-        kept_sources.append(source)
-        for value in (text.encode("utf-8"), source.encode("utf-8")):
-            content_hash.update(b"%d:" % len(value))
-            content_hash.update(value)
+    kept = 0
+    schema = pa.schema({"text": pa.string(), "source": pa.string()})
+    with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for batch in _batches(_usable(rows, skipped)):
+            kept += len(batch)
+            for value in (value for row in batch for value in row):
+                content_hash.update(b"%d:" % len(value))
+                content_hash.update(value)
+            columns = [pa.array(column, pa.string()) for column in zip(*batch, strict=True)]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
 
     counts = ", ".join(f"{count:,} {problem}" for problem, count in skipped.most_common())
-    if not kept_texts:
+    if not kept:
         raise ValueError(
             f"{path} holds no documents"
             + (f" with text ({counts})" if counts else "")
@@ -314,16 +535,37 @@ def _build_dataset(texts: list, sources: list | None, path: Path) -> Dataset:
             "%s: left out %s of %s documents: %s",
             path,
             f"{skipped.total():,}",
-            f"{len(texts):,}",
+            f"{kept + skipped.total():,}",
             counts,
         )
-    logger.info("%s: %s documents", path, f"{len(kept_texts):,}")
+    logger.info("%s: %s documents", path, f"{kept:,}")
+    return content_hash.hexdigest()
 
-    table = pa.table(
-        {"text": pa.array(kept_texts, pa.string()), "source": pa.array(kept_sources, pa.string())}
-    )
-    # Without a fingerprint of our own, datasets would pickle the whole text to make one.
-    return Dataset(table, fingerprint=content_hash.hexdigest())
+
+def _usable(
+    rows: Iterable[tuple[object, object]], skipped: Counter[str]
+) -> Iterator[tuple[bytes, bytes]]:
+    """Yield text and source as UTF-8, and count what is left out."""
+    for text, source in rows:
+        problem = _text_problem(text)
+        if problem:
+            skipped[problem] += 1
+        else:
+            # Names may hold halves of characters too, which no file can store.
+            yield text.encode("utf-8"), str(source).encode("utf-8", errors="replace")
+
+
+def _batches(rows: Iterable[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
+    """Collect rows until there are a thousand of them, or enough for a large piece."""
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += len(row[0])
+        if len(batch) == 1000 or size > _PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _text_problem(text: object) -> str | None:
@@ -386,7 +628,8 @@ def find_duplicates(
     A model is marked too kindly on texts that it has seen. Comparing all pairs would take days,
     so locality-sensitive hashing proposes pairs that probably are alike, and each is then
     compared for real: what is reported is true, while a near duplicate just above the threshold
-    may, rarely, be missed. Spaces, punctuation and case do not count.
+    may, rarely, be missed. Spaces, punctuation and case do not count. The documents may lie on
+    disk: the index takes some 500 bytes for each held-out one.
 
     Parameters
     ----------
@@ -424,18 +667,22 @@ def find_duplicates(
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}; it has to be above 0 and at most 1")
     blank = MinHash(num_perm, hashfunc=int)  # the shingles are hashed already
-    # Proposing from a lower threshold than asked for costs comparisons, and misses fewer.
-    index = MinHashLSH(threshold=0.75 * threshold, num_perm=num_perm)
+    # Proposing from a lower threshold than asked for costs comparisons, and misses fewer. The
+    # index itself keeps some kilobytes a document; an array of the same hashes does with bytes.
+    bands = MinHashLSH(threshold=0.75 * threshold, num_perm=num_perm)
+    held_out = split["test"].select_columns("text")
 
-    # The index holds the smaller half; the larger one passes by.
-    held_out = list(_texts(split["test"]))
-    shingles, rows_of_text = [], defaultdict(list)
-    for row, text in enumerate(held_out):
-        rows_of_text[text].append(row)
-        hashes = _shingle_hashes(text, ngram)
-        shingles.append(np.unique(hashes))
-        if len(hashes):
-            index.insert(row, _minhash(hashes, blank))
+    # The smaller half is indexed; the larger one passes by.
+    keys = np.empty((len(held_out), bands.b + 1), np.uint64)
+    for row, text in enumerate(_texts(held_out)):
+        keys[row] = _keys(text, _shingle_hashes(text, ngram), blank, bands)
+    order = np.argsort(keys, axis=None)
+    rows, keys = order // keys.shape[1], keys.ravel()[order]
+
+    @lru_cache(maxsize=1000)
+    def look_up(row: int) -> tuple[str, np.ndarray]:
+        text = held_out[row]["text"]
+        return text, np.unique(_shingle_hashes(text, ngram))
 
     best: dict[int, Duplicate] = {}
     texts = tqdm(
@@ -447,16 +694,20 @@ def find_duplicates(
         leave=False,
     )
     for train_row, text in enumerate(texts):
-        for row in rows_of_text.get(text, ()):
-            if row not in best or best[row].kind == "near":
-                best[row] = Duplicate(row, train_row, 1.0, "exact")
         hashes = _shingle_hashes(text, ngram)
-        candidates = index.query(_minhash(hashes, blank)) if len(hashes) else []
-        unique = np.unique(hashes) if candidates else None
-        for row in candidates:
-            similarity = _jaccard(shingles[row], unique)
-            if similarity >= threshold and (row not in best or similarity > best[row].similarity):
-                best[row] = Duplicate(row, train_row, similarity, "near")
+        wanted = _keys(text, hashes, blank, bands)
+        first, end = (np.searchsorted(keys, wanted, side) for side in ("left", "right"))
+        for row in {int(row) for a, b in zip(first, end, strict=True) for row in rows[a:b]}:
+            if row in best and best[row].kind == "exact":
+                continue
+            other, other_hashes = look_up(row)
+            if other == text:
+                best[row] = Duplicate(row, train_row, 1.0, "exact")
+            elif len(hashes):
+                similarity = _jaccard(other_hashes, np.unique(hashes))
+                better = row not in best or similarity > best[row].similarity
+                if better and similarity >= threshold:
+                    best[row] = Duplicate(row, train_row, similarity, "near")
 
     found = [best[row] for row in sorted(best)]
     exact = sum(duplicate.kind == "exact" for duplicate in found)
@@ -468,6 +719,22 @@ def find_duplicates(
         f"{len(found) - exact:,}",
     )
     return found
+
+
+def _keys(text: str, hashes: np.ndarray, blank: MinHash, bands: MinHashLSH) -> np.ndarray:
+    """Return a hash of the text and one of each band of its MinHash.
+
+    Two documents that have any of them in common are likely to be alike.
+    """
+    import numpy as np
+    from xxhash import xxh64_intdigest
+
+    keys = np.full(bands.b + 1, xxh64_intdigest(text.encode("utf-8")), np.uint64)
+    if len(hashes):  # else it is nothing but punctuation
+        values = _minhash(hashes, blank).hashvalues
+        for band, (start, end) in enumerate(bands.hashranges, start=1):
+            keys[band] = xxh64_intdigest(values[start:end].tobytes(), band)
+    return keys
 
 
 def _texts(documents: Dataset) -> Iterator[str]:
@@ -488,7 +755,7 @@ def _shingle_hashes(text: str, ngram: int) -> np.ndarray:
     return hashes
 
 
-def _minhash(hashes: np.ndarray, blank):
+def _minhash(hashes: np.ndarray, blank: MinHash) -> MinHash:
     import numpy as np
 
     minhash = blank.copy()
@@ -577,7 +844,7 @@ def describe(documents: Dataset) -> dict[str, float]:
 def _lengths(documents: Dataset) -> np.ndarray:
     import numpy as np
 
-    return np.array([len(text) for text in _texts(documents)])
+    return np.fromiter(map(len, _texts(documents)), np.int64, len(documents))
 
 
 def count_sources(documents: Dataset, top: int = 10) -> dict[str, int]:

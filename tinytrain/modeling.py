@@ -13,8 +13,8 @@ import copy
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinytrain.recipes import Recipe
 
@@ -181,6 +181,47 @@ def recipe_config(
         num_key_value_heads=recipe.num_key_value_heads,
         context_length=recipe.context_length,
         eos_token_id=eos_token_id,
+    )
+
+
+def with_width(recipe: Recipe, hidden_size: int) -> Recipe:
+    """Return a recipe of another width: heads of the same size, an MLP of the same proportion.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Whose proportions to keep.
+    hidden_size : int
+        The new width, a multiple of the size of a head.
+
+    Returns
+    -------
+    Recipe
+        With fewer key/value heads where they would not divide the heads evenly. Its learning rate
+        is the old one, though a wider model wants a lower one.
+
+    Raises
+    ------
+    ValueError
+        If the width is no multiple of the size of a head.
+
+    Examples
+    --------
+    >>> from tinytrain.recipes import RECIPES
+    >>> wide = with_width(RECIPES["seed"], 1024)
+    >>> wide.num_attention_heads, wide.intermediate_size
+    (16, 4096)
+    """
+    head = recipe.hidden_size // recipe.num_attention_heads
+    if hidden_size < head or hidden_size % head:
+        raise ValueError(f"hidden_size {hidden_size} is no multiple of {head}, the size of a head")
+    heads = hidden_size // head
+    return replace(
+        recipe,
+        hidden_size=hidden_size,
+        intermediate_size=recipe.intermediate_size * hidden_size // recipe.hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=math.gcd(heads, recipe.num_key_value_heads),
     )
 
 
@@ -669,6 +710,157 @@ def estimate(
     )
 
 
+def predicted_loss(parameters: float, tokens: float, corpus_tokens: float = math.inf) -> float:
+    """Predict the loss of a trained model from its size and its tokens, by Chinchilla's law.
+
+    ``1.82 + 482 / parameters ** 0.348 + 2085 / tokens ** 0.366``: what cannot be learned, what the
+    model is too small for, and what it has seen too little for. A text read again teaches less each
+    time; sixteen times over it is worth half as much as new text.
+
+    Parameters
+    ----------
+    parameters : float
+        Size of the model, embeddings included.
+    tokens : float
+        Tokens trained on.
+    corpus_tokens : float
+        Different tokens there are; beyond them the text is read again.
+
+    Returns
+    -------
+    float
+        Nats per token. The constants were fitted to English web text, a vocabulary of 32,000 words
+        and models from 44M to 16B parameters: for Chinese text, another tokenizer or a smaller
+        model the number itself is off, and only which size comes out best may be leaned on.
+
+    References
+    ----------
+    Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022, arXiv:2203.15556; the
+    constants by Besiroglu et al., "Chinchilla Scaling: A replication attempt", 2024,
+    arXiv:2404.10102; the worth of repeated text by Muennighoff et al., "Scaling Data-Constrained
+    Language Models", 2023, arXiv:2305.16264.
+    """
+    again = max(tokens / corpus_tokens - 1, 0.0)
+    if again:
+        tokens = corpus_tokens * (1 + 15.39 * (1 - math.exp(-again / 15.39)))
+    return 1.8172 + 482.01 / parameters**0.3478 + 2085.43 / tokens**0.3658
+
+
+class Plan(NamedTuple):
+    """A size of model, and what a budget of operations does with it."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    parameters: int
+    tokens: float  # that the budget pays for
+    tokens_per_parameter: float
+    epochs: float  # how often the text is read
+    loss: float  # see `predicted_loss`
+
+
+def plan_sizes(
+    flops: float,
+    vocab_size: int = 32_768,
+    context_length: int = 512,
+    corpus_tokens: float = math.inf,
+) -> list[Plan]:
+    """Spend one budget on models of all sizes: the larger the model, the fewer tokens are left.
+
+    Parameters
+    ----------
+    flops : float
+        Operations to spend: seconds times those that the hardware makes in a second of training,
+        which a probe tells (see `flops_per_token`).
+    vocab_size, context_length : int
+        Of the models.
+    corpus_tokens : float
+        Tokens of the text at hand.
+
+    Returns
+    -------
+    list of Plan
+        From 1 to 40 layers, each with one head of 64 a layer, so that the width is 64 times the
+        depth; the MLP is four times as wide.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to spend.
+
+    Examples
+    --------
+    >>> best_plan(plan_sizes(1e18)).num_hidden_layers
+    10
+    """
+    if not flops > 0:
+        raise ValueError(f"a budget of {flops} operations buys nothing; it must be above 0")
+    plans = []
+    for layers in range(1, 41):
+        config = qwen2_config(
+            vocab_size=vocab_size,
+            hidden_size=64 * layers,
+            intermediate_size=256 * layers,
+            num_hidden_layers=layers,
+            num_attention_heads=layers,
+            num_key_value_heads=math.gcd(layers, 2),
+            eos_token_id=0,
+        )
+        parameters = count_parameters(config)["total"]
+        tokens = flops / flops_per_token(config, context_length)["total"]
+        loss = predicted_loss(parameters, tokens, corpus_tokens)
+        ratio, epochs = tokens / parameters, tokens / corpus_tokens
+        plans.append(Plan(layers, 64 * layers, parameters, tokens, ratio, epochs, loss))
+    return plans
+
+
+def best_plan(plans: Sequence[Plan]) -> Plan:
+    """Return the plan with the lowest predicted loss."""
+    return min(plans, key=lambda plan: plan.loss)
+
+
+def plot_plans(budgets: Mapping[str, Sequence[Plan]]) -> Figure:
+    """Draw the predicted loss over the size of the model, one curve a budget, its best size marked.
+
+    Parameters
+    ----------
+    budgets : mapping of str to sequence of Plan
+        From `plan_sizes`; the name says what is spent.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for name, plans in budgets.items():
+        best = best_plan(plans)
+        # A model that gets less than a token for ten parameters is off any law.
+        shown = [plan for plan in plans if plan.tokens_per_parameter > 0.1]
+        [line] = axes.plot(
+            [plan.parameters for plan in shown], [plan.loss for plan in shown], label=name
+        )
+        axes.plot(best.parameters, best.loss, "o", color=line.get_color())
+        size, tokens = best.parameters / 1e6, best.tokens / 1e6
+        axes.annotate(
+            f"{size:,.0f}M, {tokens:,.0f}M tokens",
+            (best.parameters, best.loss),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("predicted loss (nats per token)")
+    axes.margins(x=0.1, y=0.12)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -794,4 +986,78 @@ _COLORS = {
     "mlp": "#55a868",
     "norms": "#8c8c8c",
     "lm_head": "#8172b3",
+}
+
+
+CARDS = (8, 16, 24, 40, 80)  # gigabytes of memory that graphics cards usually have
+
+
+def plot_memory(recipe: Recipe, hardware: Any, config: Qwen2Config | None = None) -> Figure:
+    """Draw what a step of training holds in memory, beside the sizes of graphics cards.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The numbers of the run.
+    hardware : tinytrain.hardware.Hardware
+        This machine, whose memory is marked and whose precision is assumed.
+    config : transformers.Qwen2Config, optional
+        The model; by default what the recipe says.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One bar, its colours the components of `estimate`, and a line for each size: green where
+        the run fits. The axis ends at the next larger card.
+    """
+    from matplotlib.figure import Figure
+
+    cost = estimate(recipe, hardware, config)
+    memory = {part: size / 1e9 for part, size in cost.memory.items()}
+    total = memory.pop("total")
+    here = hardware.memory / 1e9
+
+    figure = Figure(figsize=(7, 2.5), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    end = 0.0
+    for part, size in memory.items():
+        label = f"{part} {_size(size * 1e9)}"
+        axes.barh([0], [size], left=[end], color=_MEMORY_COLORS[part], label=label)
+        end += size
+    last = next((card for card in CARDS if card >= total), total)
+    axes.set(xlim=(0, 1.08 * last), ylim=(-0.75, 0.8), yticks=[])
+    for card in CARDS:
+        color = "#2e7d32" if total <= card else "#c62828"
+        axes.axvline(card, ymax=0.85, color=color, linestyle="--", linewidth=1)
+        axes.text(card, 0.6, f"{card} GB", color=color, ha="center", clip_on=True)
+    axes.axvline(here, ymax=0.85, color="black", linewidth=1.5)
+    beyond = here > 1.08 * last
+    axes.text(
+        min(here, 1.08 * last),
+        -0.6,
+        f" this machine: {here:.0f} GB {'→' if beyond else ''}",
+        ha="right" if here > last / 2 else "left",
+        va="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )
+    axes.set_xlabel("memory while training (GB)")
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    precision = recipe.precision or hardware.precision
+    millions = cost.parameters["total"] / 1e6
+    figure.suptitle(f"{millions:,.1f}M parameters: {_size(total * 1e9)} in {precision}")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.0f} MB"
+
+
+_MEMORY_COLORS = {
+    "weights": "#4c72b0",
+    "gradients": "#64b5cd",
+    "optimizer": "#8172b3",
+    "activations": "#55a868",
+    "logits": "#dd8452",
+    "libraries": "#8c8c8c",
 }

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor, Replicate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,12 +154,26 @@ class MuonAdamW(torch.optim.AdamW):
                 average = state["momentum_buffer"]
                 average.lerp_(p.grad, 1 - group["momentum"])
                 # A look ahead (Nesterov): the average as it will be if the next gradient is this.
-                averages.append(p.grad.lerp(average, group["momentum"]))
+                averages.append(_whole(p.grad.lerp(average, group["momentum"])))
             stacked = torch.stack(averages).to(self.dtype)
             length = 0.2 * math.sqrt(max(matrices[0].shape))
             for p, direction in zip(matrices, orthogonalize(stacked), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction, alpha=-group["lr"] * length)
+                p.add_(_shared_as(p, direction), alpha=-group["lr"] * length)
+
+
+def _whole(matrix: torch.Tensor) -> torch.Tensor:
+    """Return all of a matrix of which this process holds a part (FSDP)."""
+    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
+
+
+def _shared_as(p: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return what this process holds of a matrix, if it holds only a part of the weights."""
+    if not isinstance(p, DTensor):
+        return matrix
+    everywhere = [Replicate()] * p.device_mesh.ndim
+    matrix = DTensor.from_local(matrix, p.device_mesh, everywhere, run_check=False)
+    return matrix.redistribute(placements=p.placements)
 
 
 def _of_one_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

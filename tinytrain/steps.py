@@ -11,14 +11,19 @@ This is the one module that imports the others; copy from those, not from here.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +32,7 @@ from tinytrain.recipes import WATCHED_ONLY, Recipe
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-    from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
     from tinytrain.training import GuardedTrainer
 
@@ -55,7 +60,10 @@ def run_folder(recipe: Recipe) -> Path:
     """
     name = recipe.name
     if recipe.corpus not in ("encyclopedia", "wikipedia"):
-        name += "-" + Path(recipe.corpus).name.split(".")[0]
+        path = Path(recipe.corpus).absolute()
+        while glob.has_magic(path.name) and not path.exists():  # "texts/*.jsonl" counts as "texts"
+            path = path.parent
+        name += "-" + path.name.split(".")[0]
     folder = runs_folder() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +88,7 @@ def get_text(recipe: Recipe, source: str = "modelscope") -> Path:
     Returns
     -------
     Path
-        A file that `tinytrain.corpus.load_documents` reads.
+        A file, or one's own folder or pattern, that `tinytrain.corpus.load_documents` reads.
 
     Raises
     ------
@@ -92,13 +100,15 @@ def get_text(recipe: Recipe, source: str = "modelscope") -> Path:
         folder = _keep(run_folder(recipe) / "text", inputs, _write_encyclopedia)
         return folder / "encyclopedia.json"
     if recipe.corpus == "wikipedia":
-        return hub.download_wikipedia(runs_folder() / "downloads", source=source)
+        downloads = runs_folder() / "downloads"
+        with _one_at_a_time(downloads):
+            return hub.download_wikipedia(downloads, source=source)
     for path in (Path(recipe.corpus), project_folder() / recipe.corpus):
-        if path.exists():
+        if path.exists() or glob.glob(str(path), recursive=True):
             return path.absolute()
     raise FileNotFoundError(
-        f"the corpus {recipe.corpus!r} is neither 'encyclopedia', 'wikipedia' nor a file; "
-        "check the path in TINYTRAIN_CORPUS or in the recipe"
+        f"the corpus {recipe.corpus!r} is neither 'encyclopedia', 'wikipedia', a file nor a "
+        "folder; check the path in TINYTRAIN_CORPUS or in the recipe"
     )
 
 
@@ -126,7 +136,7 @@ def get_split(recipe: Recipe) -> DatasetDict:
     path = get_text(recipe)
 
     def build(folder: Path, inputs: dict[str, Any]) -> None:
-        documents = corpus.load_documents(path)
+        documents = corpus.load_documents(path, folder=folder / "documents")
         if recipe.max_documents is not None and recipe.max_documents < len(documents):
             documents = documents.select(range(recipe.max_documents))
         split = corpus.split_documents(documents, recipe.test_size, recipe.split_seed)
@@ -144,6 +154,8 @@ def get_split(recipe: Recipe) -> DatasetDict:
         if recipe.drop_duplicates:
             split = corpus.drop_duplicates(split, duplicates)
         split.save_to_disk(str(folder / "split"))
+        del documents, split  # an open file cannot be deleted everywhere
+        shutil.rmtree(folder / "documents", ignore_errors=True)
 
     folder = _keep(run_folder(recipe) / "split", _split_inputs(recipe, path), build)
     return load_from_disk(str(folder / "split"))
@@ -159,7 +171,7 @@ def get_duplicates(recipe: Recipe) -> list[dict[str, Any]]:
 def _split_inputs(recipe: Recipe, path: Path) -> dict[str, Any]:
     names = ("max_documents", "test_size", "split_seed", "drop_duplicates")
     numbers = {name: getattr(recipe, name) for name in names}
-    return {"text": _sha256(path), **numbers, "code": _code(corpus)}
+    return {"text": _text_hash(path), **numbers, "code": _code(corpus)}
 
 
 def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -222,11 +234,14 @@ def get_blocks(recipe: Recipe) -> DatasetDict:
     make_blocks = tokenization.pack_documents if recipe.packing else tokenization.chunk_documents
 
     def build(folder: Path, inputs: dict[str, Any]) -> None:
-        blocks = {
-            half: make_blocks(documents, tokenizer, recipe.context_length)
-            for half, documents in get_split(recipe).items()
-        }
-        DatasetDict(blocks).save_to_disk(str(folder / "blocks"))
+        blocks = DatasetDict()
+        for half, documents in get_split(recipe).items():
+            part = folder / "parts" / half
+            length = recipe.context_length
+            blocks[half] = make_blocks(documents, tokenizer, length, folder=part)
+        blocks.save_to_disk(str(folder / "blocks"))
+        del blocks
+        shutil.rmtree(folder / "parts", ignore_errors=True)
 
     inputs = {
         "split": _split_inputs(recipe, get_text(recipe)),
@@ -369,6 +384,239 @@ def train_for(recipe: Recipe, seconds: float, folder: str | Path) -> GuardedTrai
     return trainer
 
 
+def share_recipe(recipe: Recipe, processes: int) -> Recipe:
+    """Return the recipe of one of several processes that make each step of the optimiser together.
+
+    The batch and the accumulation become smaller, so that a step learns from the same blocks as
+    in one process, and the same numbers lead to the same result. Where the blocks of a step cannot
+    be shared out evenly, there are a few more of them.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        As for one process.
+    processes : int
+        How many there are.
+
+    Returns
+    -------
+    Recipe
+
+    Examples
+    --------
+    >>> from tinytrain.recipes import RECIPES
+    >>> mine = share_recipe(RECIPES["wiki"], 2)  # 16 blocks, 4 times
+    >>> mine.batch_size, mine.gradient_accumulation
+    (16, 2)
+    >>> mine = share_recipe(RECIPES["pocket"], 2)  # 8 blocks, once
+    >>> mine.batch_size, mine.gradient_accumulation
+    (4, 1)
+    """
+    blocks = math.ceil(recipe.batch_size * recipe.gradient_accumulation / processes)
+    sizes = range(1, min(recipe.batch_size, blocks) + 1)
+    batch_size = max(size for size in sizes if blocks % size == 0)
+    return replace(recipe, batch_size=batch_size, gradient_accumulation=blocks // batch_size)
+
+
+def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dict[str, Any]:
+    """Train as notebook 05 does, cell by cell, in one process or in several.
+
+    ``torchrun``, ``accelerate launch`` and, in a notebook, ``accelerate.notebook_launcher`` start
+    the processes; each calls this function. One step learns from the same blocks, however many
+    processes share it, so a run may go on with another number of them. All read and write one
+    folder. Only the first process writes and logs.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The numbers of the run, as for one process; see `share_recipe`.
+    fresh : bool
+        Start over even though there is something to go on from; the earlier run is kept aside.
+    fsdp : bool
+        Give each process only a part of the weights (PyTorch's FSDP), for a model that is too
+        large for one GPU. Needs several processes.
+
+    Returns
+    -------
+    dict
+        ``finished`` tells whether the run came to its end. If so, the first process adds what it
+        writes to ``summary.json``. The model and its tokenizer are in ``model`` in the run's
+        folder, be it finished or stopped.
+
+    Raises
+    ------
+    ValueError
+        If ``fsdp`` is asked of a single process.
+    """
+    from functools import partial
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tinytrain import callbacks, evaluation, training
+    from tinytrain.logs import setup_logging
+
+    first, processes = this_process() == 0, int(os.environ.get("WORLD_SIZE", 1))
+    # `accelerate launch --use_fsdp` says it so.
+    fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if fsdp and processes == 1:
+        raise ValueError(
+            "FSDP shares a model out to several processes and here is one: start them with "
+            "`torchrun --nproc-per-node 2 -m tinytrain train --fsdp`"
+        )
+    folder = run_folder(recipe)
+    if first:
+        setup_logging(folder / "training.log")
+    # Before the processes are connected: however long it takes, no connection can time out.
+    blocks, tokenizer = get_blocks(recipe), get_tokenizer(recipe)
+    precision, model = _choose_precision(recipe, processes), get_model(recipe)
+    prompts, questions = get_prompts(recipe), get_questions(recipe)
+    before = _answer(model, tokenizer, questions) if first else None
+
+    mine = share_recipe(recipe, processes)
+    tokens = mine.tokens_per_step * processes
+    if processes > 1:
+        logger.info(
+            "%d processes share each step: %d x %d blocks each, %s tokens in all%s",
+            processes,
+            mine.gradient_accumulation,
+            mine.batch_size,
+            f"{tokens:,}",
+            "" if tokens == recipe.tokens_per_step else f" (alone: {recipe.tokens_per_step:,})",
+        )
+    arguments = training.training_arguments(
+        mine, folder / "checkpoints", precision, **({"fsdp": True} if fsdp else {})
+    )
+    about = {"vocab_size": model.config.vocab_size, "name": recipe.name}
+    history = callbacks.HistoryCallback(folder / "history.jsonl", tokens, **about)
+    plot = callbacks.LivePlotCallback(
+        folder / "loss.png",
+        model.config.vocab_size,
+        tokens,
+        history.path,
+        callbacks.reference_curve(recipe),
+    )
+    write = partial(evaluation.complete, tokenizer=tokenizer, max_new_tokens=10)
+    watching = [
+        callbacks.StopCallback(folder / "STOP"),
+        history,
+        callbacks.VerboseTrainingCallback(tokens),
+        plot,
+        callbacks.SampleCallback(write, prompts[:2], recipe.sample_steps, folder / "samples.jsonl"),
+    ]
+    held_out = blocks["test"]
+    few = held_out.select(range(min(len(held_out), recipe.eval_blocks or len(held_out))))
+    trainer = training.build_trainer(
+        model,
+        arguments,
+        blocks["train"],
+        few,
+        watching,
+        guard=training.LossGuard(tokenizer=tokenizer),
+        make_optimizer=get_optimizer(recipe),
+    )
+    training.train(trainer, run_inputs(recipe, precision), fresh, recipe.halve_batch)
+
+    trainer.save_model(str(folder / "model"))
+    if first:
+        tokenizer.save_pretrained(folder / "model")
+    result = {"finished": trainer.state.global_step >= trainer.state.max_steps}
+    if result["finished"]:
+        loss = trainer.evaluate(held_out, metric_key_prefix="full")["full_loss"]
+        if first:
+            losses = [line["loss"] for line in callbacks.read_history(folder) if "loss" in line]
+            rate = tokenization.tokens_per_character(tokenizer, get_split(recipe)["test"]["text"])
+            saved = AutoModelForCausalLM.from_pretrained(folder / "model").to(arguments.device)
+            completions = evaluation.complete(saved, tokenizer, prompts, 12)
+            result |= {
+                "parameters": saved.num_parameters(),
+                "precision": precision,
+                "train_loss": sum(losses[-10:]) / len(losses[-10:]),
+                "held_out_loss": loss,
+                "bits_per_character": evaluation.bits_per_character(loss, rate),
+                "completions": list(zip(prompts, completions, strict=True)),
+            }
+            if questions:
+                after = _answer(saved, tokenizer, questions)
+                result |= {"cloze_before": before, "cloze_after": after}
+            save_summary(recipe, **result)
+    # Or NCCL complains at the end. Gloo does not, and were it to go before the model that uses it,
+    # the process might never end: PyTorch 2.13 then waits for a thread which waits for Python.
+    if processes > 1 and "nccl" in torch.distributed.get_backend():
+        torch.distributed.destroy_process_group()
+    return result
+
+
+def this_process() -> int:
+    """Return the number of this process among those of a run, from 0; 0 if it is the only one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _choose_precision(recipe: Recipe, processes: int) -> str:
+    """Return the same precision in all processes."""
+    import torch
+
+    from tinytrain import hardware
+
+    name = hardware.choose_precision(recipe.precision).name
+    if processes > 1 and not torch.accelerator.is_available():
+        # On a processor the choice is measured, and may come out differently in each process.
+        from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
+
+        PartialState(cpu=True)
+        name = broadcast_object_list([name])[0]
+    return name
+
+
+def _answer(model: Any, tokenizer: Any, questions: list[Any]) -> float:
+    from tinytrain import evaluation
+
+    return evaluation.accuracy(evaluation.answer_questions(model, tokenizer, questions))
+
+
+def get_trained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the trained model of a recipe and its tokenizer; train it if there is none.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The recipe of the run. A model trained from other inputs, a changed recipe for example, is
+        not taken for it. One whose training was stopped early is.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        In float32, on the GPU if there is one.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = run_folder(recipe)
+    if not _is_trained(recipe, folder):
+        logger.info("recipe %s has not been trained yet: training it now", recipe.name)
+        train_recipe(recipe)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device)
+    return model, tokenization.load_tokenizer(folder / "model")
+
+
+def _is_trained(recipe: Recipe, folder: Path) -> bool:
+    """Tell whether the run's folder holds a model, and one trained from these inputs."""
+    from tinytrain.training import MARK, last_checkpoint
+
+    if not (folder / "model" / "config.json").is_file():
+        return False
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        logger.warning("%s has no checkpoints any more: its model is taken as it is", folder.name)
+        return True
+    before = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["inputs"]
+    # The number format depends on the machine; a model may have come from another one.
+    return before == json.loads(json.dumps(run_inputs(recipe, before.get("precision", ""))))
+
+
 def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:
     """Return what makes the optimiser of a recipe, for `tinytrain.training.build_trainer`.
 
@@ -429,7 +677,7 @@ def get_questions(recipe: Recipe) -> list[tuple[str, str, str]]:
 
 def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
     """Return what decides the outcome of a training run, for `tinytrain.training.open_run`."""
-    inputs = {**asdict(recipe), "precision": precision, "text": _sha256(get_text(recipe))}
+    inputs = {**asdict(recipe), "precision": precision, "text": _text_hash(get_text(recipe))}
     inputs["tokenizer_fingerprint"] = tokenization.fingerprint(get_tokenizer(recipe))
     return {name: value for name, value in inputs.items() if name not in WATCHED_ONLY}
 
@@ -576,24 +824,67 @@ def _with_whole_vocabulary(recipe: Recipe, model: Any, reduced: Any) -> tuple[An
 def _keep(
     folder: Path, inputs: dict[str, Any], build: Callable[[Path, dict[str, Any]], None]
 ) -> Path:
-    """Return the folder, built anew unless it was built from the same inputs."""
-    note = folder / "inputs.json"
-    if note.is_file() and note.read_text(encoding="utf-8") == _json(inputs):
-        logger.debug("using %s again", folder)
-        return folder
-    if folder.exists():
-        logger.info("%s was made from other inputs and is made anew", folder.name)
-    building = folder.with_name(f"{folder.name}.{os.getpid()}.building")
-    building.mkdir(parents=True)
-    try:
-        build(building, inputs)
-        (building / "inputs.json").write_text(_json(inputs), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    """Return the folder, built anew unless it was built from the same inputs.
+
+    Of several processes of a run, the first on each machine builds and the others wait: should it
+    fail, what has started them ends them too.
+    """
+    while not _is_kept(folder, inputs):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _build(folder, inputs, build)
+        else:
+            time.sleep(0.1)
     return folder
+
+
+def _build(
+    folder: Path, inputs: dict[str, Any], build: Callable[[Path, dict[str, Any]], None]
+) -> None:
+    with _one_at_a_time(folder):
+        if _is_kept(folder, inputs):  # another process has built it meanwhile
+            return
+        if folder.exists():
+            logger.info("%s was made from other inputs and is made anew", folder.name)
+        building = folder.with_name(f"{folder.name}.{os.getpid()}.building")
+        building.mkdir(parents=True)
+        try:
+            build(building, inputs)
+            (building / "inputs.json").write_text(_json(inputs), encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def _is_kept(folder: Path, inputs: dict[str, Any]) -> bool:
+    note = folder / "inputs.json"
+    kept = note.is_file() and note.read_text(encoding="utf-8") == _json(inputs)
+    if kept:
+        logger.debug("using %s again", folder)
+    return kept
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process builds the folder.
+
+    A lock on a file needs no connection between the processes, has no time limit, and the system
+    lets go of it even if the one that builds is killed.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(folder.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("another process makes %s: waiting for it", folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _json(values: Any) -> str:
@@ -604,6 +895,28 @@ def _write_json(path: Path, values: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(_json(values), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _text_hash(path: Path) -> str:
+    """Return a hash of the text: of one file, or of the names and hashes of several."""
+    files = corpus.text_files(path)
+    hashes = [_sha256_of(file, *_version(file)) for file in files]
+    if files == [path]:
+        return hashes[0]
+    names = "".join(f"{hash_} {file.name}\n" for hash_, file in zip(hashes, files, strict=True))
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is written to."""
+    about = path.stat()
+    return about.st_ino, about.st_size, about.st_mtime_ns
+
+
+@cache
+def _sha256_of(path: Path, *version: int) -> str:
+    """Return the hash of a file, which takes seconds for a large one and is asked for often."""
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

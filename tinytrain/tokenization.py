@@ -8,26 +8,32 @@ is simple and throws away every document shorter than a chunk; joining all of th
 (`pack_documents`) loses only the last, unfinished block, at the price of blocks that hold the end
 of one document and the beginning of the next.
 
-Nothing here caches blocks. `fingerprint` says when blocks made earlier still fit the tokenizer.
+Nothing here holds more of a text in memory than it works on, if the blocks go to a folder, or
+caches blocks. `fingerprint` says when blocks made earlier still fit the tokenizer.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import importlib.util
+import itertools
 import json
 import logging
 import os
 import secrets
+import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerFast
@@ -285,7 +291,7 @@ def train_tokenizer(
     texts: Iterable[str],
     vocab_size: int,
     max_token_chars: int = 4,
-    max_characters: int = 5_000_000,
+    max_characters: int = 2_000_000,
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level byte-pair tokenizer that treats text as Qwen2.5's does.
 
@@ -306,7 +312,8 @@ def train_tokenizer(
         them. 4 is the length of the longest common words.
     max_characters : int
         Stop reading after so many characters. A few million show which pairs are frequent; more
-        take minutes and hardly change a small vocabulary. The texts should be in random order.
+        hardly change a small vocabulary, and each takes some 250 bytes of memory. The texts should
+        be in random order.
 
     Returns
     -------
@@ -426,7 +433,7 @@ def reduce_tokenizer(
             "taken by bytes and special tokens. Ask for 8,000 or more."
         )
     parts = {first + second: (first, second) for first, second in merges}
-    words = tokenizer.convert_ids_to_tokens(_by_frequency(tokenizer, list(texts)))
+    words = tokenizer.convert_ids_to_tokens(_by_frequency(tokenizer, texts))
     for word in words:
         needed, open_words = set(), [word]
         while open_words:  # a word can only be merged if its parts, and theirs, exist
@@ -446,11 +453,11 @@ def reduce_tokenizer(
     return _qwen_with(ids, [pair for pair in merges if "".join(pair) in kept])
 
 
-def _by_frequency(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[int]:
+def _by_frequency(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[int]:
     """Return the ids that occur in texts, the most frequent first."""
     counts: Counter[int] = Counter()
-    for start in range(0, len(texts), _BATCH):
-        for ids in _plain_ids(tokenizer, texts[start : start + _BATCH]):
+    for batch in _batches(texts):
+        for ids in _plain_ids(tokenizer, batch):
             counts.update(ids)
     return [number for number, _ in counts.most_common()]
 
@@ -542,6 +549,7 @@ def chunk_documents(
     context_length: int,
     text_field: str = "text",
     num_proc: int | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> Dataset:
     """Cut every document into full chunks; what does not fill one is lost.
 
@@ -558,6 +566,9 @@ def chunk_documents(
     num_proc : int, optional
         Processes. None is one process, in which the tokenizer uses all cores by itself. More of
         them pay only for long texts, as each gets a tokenizer of its own. The result is the same.
+    folder : path, optional
+        Where the ids are written, 4 bytes each, to be mapped into memory from there; files of an
+        earlier call are replaced. By default they are held in memory.
 
     Returns
     -------
@@ -574,6 +585,7 @@ def chunk_documents(
         documents,
         tokenize,
         num_proc,
+        folder,
         row_length=context_length,
         tokenizer=tokenizer,
         context_length=context_length,
@@ -587,11 +599,11 @@ def pack_documents(
     context_length: int,
     text_field: str = "text",
     num_proc: int | None = None,
+    folder: str | os.PathLike | None = None,
 ) -> Dataset:
     """Join all documents, an end-of-text token after each, and cut the whole into blocks.
 
-    Only the tail that does not fill a last block is lost, once for the whole dataset. All ids are
-    held in memory, 4 bytes each, and twice over while they are joined.
+    Only the tail that does not fill a last block is lost, once for the whole dataset.
 
     Parameters
     ----------
@@ -607,6 +619,9 @@ def pack_documents(
     num_proc : int, optional
         Processes. None is one process, in which the tokenizer uses all cores by itself. More of
         them pay only for long texts, as each gets a tokenizer of its own. The result is the same.
+    folder : path, optional
+        Where the ids are written, 4 bytes each, to be mapped into memory from there; files of an
+        earlier call are replaced. By default they are held in memory.
 
     Returns
     -------
@@ -618,18 +633,41 @@ def pack_documents(
     ValueError
         If ``context_length`` is not positive, or there is no column ``text_field``.
     """
-    import numpy as np
     import pyarrow as pa
     from datasets import Dataset
+    from datasets.table import InMemoryTable
 
     _check_documents(documents, text_field, context_length)
-    joined = _map(documents, _join, num_proc, tokenizer=tokenizer, text_field=text_field)
-    # One row a batch, whose borders disappear here: documents run on across them.
-    pieces = [chunk.flatten().to_numpy() for chunk in joined.data.column("input_ids").chunks]
-    ids = np.concatenate([np.empty(0, dtype=np.int32), *pieces])
-    ids = ids[: len(ids) // context_length * context_length]
-    blocks = pa.FixedSizeListArray.from_arrays(pa.array(ids), context_length)
-    return Dataset(pa.table({"input_ids": blocks}))
+    schema = pa.schema({"input_ids": pa.list_(pa.int32(), context_length)})
+    if folder is None:
+        joined = _map(documents, _join, num_proc, tokenizer=tokenizer, text_field=text_field)
+        return Dataset(InMemoryTable.from_batches(list(_blocks(joined, context_length)), schema))
+    path = Path(folder, "blocks.arrow")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as ids,
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
+        joined = _map(documents, _join, num_proc, ids, tokenizer=tokenizer, text_field=text_field)
+        for blocks in _blocks(joined, context_length):
+            writer.write_batch(blocks)
+        del joined  # an open file cannot be deleted everywhere
+    return Dataset.from_file(str(path))
+
+
+def _blocks(joined: Dataset, context_length: int) -> Iterator[pa.RecordBatch]:
+    """Cut rows of ids into blocks; they run on across the borders of the rows."""
+    import numpy as np
+    import pyarrow as pa
+
+    rest = np.empty(0, dtype=np.int32)
+    for piece in joined.data.column("input_ids").chunks:  # one for each batch of documents
+        ids = np.concatenate([rest, piece.flatten().to_numpy()])
+        whole = len(ids) // context_length * context_length
+        rest = ids[whole:]
+        blocks = pa.FixedSizeListArray.from_arrays(pa.array(ids[:whole]), context_length)
+        yield pa.record_batch([blocks], names=["input_ids"])
 
 
 def _join(
@@ -656,6 +694,12 @@ def _plain_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[lis
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    texts = iter(texts)
+    while batch := list(islice(texts, _BATCH)):
+        yield batch
+
+
 def _check_documents(documents: Dataset, text_field: str, context_length: int) -> None:
     if context_length < 1:
         raise ValueError(f"context_length={context_length} must be at least 1.")
@@ -670,15 +714,18 @@ def _map(
     documents: Dataset,
     function: Callable[..., dict[str, list[Any]]],
     num_proc: int | None,
+    folder: str | os.PathLike | None = None,
     row_length: int = -1,
     **arguments: Any,
 ) -> Dataset:
-    """Run a function that returns input_ids over all documents, in memory and without a cache."""
+    """Run a function that returns input_ids over all documents, without a cache."""
     from datasets import Dataset, Features, List, Value
 
     features = Features({"input_ids": List(Value("int32"), length=row_length)})
     if len(documents) == 0:  # of which `map` would return the old columns
         return Dataset.from_dict({"input_ids": []}, features=features)
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     with _one_thread_a_process(num_proc):
         return documents.map(
             function,
@@ -688,7 +735,8 @@ def _map(
             features=features,
             fn_kwargs=arguments,
             num_proc=num_proc,
-            keep_in_memory=True,
+            keep_in_memory=folder is None,
+            cache_file_name=None if folder is None else str(Path(folder, "ids.arrow")),
             load_from_cache_file=False,
             # Without a name for the result, `map` makes one by hashing the whole vocabulary, which
             # takes seconds.
@@ -817,12 +865,12 @@ def tokens_per_character(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str
     ValueError
         If the texts hold no characters.
     """
-    texts = list(texts)
-    characters = sum(map(len, texts))
+    characters = tokens = 0
+    for batch in _batches(texts):
+        characters += sum(map(len, batch))
+        tokens += sum(map(len, _plain_ids(tokenizer, batch)))
     if characters == 0:
         raise ValueError("The texts hold no characters: pass some text to measure on.")
-    batches = (texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH))
-    tokens = sum(len(ids) for batch in batches for ids in _plain_ids(tokenizer, batch))
     return tokens / characters
 
 
@@ -855,6 +903,139 @@ def _show_lone_bytes(piece: str) -> str:
     # Decoding with "surrogateescape" turns a byte that fits nowhere into U+DC00 plus the byte.
     return "".join(
         f"<0x{ord(char) - 0xDC00:02X}>" if "\udc80" <= char <= "\udcff" else char for char in piece
+    )
+
+
+def colour_tokens(tokenizer: PreTrainedTokenizerFast, text: str, limit: int = 1000) -> str:
+    """Return the tokens of a text as HTML, on alternating colours, each with its id below.
+
+    Spaces, tabs and line ends are shown as signs, other characters that cannot be seen by their
+    number; after a line end a new line begins. Nothing in the text is read as HTML.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerFast
+        The tokenizer, of a byte-level kind.
+    text : str
+        A short text.
+    limit : int
+        Tokens to show; of the others only the number is told.
+
+    Returns
+    -------
+    str
+        For ``IPython.display.HTML``. It brings its own text colour, so that it can be read on a
+        dark page too.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer is not byte-level.
+
+    Examples
+    --------
+    >>> tokenizer = qwen_tokenizer()
+    >>> "&lt;b&gt;" in colour_tokens(tokenizer, "北京<b>")
+    True
+    """
+    tokens = show_tokens(tokenizer, text)
+    shown = []
+    for number, (piece, id_) in enumerate(tokens[:limit]):
+        color = _TOKEN_COLORS[number % len(_TOKEN_COLORS)]
+        shown.append(
+            f'<span title="id {id_}" style="background:{color};{_TOKEN_STYLE}">'
+            f'{html.escape(_visible(piece))}<small style="display:block">{id_}</small></span>'
+        )
+        shown += ["<br>"] * piece.count("\n")
+    if len(tokens) > limit:
+        shown.append(f"<p>and {len(tokens) - limit:,} more tokens</p>")
+    return f"<div>{''.join(shown)}</div>"
+
+
+_TOKEN_COLORS = ("#bcd9f5", "#f9dcb0", "#c6e9c4", "#f3c9d6")
+_TOKEN_STYLE = (
+    "color:#111;display:inline-block;margin:1px;padding:1px 4px;border-radius:3px;"
+    "text-align:center;line-height:1.35;white-space:nowrap"
+)
+
+
+def token_table(tokenizers: Mapping[str, PreTrainedTokenizerFast], text: str) -> str:
+    """Return the tokens of a text in several tokenizers as plain text, side by side.
+
+    Parameters
+    ----------
+    tokenizers : mapping of str to transformers.PreTrainedTokenizerFast
+        By name, of a byte-level kind.
+    text : str
+        A short text.
+
+    Returns
+    -------
+    str
+        A column for each tokenizer: its name, what the text costs, then a line for each token with
+        its id. What cannot be seen is shown as in `colour_tokens`.
+
+    Raises
+    ------
+    ValueError
+        If a tokenizer is not byte-level.
+
+    Examples
+    --------
+    >>> print(token_table({"Qwen2.5": qwen_tokenizer()}, "法国的首都"))
+    Qwen2.5
+    3 tokens, 0.60 a character
+    104328 法国
+     9370 的
+    """
+    columns = []
+    for name, tokenizer in tokenizers.items():
+        tokens = show_tokens(tokenizer, text)
+        digits = max((len(str(id_)) for _, id_ in tokens), default=0)
+        lines = [f"{id_:{digits}} {_visible(piece)}" for piece, id_ in tokens]
+        columns.append([name, count_tokens(tokenizer, text), *lines])
+    widths = [max(map(_width, column)) + 3 for column in columns]
+    rows = []
+    for cells in itertools.zip_longest(*columns, fillvalue=""):
+        padded = [cell + " " * (w - _width(cell)) for cell, w in zip(cells, widths, strict=True)]
+        rows.append("".join(padded).rstrip())
+    return "\n".join(rows)
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
+    """Say how many tokens a text becomes, and how many that is for each of its characters.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerFast
+        The tokenizer.
+    text : str
+        A text, in which special tokens count as one.
+
+    Returns
+    -------
+    str
+        For example ``"12 tokens, 0.67 a character"``.
+    """
+    tokens = len(tokenizer(text)["input_ids"])
+    words = "1 token" if tokens == 1 else f"{tokens:,} tokens"
+    return f"{words}, {tokens / len(text):.2f} a character" if text else words
+
+
+def _visible(piece: str) -> str:
+    """Return a piece of text in which one sees what is otherwise only felt."""
+    signs = {" ": "·", "\n": "⏎", "\t": "⇥"}
+    return "".join(
+        signs.get(char) or (char if char.isprintable() else f"<U+{ord(char):04X}>")
+        for char in piece
+    )
+
+
+def _width(text: str) -> int:
+    """Return how many columns a text takes in a terminal: a Chinese character takes two."""
+    return sum(
+        0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
+        for char in text
     )
 
 

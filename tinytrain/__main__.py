@@ -1,0 +1,351 @@
+"""The steps of a run from a shell: ``python -m tinytrain STEP``.
+
+Each step finds the results of earlier ones in the run's folder and builds what is missing, as the
+notebooks do, so any of them can be called first. ``train`` may be started several times at once
+by ``torchrun`` or ``accelerate launch``; then all processes share one training.
+
+Exit codes: 0 done; 1 an error, told in a line; 2 a wrong call; 130 stopped before its end (Ctrl-C).
+
+This module joins others as `tinytrain.steps` does; copy from those, not from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from tinytrain import steps
+from tinytrain.logs import setup_logging
+from tinytrain.recipes import RECIPES, Recipe, get_recipe
+
+EXAMPLES = """examples:
+  python -m tinytrain train --recipe pocket
+  python -m tinytrain train --recipe wiki --set learning_rate=2e-3 max_steps=2000
+  python -m tinytrain generate "法国的首都是" --temperature 0.8 --top-p 0.9
+  torchrun --nproc-per-node 2 -m tinytrain train --recipe wiki
+  torchrun --nproc-per-node 2 -m tinytrain train --recipe qwen-0.5b --fsdp
+  accelerate launch --multi_gpu --num_processes 2 -m tinytrain train --recipe wiki
+
+exit codes: 0 done; 1 an error, told in a line; 2 a wrong call; 130 stopped before its end (Ctrl-C)
+"""
+
+
+def check(options: argparse.Namespace) -> None:
+    """Show what this machine is, and what each recipe would need on it."""
+    import pandas as pd
+
+    from tinytrain import hardware, modeling
+
+    hardware.check_cuda_availability()
+    for what, value in hardware.hardware_report(steps.runs_folder()).items():
+        print(f"  {what:16} {value}")
+    here = hardware.this_hardware(steps.runs_folder())
+    rows = [modeling.estimate(recipe, here).row() for recipe in RECIPES.values()]
+    print()
+    print(pd.DataFrame(rows).set_index("recipe").to_string())
+
+
+def data(options: argparse.Namespace) -> None:
+    """Get the text and split it into documents to learn from and held-out ones."""
+    setup_logging()
+    split = steps.get_split(options.recipe)
+    twins = len(steps.get_duplicates(options.recipe))
+    print(f"{steps.get_text(options.recipe)}")
+    print(f"{len(split['train']):,} documents to learn from, {len(split['test']):,} held out")
+    dropped = "left out" if options.recipe.drop_duplicates else "kept"
+    print(f"{twins:,} held-out twins of others found and {dropped}")
+
+
+def tokenize(options: argparse.Namespace) -> None:
+    """Make the tokenizer, and blocks of tokens of equal length."""
+    from tinytrain.tokenization import tokens_per_character
+
+    setup_logging()
+    recipe = options.recipe
+    blocks, tokenizer = steps.get_blocks(recipe), steps.get_tokenizer(recipe)
+    rate = tokens_per_character(tokenizer, steps.get_split(recipe)["test"][:500]["text"])
+    print(f"{len(tokenizer):,} words, {rate:.2f} tokens a character")
+    for half, name in (("train", "to learn from"), ("test", "held out")):
+        number = len(blocks[half])
+        tokens = number * recipe.context_length
+        print(f"{number:,} blocks of {recipe.context_length}, {tokens:,} tokens, {name}")
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train, going on from the last checkpoint if there is one; then measure and save the model."""
+    _show_no_bars()
+    result = steps.train_recipe(options.recipe, fresh=options.fresh, fsdp=options.fsdp)
+    if steps.this_process() == 0 and result["finished"]:
+        print(f"held-out loss  {result['held_out_loss']:.3f}")
+        print(f"bits per character  {result['bits_per_character']:.2f}")
+        if "cloze_after" in result:
+            before, after = result["cloze_before"], result["cloze_after"]
+            print(f"questions right  {before:.0%} before training, {after:.0%} after")
+        for prompt, text in result["completions"]:
+            print(f"{prompt} → {' '.join(text.split())}")
+        print(f"the model is in {steps.run_folder(options.recipe) / 'model'}")
+    return 0 if result["finished"] else 130
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure a trained model on the held-out documents, and with questions if there are any."""
+    from tqdm import tqdm
+
+    from tinytrain import evaluation
+
+    model, tokenizer = load_model(options)
+    texts = list(steps.get_split(options.recipe)["test"]["text"])
+    print(f"{len(texts):,} held-out documents; in brackets, what 95 of 100 such samples would give")
+    losses = []
+    for start in tqdm(range(0, len(texts), 256), "measuring", disable=None, leave=False):
+        some, length = texts[start : start + 256], options.recipe.context_length
+        losses += evaluation.document_losses(model, tokenizer, some, context_length=length)
+    measures = evaluation.summarize(losses)
+    for name in ("bits_per_character", "perplexity", "accuracy"):
+        print(f"{name.replace('_', ' '):20} {getattr(measures, name)}")
+    if questions := steps.get_questions(options.recipe):
+        answers = evaluation.answer_questions(model, tokenizer, questions)
+        right = evaluation.share(sum(answer.right for answer in answers), len(answers))
+        print(f"{'questions right':20} {right}, of {len(answers):,}")
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Let a trained model continue a text, shown as it is written."""
+    from tinytrain import evaluation
+
+    model, tokenizer = load_model(options)
+    begins = iter([options.prompt])  # shown with the first piece: nothing is wrong then
+    evaluation.generate(
+        model,
+        tokenizer,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        on_text=lambda text: print(next(begins, "") + text, end="", flush=True),
+    )
+    print(next(begins, ""))
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a trained model as a folder to share, with a model card; GGUF and upload if asked."""
+    from tinytrain.export import upload
+
+    _show_no_bars()
+    setup_logging()
+    folder = steps.export_run(
+        options.recipe,
+        dtype=options.dtype,
+        gguf=options.gguf,
+        whole_vocabulary=options.whole_vocabulary,
+    )
+    if options.upload:
+        print(upload(folder, options.upload, to=options.to, private=not options.public))
+
+
+def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Return a trained model, on the GPU if there is one, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tinytrain.tokenization import load_tokenizer
+
+    folder = options.model or steps.run_folder(options.recipe) / "model"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"there is no model in {folder}: `python -m tinytrain train --recipe "
+            f"{options.recipe.name}` makes one, --model names another folder"
+        )
+    _show_no_bars()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(folder).to(device), load_tokenizer(folder)
+
+
+def _show_no_bars() -> None:
+    """Leave out the bars of transformers, one for every file of weights."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def parse_recipe(options: argparse.Namespace) -> Recipe:
+    """Return the recipe that the options describe.
+
+    Raises
+    ------
+    ValueError
+        If there is no recipe or no number of that name, or a value does not fit.
+    """
+    has_gpu = False
+    if not (options.recipe or os.environ.get("TINYTRAIN_RECIPE")):
+        import torch
+
+        has_gpu = torch.cuda.is_available()
+    recipe = get_recipe(options.recipe, has_gpu=has_gpu)
+    changes = dict(parse_change(text) for text in options.set)
+    if options.corpus:
+        changes["corpus"] = options.corpus
+    return replace(recipe, **changes)
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """Read ``name=value`` for a field of a recipe, in the field's own type.
+
+    Examples
+    --------
+    >>> parse_change("learning_rate=1e-3"), parse_change("max_documents=none")
+    (('learning_rate', 0.001), ('max_documents', None))
+    """
+    name, equals, value = text.partition("=")
+    kinds = typing.get_type_hints(Recipe)
+    names = [field.name for field in fields(Recipe) if field.name != "name"]
+    if not equals or name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        raise ValueError(
+            f"--set {text}: "
+            + (f"a recipe has no {name!r}" if equals else "write name=value")
+            + (f"; {near[0]!r} is near" if near else "; tinytrain/recipes.py lists the names")
+        )
+    kinds = typing.get_args(kinds[name]) or (kinds[name],)
+    if type(None) in kinds and value.lower() == "none":
+        return name, None
+    if bool in kinds:
+        if value.lower() in ("true", "false"):
+            return name, value.lower() == "true"
+        raise ValueError(f"--set {text}: {name} is true or false")
+    try:
+        return name, kinds[0](value)
+    except ValueError:
+        raise ValueError(f"--set {text}: {value!r} is not of type {kinds[0].__name__}") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tinytrain",
+        description="Train a Chinese language model from scratch, step by step.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    chosen = parser.add_subparsers(metavar="STEP", title="steps, in their order", prog=parser.prog)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"one of {', '.join(RECIPES)} (default: wiki with a GPU, pocket without)",
+    )
+    common.add_argument("--corpus", metavar="FILE", help="a text of your own, in place of its own")
+    common.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change numbers of the recipe (tinytrain/recipes.py lists them), "
+        "e.g. --set learning_rate=1e-3 max_steps=500",
+    )
+    common.add_argument("--runs", metavar="FOLDER", help="where all runs are kept (default: runs)")
+    common.add_argument("--debug", action="store_true", help="show where an error happened")
+
+    def add(step: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
+        about = (step.__doc__ or "").splitlines()[0]
+        added = chosen.add_parser(
+            step.__name__, parents=[common], help=about, description=about, allow_abbrev=False
+        )
+        added.set_defaults(step=step)
+        return added
+
+    add(check)
+    add(data)
+    add(tokenize)
+    training = add(train)
+    training.add_argument(
+        "--fresh", action="store_true", help="start over; the earlier run is kept beside"
+    )
+    training.add_argument(
+        "--fsdp", action="store_true", help="share the weights out over the processes (FSDP)"
+    )
+    measuring, writing, sharing = add(evaluate), add(generate), add(export)
+    for added in (measuring, writing):
+        added.add_argument(
+            "--model", type=Path, metavar="FOLDER", help="a trained model (default: the recipe's)"
+        )
+    writing.add_argument("prompt", help="the beginning, e.g. 法国的首都是")
+    for name, default, about in (
+        ("--max-new-tokens", 100, "where to stop at the latest"),
+        ("--temperature", 1.0, "0 takes the likeliest token; the higher, the wilder"),
+        ("--top-k", 0, "draw only from so many of the likeliest tokens; 0 from all"),
+        ("--top-p", 1.0, "draw only from the likeliest that have this probability together"),
+        ("--repetition-penalty", 1.0, "above 1: avoid tokens that are there already"),
+    ):
+        writing.add_argument(
+            name,
+            type=type(default),
+            default=default,
+            metavar="NUMBER",
+            help=f"{about} (default: {default})",
+        )
+    writing.add_argument(
+        "--seed", type=int, metavar="NUMBER", help="the same seed writes the same text"
+    )
+    sharing.add_argument("--gguf", action="store_true", help="add a file for llama.cpp")
+    sharing.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="number format of the weights; bfloat16 takes half the space (default: float32)",
+    )
+    sharing.add_argument(
+        "--whole-vocabulary",
+        action="store_true",
+        help="give a model with a reduced Qwen2.5 vocabulary all its words again",
+    )
+    sharing.add_argument("--upload", metavar="OWNER/NAME", help="upload it to a hub")
+    sharing.add_argument(
+        "--to", choices=("modelscope", "huggingface"), default="modelscope", help="which hub"
+    )
+    sharing.add_argument(
+        "--public", action="store_true", help="let everybody see it (default: you alone)"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a step; returns the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "step"):
+        parser.print_help()
+        return 0
+    process = steps.this_process()
+    if process and options.step is not train:
+        return 0  # the other steps are done by the first process alone
+    try:
+        if options.runs:
+            os.environ["TINYTRAIN_RUNS"] = str(Path(options.runs).absolute())
+        options.recipe = parse_recipe(options)
+        return options.step(options) or 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        if type(error).__name__ != "LostProcessError":  # which has been written to the log
+            name = f"tinytrain (process {process})" if process else "tinytrain"
+            print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
