@@ -246,7 +246,7 @@ def test_the_lines_that_the_card_gives_work(exported):
 @pytest.mark.parametrize(
     ("text", "license", "datasets", "words"),
     [
-        ("encyclopedia", "mit", None, "a program writes from a list of facts"),
+        ("encyclopedia", "mit", None, "a program writes from a list of some"),
         (
             "wikipedia",
             "cc-by-sa-3.0",
