@@ -57,7 +57,7 @@ def data(options: argparse.Namespace) -> None:
     setup_logging()
     split = steps.get_split(options.recipe)
     twins = len(steps.get_duplicates(options.recipe))
-    print(f"{steps.get_text(options.recipe)}")
+    print(_shown(steps.get_text(options.recipe)))
     print(f"{len(split['train']):,} documents to learn from, {len(split['test']):,} held out")
     dropped = "left out" if options.recipe.drop_duplicates else "kept"
     print(f"{twins:,} held-out twins of others found and {dropped}")
@@ -90,7 +90,7 @@ def train(options: argparse.Namespace) -> int:
             print(f"questions right  {before:.0%} before training, {after:.0%} after")
         for prompt, text in result["completions"]:
             print(f"{prompt} → {' '.join(text.split())}")
-        print(f"the model is in {steps.run_folder(options.recipe) / 'model'}")
+        print(f"the model is in {_shown(steps.run_folder(options.recipe) / 'model')}")
     return 0 if result["finished"] else 130
 
 
@@ -172,10 +172,18 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _show_no_bars() -> None:
-    """Leave out the bars of transformers, one for every file of weights."""
+    """Leave out the bars of transformers, one for every file of weights; in a file, all bars."""
+    import datasets
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def _shown(path: Path) -> Path:
+    """Return a path as one would write it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def parse_recipe(options: argparse.Namespace) -> Recipe:
