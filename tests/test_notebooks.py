@@ -88,6 +88,15 @@ def test_links_between_notebooks_lead_somewhere(name):
         assert (ROOT / "notebooks" / link).exists(), link
 
 
+def test_the_readme_leads_to_each_notebook_here_and_in_colab():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    address = project["urls"]["Repository"].replace("https://github.com/", "")
+    for name in NOTEBOOKS:
+        assert f"](notebooks/{name}.ipynb)" in readme
+        assert f"/github/{address}/blob/main/notebooks/{name}.ipynb)" in readme
+
+
 def test_the_tutorials_command_on_recipe_smoke(tmp_path):
     """The tutorial's own command: progress, results, report, and no trace in the checkout."""
     environment = os.environ | {"TINYTRAIN_RECIPE": "smoke", "TINYTRAIN_RUNS": str(tmp_path)}
