@@ -102,7 +102,11 @@ def page(browser, request):
     assert not errors
 
 
-def shoot(page, name):
+def shoot(page, name, what=None):
+    if what is not None:  # cells that are drawn only now may push it out of sight again
+        what.scroll_into_view_if_needed()
+        page.wait_for_timeout(500)
+        what.scroll_into_view_if_needed()
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
@@ -148,7 +152,6 @@ def widget(page, label):
     control = page.locator(".jupyter-widgets.widget-inline-hbox").filter(
         has=page.locator(f".widget-label:text-is('{label}')")
     )
-    control.scroll_into_view_if_needed()
     return control, page.locator(".widget-vbox").filter(has=control)
 
 
@@ -169,12 +172,12 @@ def test_05_trains_under_the_readers_eyes_and_stops_when_told(lab, page):
         if (picture := plot.get_attribute("src")) != pictures[-1]:
             pictures.append(picture)
     assert len(set(pictures)) == len(pictures) and plot.count() == 1
-    shoot(page, "05_trains")
+    shoot(page, "05_trains", plot)
 
     page.get_by_role("button", name="Interrupt the kernel").click()
     stopped = cell.get_by_text("by the interrupt; a checkpoint is saved")
     stopped.wait_for()
-    shoot(page, "05_stopped")
+    shoot(page, "05_stopped", stopped)
     step = int(re.search(r"stopped at step (\d+)", stopped.text_content())[1])
     assert 60 <= step < 600
     checkpoint = folder / "checkpoints" / f"checkpoint-{step}"
@@ -184,8 +187,7 @@ def test_05_trains_under_the_readers_eyes_and_stops_when_told(lab, page):
     wait_for_all_cells(page, minutes=10)
     assert (folder / "model" / "model.safetensors").is_file()
     cell_below = page.locator(".jp-CodeCell", has_text="right before training")
-    cell_below.scroll_into_view_if_needed()
-    shoot(page, "05_goes_on")
+    shoot(page, "05_goes_on", cell_below)
     page.get_by_role("button", name="Save and create checkpoint").click()
     page.locator(".lm-TabBar-tab.jp-mod-dirty").wait_for(state="detached")
     saved = nbformat.read(lab.runs / "notebooks" / "05_train_bf16.ipynb", as_version=4)
@@ -199,7 +201,7 @@ def test_03_shows_the_tokens_of_what_is_typed(lab, page):
     wait_for_all_cells(page, minutes=5)
     control, explorer = widget(page, "text")
     assert "spring" not in explorer.inner_text()
-    shoot(page, "03_before")
+    shoot(page, "03_before", explorer)
     control.locator("textarea").press_sequentially("春眠不觉晓, spring")
     explorer.get_by_text("spring").first.wait_for()
 
@@ -211,7 +213,7 @@ def test_04_weighs_the_model_of_the_sliders(lab, page):
     control, explorer = widget(page, "layers")
     picture, table = explorer.locator("img"), explorer.locator("table")
     before = picture.get_attribute("src"), table.inner_text()
-    shoot(page, "04_before")
+    shoot(page, "04_before", explorer)
     control.get_by_role("slider").press("End")
     wait_until(page, lambda: table.inner_text() != before[1])
     wait_until(page, lambda: picture.get_attribute("src") != before[0])
@@ -230,7 +232,7 @@ def test_06_writes_on_from_a_prompt(lab, page):
     wait_until(page, lambda: re.match("法国的首都是.", written.inner_text()))
     wait_until(page, write.is_enabled)
     sampled = written.inner_text()
-    shoot(page, "06_sampled")
+    shoot(page, "06_sampled", explorer)
     widget(page, "temperature")[0].get_by_role("slider").press("Home")  # the likeliest word always
     write.click()
     wait_until(page, lambda: written.inner_text() not in (sampled, "", "法国的首都是"))
