@@ -103,10 +103,9 @@ def page(browser, request):
 
 
 def shoot(page, name, what=None):
-    if what is not None:  # cells that are drawn only now may push it out of sight again
-        what.scroll_into_view_if_needed()
+    for _ in range(2 if what else 0):  # what is drawn only now may push it out of sight again
+        what.evaluate("element => element.scrollIntoView({block: 'center'})")
         page.wait_for_timeout(500)
-        what.scroll_into_view_if_needed()
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
@@ -161,7 +160,6 @@ def test_05_trains_under_the_readers_eyes_and_stops_when_told(lab, page):
     cell = page.locator(".jp-CodeCell", has_text="train(trainer, inputs")
     plot = cell.locator(".jp-RenderedImage img")
     plot.wait_for(timeout=5 * MINUTE)
-    plot.scroll_into_view_if_needed()
 
     folder, deadline = lab.runs / "pocket", time.monotonic() + 600
     pictures = [plot.get_attribute("src")]
@@ -172,12 +170,12 @@ def test_05_trains_under_the_readers_eyes_and_stops_when_told(lab, page):
         if (picture := plot.get_attribute("src")) != pictures[-1]:
             pictures.append(picture)
     assert len(set(pictures)) == len(pictures) and plot.count() == 1
-    shoot(page, "05_trains", plot)
+    shoot(page, "05_trains", cell)
 
     page.get_by_role("button", name="Interrupt the kernel").click()
     stopped = cell.get_by_text("by the interrupt; a checkpoint is saved")
     stopped.wait_for()
-    shoot(page, "05_stopped", stopped)
+    shoot(page, "05_stopped", cell)
     step = int(re.search(r"stopped at step (\d+)", stopped.text_content())[1])
     assert 60 <= step < 600
     checkpoint = folder / "checkpoints" / f"checkpoint-{step}"
