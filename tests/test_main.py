@@ -206,7 +206,9 @@ def test_a_model_is_exported_and_who_uploads_must_say_who(trained, with_model, m
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_ctrl_c_stops_in_good_order_and_the_same_command_goes_on(smoke, tmp_path):
     runs = tmp_path / "runs"
-    shutil.copytree(smoke.runs, runs, ignore=shutil.ignore_patterns("*.lock"))
+    # Another test may have trained there: what it wrote is not what is waited for.
+    earlier = shutil.ignore_patterns("*.lock", "history.jsonl", "checkpoints*")
+    shutil.copytree(smoke.runs, runs, ignore=earlier)
     arguments = ["train", "--recipe", "smoke", "--runs", str(runs), "--set", "eval_blocks=8"]
     with (tmp_path / "output.txt").open("w") as output:
         process = subprocess.Popen(
