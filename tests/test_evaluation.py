@@ -11,6 +11,7 @@ import torch
 from tinytrain.evaluation import (
     Answer,
     DocumentLoss,
+    Interval,
     accuracy,
     answer_questions,
     bits_per_character,
@@ -266,6 +267,11 @@ def test_the_share_of_right_answers_has_wilsons_interval():
     assert math.isnan(share(0, 0).value)
     for total in range(1, 60):  # whatever the rounding
         assert share(total, total).high == 1 and share(0, total).low == 0
+
+
+def test_an_interval_is_written_without_exponents():
+    assert str(Interval(0.70249, 0.6615, 0.7444)) == "0.702 (0.661 to 0.744)"
+    assert str(Interval(4290.4, 999.6, 12_345.6)) == "4,290 (1,000 to 12,346)"
 
 
 def test_answers_by_domain():

@@ -172,8 +172,9 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        """Show three digits, as ``0.70 (0.66 to 0.74)``."""
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
+        """Show three digits, as ``0.7 (0.662 to 0.744)``, and no exponents."""
+        value, low, high = (f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}" for x in self)
+        return f"{value} ({low} to {high})"
 
 
 def share(right: int, total: int) -> Interval:
