@@ -757,6 +757,17 @@ class Plan(NamedTuple):
     epochs: float  # how often the text is read
     loss: float  # see `predicted_loss`
 
+    def row(self) -> dict[str, str]:
+        """Return the plan as a row of a table."""
+        return {
+            "layers": str(self.num_hidden_layers),
+            "width": f"{self.hidden_size:,}",
+            "parameters": f"{self.parameters / 1e6:,.0f}M",
+            "tokens": f"{self.tokens / 1e6:,.0f}M",
+            "tokens a parameter": f"{self.tokens_per_parameter:.1f}",
+            "epochs": f"{self.epochs:.1f}",
+        }
+
 
 def plan_sizes(
     flops: float,
