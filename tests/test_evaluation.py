@@ -336,6 +336,11 @@ def test_greedy_is_what_complete_writes(taught, smoke):
     assert text == "巴黎。" == complete(taught, smoke.tokenizer, ["法国的首都是"])[0]
 
 
+def test_it_stops_at_the_end_of_text_even_if_the_model_names_no_end(taught, smoke, monkeypatch):
+    monkeypatch.setattr(taught.generation_config, "eos_token_id", None)
+    assert generate(taught, smoke.tokenizer, "法国的首都是", temperature=0) == "巴黎。"
+
+
 @pytest.mark.parametrize("knobs", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
 def test_knobs_turned_all_the_way_are_greedy(taught, smoke, knobs):
     greedy = generate(taught, smoke.tokenizer, "游泳", 20, temperature=0)
