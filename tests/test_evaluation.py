@@ -336,8 +336,8 @@ def test_greedy_is_what_complete_writes(taught, smoke):
     assert text == "巴黎。" == complete(taught, smoke.tokenizer, ["法国的首都是"])[0]
 
 
-def test_it_stops_at_the_end_of_text_even_if_the_model_names_no_end(taught, smoke, monkeypatch):
-    monkeypatch.setattr(taught.generation_config, "eos_token_id", None)
+def test_it_stops_at_the_tokenizers_end_of_text_whatever_the_model_names(taught, smoke, monkeypatch):
+    monkeypatch.setattr(taught.generation_config, "eos_token_id", 0)
     assert generate(taught, smoke.tokenizer, "法国的首都是", temperature=0) == "巴黎。"
 
 
