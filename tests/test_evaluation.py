@@ -336,8 +336,9 @@ def test_greedy_is_what_complete_writes(taught, smoke):
     assert text == "巴黎。" == complete(taught, smoke.tokenizer, ["法国的首都是"])[0]
 
 
-def test_it_stops_at_the_tokenizers_end_of_text_whatever_the_model_names(taught, smoke, monkeypatch):
-    monkeypatch.setattr(taught.generation_config, "eos_token_id", 0)
+def test_it_stops_at_the_end_of_text_that_the_tokenizer_names(taught, smoke, monkeypatch):
+    other = smoke.tokenizer.eos_token_id + 5
+    monkeypatch.setattr(taught.generation_config, "eos_token_id", other)
     assert generate(taught, smoke.tokenizer, "法国的首都是", temperature=0) == "巴黎。"
 
 
