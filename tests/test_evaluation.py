@@ -339,7 +339,11 @@ def test_greedy_is_what_complete_writes(taught, smoke):
 def test_it_stops_at_the_end_of_text_that_the_tokenizer_names(taught, smoke, monkeypatch):
     other = smoke.tokenizer.eos_token_id + 5
     monkeypatch.setattr(taught.generation_config, "eos_token_id", other)
+    steps = []
+    hook = taught.register_forward_hook(lambda *_: steps.append(1))
     assert generate(taught, smoke.tokenizer, "法国的首都是", temperature=0) == "巴黎。"
+    hook.remove()
+    assert len(steps) == len(smoke.tokenizer("巴黎。")["input_ids"]) + 1
 
 
 @pytest.mark.parametrize("knobs", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
