@@ -155,20 +155,8 @@ def export(options: argparse.Namespace) -> None:
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """Return a trained model, on the GPU if there is one, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from tinytrain.tokenization import load_tokenizer
-
-    folder = options.model or steps.run_folder(options.recipe) / "model"
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"there is no model in {folder}: `python -m tinytrain train --recipe "
-            f"{options.recipe.name}` makes one, --model names another folder"
-        )
     _show_no_bars()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(folder).to(device), load_tokenizer(folder)
+    return steps.load_trained(options.recipe, options.model)
 
 
 def _show_no_bars() -> None:

@@ -17,6 +17,7 @@ import lzma
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -66,15 +67,13 @@ def complete(
     # Shortest first: a batch then holds prompts of similar length, and little padding.
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     continuations = [""] * len(ids)
-    was_training = model.training
-    model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         width = max(len(ids[index]) for index in chosen)
         # Padding stands on the left, so that every prompt ends where its continuation begins.
         padded = [[tokenizer.eos_token_id] * (width - len(ids[i])) + ids[i] for i in chosen]
         mask = [[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in chosen]
-        with torch.no_grad():
+        with _evaluating(model):
             output = model.generate(
                 input_ids=torch.tensor(padded, device=model.device),
                 attention_mask=torch.tensor(mask, device=model.device),
@@ -86,8 +85,21 @@ def complete(
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         for index, text in zip(chosen, texts, strict=True):
             continuations[index] = text
-    model.train(was_training)
     return continuations
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Turn dropout and gradients off, and leave the model's mode as it was, whatever happens."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 class Answer(NamedTuple):
@@ -268,15 +280,19 @@ def document_losses(
         may have none.
     """
     texts = list(texts)
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     rows = [
-        [start, *ids] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
+        [_start(tokenizer), *ids] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
     ] if texts else []  # fmt: skip
     scores = _token_scores(model, rows, context_length)
     return [
         DocumentLoss(len(text), len(nats), float(nats.sum()), int(right.sum()))
         for text, (nats, right) in zip(texts, scores, strict=True)
     ]
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that a document begins after."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def _windows(length: int, context_length: int) -> Iterator[tuple[int, int, int]]:
@@ -307,8 +323,6 @@ def _token_scores(
     windows.sort(key=lambda window: window[2] - window[1])  # similar lengths: little padding
     # The scores of all words at all positions are by far the largest thing: at most 1 GB of them.
     positions = max(1, 2**28 // model.config.get_text_config().vocab_size)
-    was_training = model.training
-    model.eval()
     while windows:
         width = windows[-1][2] - windows[-1][1]
         size = min(len(windows), max(1, positions // width), 64)
@@ -318,7 +332,7 @@ def _token_scores(
         for line, (number, begin, end, _) in enumerate(batch):
             ids[line, : end - begin] = torch.tensor(rows[number][begin:end])
         ids = ids.to(model.device)
-        with torch.no_grad():
+        with _evaluating(model):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             nats = torch.nn.functional.cross_entropy(
                 logits.transpose(1, 2), ids[:, 1:], reduction="none"
@@ -329,7 +343,6 @@ def _token_scores(
             new = slice(first - 1, end - 1)
             seen = slice(first - 1 - begin, end - 1 - begin)
             scores[number][0][new], scores[number][1][new] = nats[line, seen], hits[line, seen]
-    model.train(was_training)
     return scores
 
 
@@ -616,9 +629,8 @@ def token_losses(
     """
     if not text:
         return []
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    [(nats, _)] = _token_scores(model, [[start, *encoded["input_ids"]]], context_length)
+    [(nats, _)] = _token_scores(model, [[_start(tokenizer), *encoded["input_ids"]]], context_length)
     pieces: list[tuple[str, float]] = []
     done = 0
     for (_, end), loss in zip(encoded["offset_mapping"], nats.tolist(), strict=True):
@@ -700,11 +712,8 @@ def next_tokens(
     if temperature == 0:
         raise ValueError("temperature 0 always takes the first token; use one above 0 here")
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with _evaluating(model):
         scores = model(input_ids=ids).logits[:, -1].float()
-    model.train(was_training)
     scores = generation.TemperatureLogitsWarper(float(temperature))(ids, scores)
     if top_k:
         scores = generation.TopKLogitsWarper(top_k)(ids, scores)
@@ -778,10 +787,8 @@ def generate(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
     ids = tokenizer(prompt)["input_ids"][-(context - 1) :]
     knobs = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
-    was_training = model.training
-    model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices, enabled=seed is not None):
+    with _evaluating(model), torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         output = model.generate(
@@ -795,7 +802,6 @@ def generate(
             pad_token_id=tokenizer.eos_token_id,
             streamer=_streamer(tokenizer, on_text) if on_text else None,
         )
-    model.train(was_training)
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
 
 

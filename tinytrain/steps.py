@@ -6,7 +6,8 @@ only if it was built from the same inputs, which are written beside it as ``inpu
 fingerprints of text and tokenizer, the numbers that matter, the code of the module). A result is
 built under another name and then moved, so that a half-built one is never taken for a whole.
 
-This is the one module that imports the others; copy from those, not from here.
+This module imports the others, as `widgets` and the command line do; copy from those, not from
+here.
 """
 
 from __future__ import annotations
@@ -451,7 +452,6 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     from functools import partial
 
     import torch
-    from transformers import AutoModelForCausalLM
 
     from tinytrain import callbacks, evaluation, training
     from tinytrain.logs import setup_logging
@@ -526,7 +526,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
         if first:
             losses = [line["loss"] for line in callbacks.read_history(folder) if "loss" in line]
             rate = tokenization.tokens_per_character(tokenizer, get_split(recipe)["test"]["text"])
-            saved = AutoModelForCausalLM.from_pretrained(folder / "model").to(arguments.device)
+            saved, _ = load_trained(recipe)
             completions = evaluation.complete(saved, tokenizer, prompts, 12)
             result |= {
                 "parameters": saved.num_parameters(),
@@ -590,16 +590,47 @@ def get_trained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         In float32, on the GPU if there is one.
     tokenizer : transformers.PreTrainedTokenizerBase
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     folder = run_folder(recipe)
     if not _is_trained(recipe, folder):
         logger.info("recipe %s has not been trained yet: training it now", recipe.name)
         train_recipe(recipe)
+    return load_trained(recipe)
+
+
+def load_trained(
+    recipe: Recipe, folder: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a saved model, in float32 and on the GPU if there is one, and its tokenizer.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Whose run notebook 05 or `train_recipe` has saved it in.
+    folder : Path, optional
+        Another one to load, with a fast tokenizer.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+    tokenizer : transformers.PreTrainedTokenizerBase
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = folder or run_folder(recipe) / "model"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"there is no trained model in {folder}: notebook 05 makes one, or `python -m "
+            f"tinytrain train --recipe {recipe.name}`"
+        )
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device)
-    return model, tokenization.load_tokenizer(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").to(device)
+    return model, tokenization.load_tokenizer(folder)
 
 
 def _is_trained(recipe: Recipe, folder: Path) -> bool:
@@ -779,14 +810,8 @@ def export_run(
     ValueError
         If ``whole_vocabulary`` is asked for and the vocabulary is not a reduced one.
     """
-    from transformers import AutoModelForCausalLM
-
-    run, tokenizer = run_folder(recipe), get_tokenizer(recipe)
-    if not (run / "model" / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{run} holds no trained model: run notebook 05 with recipe {recipe.name!r} first"
-        )
-    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype="float32")
+    run = run_folder(recipe)
+    model, tokenizer = load_trained(recipe)
     facts = {**get_about(recipe), **about}
     if whole_vocabulary:
         if not _is_reduced(recipe):
