@@ -239,14 +239,16 @@ def test_the_steps_of_muon_cost_the_products_that_pytorch_counts():
     assert optimizer_flops(model.config, "adamw") == 0
 
 
-def test_compiled_layers_learn_what_the_others_learn():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_learn_what_the_others_learn(recompute):
     """Equal up to the rounding of sums that are taken in another order."""
     config = small_config(num_hidden_layers=2)
     ids = torch.randint(0, 500, (2, 32), generator=torch.Generator().manual_seed(1))
     plain, compiled = build_model(config), build_model(config)
     before = compiled.state_dict()
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compile_layers(compiled)
+    compile_layers(compiled, recompute)
     assert list(compiled.state_dict()) == list(before)
     for model in (plain, compiled):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -256,6 +258,37 @@ def test_compiled_layers_learn_what_the_others_learn():
         assert torch.equal(plain.eval()(ids).logits, compiled.eval()(ids).logits)
     # One compilation for both layers, and it did happen.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def kept_bytes(model, ids):
+    """Return the bytes that the layers keep for the backward pass, weights left out."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(ids)
+    return sum(kept.values())
+
+
+def test_what_is_computed_again_is_not_kept():
+    """And `training_memory` knows how much that is."""
+    config = small_config(num_hidden_layers=4)
+    ids = torch.randint(0, 500, (4, 128))
+    found = {}
+    for recompute in (False, True):
+        torch._dynamo.reset()
+        model = build_model(config)
+        compile_layers(model, recompute)
+        found[recompute] = kept_bytes(model, ids)
+        said = training_memory(config, 4, 128, compiled=True, recompute=recompute)["activations"]
+        assert found[recompute] == pytest.approx(said, rel=0.25)
+    assert found[True] < 0.5 * found[False]
 
 
 T4, A100 = KNOWN_GPUS[0], KNOWN_GPUS[3]

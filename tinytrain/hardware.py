@@ -9,12 +9,14 @@ a short list of facts about processors that will have to grow as they do.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +32,7 @@ class Hardware(NamedTuple):
     precision: str  # see `choose_precision`
     tflops: float  # 10^12 operations a second in matrix products of that precision
     disk: int | None = None  # free bytes
+    is_gpu: bool = True
 
 
 # Dense peaks with float32 sums, as the makers state them.
@@ -238,14 +241,16 @@ def this_hardware(path: str | Path = ".") -> Hardware:
     import psutil
     import torch
 
-    if torch.cuda.is_available():
+    is_gpu = torch.cuda.is_available()
+    if is_gpu:
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         name, memory = gpu.name, gpu.total_memory
     else:
         name, memory = _cpu_name(), _memory_limit(psutil.virtual_memory().total)
     precision = choose_precision().name
+    free = shutil.disk_usage(_existing(path)).free
     speed = max(matmul_tflops(precision, seconds=0.3) for _ in range(3))  # others may work here too
-    return Hardware(name, memory, precision, speed, shutil.disk_usage(_existing(path)).free)
+    return Hardware(name, memory, precision, speed, free, is_gpu)
 
 
 def machine_name() -> str:
@@ -290,6 +295,24 @@ def peak_memory(reset: bool = False) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
+def return_freed_memory() -> None:
+    """Let freed memory go back to the system at once, on Linux with glibc; elsewhere do nothing.
+
+    The C library keeps pieces of up to 32 MB when they are freed, in the hope that they are asked
+    for again. Training frees pieces of many sizes, and what stays between them cannot be used by
+    the next large one. The price is some time for the system, which clears each page it gives out.
+
+    References
+    ----------
+    ``man 3 mallopt``: ``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD``.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "gnu_get_libc_version"):
+        mmap_threshold, trim_threshold = -3, -1
+        libc.mallopt(mmap_threshold, 1 << 20)
+        libc.mallopt(trim_threshold, 64 << 20)
 
 
 def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -> float:

@@ -256,7 +256,7 @@ def build_model(config: Qwen2Config, seed: int = 0) -> Qwen2ForCausalLM:
     return model
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     """Let torch.compile fuse what happens inside each layer between the matrix products.
 
     The layers are alike, so that one compilation serves all of them: a quarter of a minute on a
@@ -269,12 +269,18 @@ def compile_layers(model: PreTrainedModel) -> None:
     ----------
     model : transformers.PreTrainedModel
         One whose layers are ``model.model.layers``, such as Qwen2 or Llama. Changed in place.
+    recompute : bool
+        Whether the backward pass computes most of a layer's results again, the products of matrices
+        among them, rather than keep them from the forward pass.
     """
     import torch
 
     torch._dynamo.config.suppress_errors = True
     kind = type(model.model.layers[0])
     compiled = torch.compile(kind.forward)
+    # PyTorch's knob from 1 (keep what is dear to compute) to 0 (keep nothing but the input); at 0.1
+    # attention and the sum after it are kept.
+    budget = {"activation_memory_budget": 0.1 if recompute else 1.0}
 
     @functools.wraps(kind.forward)
     def forward(self, *args: Any, **kwargs: Any):
@@ -282,7 +288,8 @@ def compile_layers(model: PreTrainedModel) -> None:
             return kind.forward(self, *args, **kwargs)
         # A cache of keys and values, which nothing reads in training, knows each layer's number and
         # would make each one compile anew.
-        return compiled(self, *args, **kwargs | {"past_key_values": None})
+        with torch._functorch.config.patch(budget):
+            return compiled(self, *args, **kwargs | {"past_key_values": None})
 
     # A class of its own, as in tinytrain.loss: copies of the model keep their own parts.
     faster = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
@@ -408,6 +415,7 @@ def training_memory(
     loss_rows: int | None = None,
     compiled: bool = False,
     optimizer: str = "adamw",
+    recompute: bool = False,
 ) -> dict[str, int]:
     """Estimate the memory of a training step by component, without building the model.
 
@@ -433,6 +441,8 @@ def training_memory(
         Whether `compile_layers` is used.
     optimizer : {"adamw", "muon"}
         Muon keeps one running average of each of the layers' matrices, AdamW two of everything.
+    recompute : bool
+        Whether the compiled layers keep little, as `compile_layers` says.
 
     Returns
     -------
@@ -462,7 +472,8 @@ def training_memory(
     two float32 gradients exist together. With ``loss_rows`` only a slice of them exists, which
     becomes its own gradient, and the gradient of the output matrix waits for the rest of the
     backward pass. Compiled layers keep their input and the results of matrix products and
-    attention, and make the rest again.
+    attention, and make the rest again; with ``recompute`` only their input, the attention's result
+    and the sum after it, and no copies of the matrices.
 
     Measured on a CPU, two steps of several small models came within 3% of this where freed memory
     went back to the system at once, and to 1.5 times this with the allocator Linux has by default.
@@ -480,7 +491,9 @@ def training_memory(
         + size * (2 * query + 2 * key_value)
         + 4 * size * config.intermediate_size
     )
-    if compiled:
+    if compiled and recompute:
+        kept = config.num_hidden_layers * (2 * 4 * hidden + size * query)
+    elif compiled:
         # The input; queries and the attention's inputs and output, and likewise keys and values;
         # the output, gate, up and down products.
         products = size * (3 * query + 4 * key_value + 2 * hidden + 2 * config.intermediate_size)
@@ -489,7 +502,8 @@ def training_memory(
         kept = config.num_hidden_layers * per_layer
     last_norm = 2 * 4 * hidden + size * hidden
     activations = tokens * (kept + last_norm)
-    if mixed:  # autocast's copies of the matrices (norms and biases are too small to matter)
+    if mixed and not (compiled and recompute):
+        # Autocast's copies of the matrices (norms and biases are too small to matter).
         activations += size * parameters
     averages = 2 * parameters
     if optimizer == "muon":
@@ -665,6 +679,7 @@ def estimate(
         recipe.loss_rows,
         recipe.compile,
         recipe.optimizer,
+        recompute=not hardware.is_gpu,
     )
     total = memory.pop("total") + LIBRARIES
     memory |= {"libraries": LIBRARIES, "total": peak_memory or total}

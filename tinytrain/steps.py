@@ -290,6 +290,9 @@ def get_model(recipe: Recipe, config: Qwen2Config | None = None) -> Qwen2ForCaus
     -------
     transformers.Qwen2ForCausalLM
     """
+    import torch
+
+    from tinytrain import hardware
     from tinytrain.loss import save_loss_memory
 
     model = modeling.build_model(config or get_config(recipe), seed=recipe.seed)
@@ -297,7 +300,9 @@ def get_model(recipe: Recipe, config: Qwen2Config | None = None) -> Qwen2ForCaus
         save_loss_memory(model, recipe.loss_rows)
     model.set_attn_implementation(recipe.attention)
     if recipe.compile:
-        modeling.compile_layers(model)
+        # On a processor to read results from memory takes as long as to compute them again.
+        modeling.compile_layers(model, recompute=not torch.cuda.is_available())
+        hardware.return_freed_memory()
     return model
 
 
