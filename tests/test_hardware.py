@@ -274,27 +274,3 @@ def test_the_peak_of_memory_is_what_was_used_since_the_reset():
     assert hardware.peak_memory() - before > 150_000_000  # it is a peak
     hardware.peak_memory(reset=True)
     assert hardware.peak_memory() - before < 150_000_000
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="about Linux's C library")
-def test_freed_memory_goes_back_to_the_system():
-    """Fifty pieces of 8 MB, the last of which is kept; in fresh processes, as it is for all."""
-    code = """
-import sys, numpy, psutil
-from tinytrain.hardware import return_freed_memory
-if sys.argv[1] == "return":
-    return_freed_memory()
-large = numpy.ones(3_900_000)
-del large  # from now on glibc by itself keeps pieces of up to this size
-before = psutil.Process().memory_info().rss
-pieces = [numpy.ones(1_000_000) for _ in range(50)]
-last = pieces.pop()
-del pieces
-print((psutil.Process().memory_info().rss - before) // 10**6)
-"""
-    grown = {}
-    for what in ("keep", "return"):
-        command = [sys.executable, "-c", code, what]
-        shown = subprocess.run(command, capture_output=True, text=True, check=True)
-        grown[what] = int(shown.stdout)
-    assert grown["return"] < 30 and grown["keep"] > 300

@@ -9,14 +9,12 @@ a short list of facts about processors that will have to grow as they do.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import logging
 import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -295,24 +293,6 @@ def peak_memory(reset: bool = False) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
-
-
-def return_freed_memory() -> None:
-    """Let freed memory go back to the system at once, on Linux with glibc; elsewhere do nothing.
-
-    The C library keeps pieces of up to 32 MB when they are freed, in the hope that they are asked
-    for again. Training frees pieces of many sizes, and what stays between them cannot be used by
-    the next large one. The price is some time for the system, which clears each page it gives out.
-
-    References
-    ----------
-    ``man 3 mallopt``: ``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD``.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "gnu_get_libc_version"):
-        mmap_threshold, trim_threshold = -3, -1
-        libc.mallopt(mmap_threshold, 1 << 20)
-        libc.mallopt(trim_threshold, 64 << 20)
 
 
 def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -> float:

@@ -34,7 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients on the way forward; backward only hands them over."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, total, rows, dtype):
+    def forward(ctx, hidden, weight, labels, total, rows, dtype, aside):
         learns = hidden.requires_grad or weight.requires_grad
         narrow = weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -62,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight += logits.T @ part
         if learns:
             ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.total, ctx.weight_dtype = total, weight.dtype
+        ctx.total, ctx.weight_dtype, ctx.aside = total, weight.dtype, aside
         return loss / total
 
     @staticmethod
@@ -71,8 +71,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         # Only here divided by the number of positions: before, fp16 could not hold the result.
         factor = factor / ctx.total
-        grad_weight = grad_weight.to(ctx.weight_dtype).mul_(factor)
-        return grad_hidden.mul_(factor), grad_weight, None, None, None, None
+        grad_hidden = grad_hidden.mul_(factor)
+        if ctx.aside is not None:
+            ctx.aside.append((grad_weight, factor))
+            return grad_hidden, *[None] * 6
+        return grad_hidden, grad_weight.to(ctx.weight_dtype).mul_(factor), *[None] * 5
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    """Looks up rows of a table that the loss uses too, and hands over one gradient for both.
+
+    Left to itself, PyTorch would make a second table for the few rows that were read, and a third
+    one to add the two. Here the loss puts its gradient aside until the backward pass ends here, in
+    the short type of the products, and the rows are added in place.
+    """
+
+    @staticmethod
+    def forward(ctx, ids, table, padding_idx, aside):
+        ctx.save_for_backward(ids, table)
+        ctx.padding_idx, ctx.aside = padding_idx, aside
+        return F.embedding(ids, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rows):
+        ids, table = ctx.saved_tensors
+        if ctx.aside:
+            narrow, factor = ctx.aside.pop()
+            grad_table = narrow.to(table.dtype).mul_(factor)
+            del narrow
+        else:  # nothing was learned from the loss
+            grad_table = torch.zeros_like(table)
+        if ctx.padding_idx is not None:
+            grad_rows = grad_rows.masked_fill((ids == ctx.padding_idx)[..., None], 0)
+        ids, grad_rows = ids.flatten()[None], grad_rows.flatten(0, -2).to(table.dtype)
+        # A sparse tensor, which sums the rows of one token in a fixed order, on a GPU as well.
+        grad_table += torch.sparse_coo_tensor(ids, grad_rows, table.shape, check_invariants=False)
+        return None, grad_table, None, None
 
 
 def _to_gradient(
@@ -139,17 +174,22 @@ def linear_cross_entropy(
             "the shapes do not fit: (positions, width) {}, (words, width) {}, (positions,) {}; "
             "a batch is flattened first".format(*shapes)
         )
+    return _apply(hidden, weight, labels, total, rows)
+
+
+def _apply(hidden, weight, labels, total, rows, aside=None) -> torch.Tensor:
+    """Compute the loss; its gradient for the weight is put aside if there is a list for it."""
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     if total is None:
         total = (labels != IGNORED).sum()
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, total, rows, dtype)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, total, rows, dtype, aside)
 
 
-def _adds_sparse(table: torch.nn.Module) -> bool:
-    """Tell whether PyTorch can add a sparse gradient to a dense one, here and for this table."""
+def _is_plain(table: torch.nn.Module) -> bool:
+    """Tell whether the table's gradient may be handed over in one piece, here and for this one."""
     weight = table.weight
     # Not where the weights are parts of something else, as when they are sharded over GPUs.
     plain = type(table) is torch.nn.Embedding and type(weight) is torch.nn.Parameter
@@ -195,17 +235,16 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512) -> None:
         if labels is None:
             return kind.forward(self, input_ids, *args, **kwargs)
         kwargs["use_cache"] = False  # nothing is generated: keys and values need not be kept
-        table = self.model.embed_tokens
-        if self.lm_head.weight is table.weight and input_ids is not None and _adds_sparse(table):
-            # The few rows that were read are added to the gradient of the output matrix. Left to
-            # itself, PyTorch would make a second table for them, nearly all of it zeros.
-            embedded = F.embedding(input_ids, table.weight, table.padding_idx, sparse=True)
+        table, aside = self.model.embed_tokens, None
+        tied = self.lm_head.weight is table.weight and table.weight.requires_grad
+        if tied and torch.is_grad_enabled() and input_ids is not None and _is_plain(table):
+            aside = []
+            embedded = _TiedEmbedding.apply(input_ids, table.weight, table.padding_idx, aside)
             input_ids, kwargs["inputs_embeds"] = None, embedded
         hidden = self.model(input_ids, *args, **kwargs).last_hidden_state
         hidden = hidden[:, :-1].flatten(0, 1)  # each position foretells the next
         labels = labels[:, 1:].flatten()
-        weight = self.lm_head.weight
-        loss = linear_cross_entropy(hidden, weight, labels, num_items_in_batch, rows)
+        loss = _apply(hidden, self.lm_head.weight, labels, num_items_in_batch, rows, aside)
         return CausalLMOutputWithPast(loss=loss)
 
     # The same name: it is written into the saved configuration.

@@ -292,7 +292,6 @@ def get_model(recipe: Recipe, config: Qwen2Config | None = None) -> Qwen2ForCaus
     """
     import torch
 
-    from tinytrain import hardware
     from tinytrain.loss import save_loss_memory
 
     model = modeling.build_model(config or get_config(recipe), seed=recipe.seed)
@@ -302,7 +301,6 @@ def get_model(recipe: Recipe, config: Qwen2Config | None = None) -> Qwen2ForCaus
     if recipe.compile:
         # On a processor to read results from memory takes as long as to compute them again.
         modeling.compile_layers(model, recompute=not torch.cuda.is_available())
-        hardware.return_freed_memory()
     return model
 
 
@@ -346,8 +344,7 @@ def probe(recipe: Recipe, precision: str, steps: int = 6) -> tuple[float, int]:
 def train_for(recipe: Recipe, seconds: float, folder: str | Path) -> GuardedTrainer:
     """Train a fresh model for about so many seconds, to compare recipes at equal time.
 
-    A probe tells how many steps fit in, and the learning rate falls to its end just then; a
-    warm-up takes at most a tenth of them.
+    A probe tells how many steps fit in.
 
     Parameters
     ----------
@@ -363,17 +360,40 @@ def train_for(recipe: Recipe, seconds: float, folder: str | Path) -> GuardedTrai
     tinytrain.training.GuardedTrainer
         Its ``model`` is trained; its ``evaluate()`` returns the held-out loss.
     """
+    from tinytrain import hardware
+
+    step_seconds, _ = probe(recipe, hardware.choose_precision(recipe.precision).name)
+    return train_steps(recipe, max(2, round(seconds / step_seconds)), folder)
+
+
+def train_steps(recipe: Recipe, number: int, folder: str | Path) -> GuardedTrainer:
+    """Train a fresh model for so many steps, to compare recipes at equal work.
+
+    The learning rate falls to its end just then; a warm-up takes at most a tenth of the steps.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The numbers of the run; its ``max_steps`` and ``epochs`` are not used.
+    number : int
+        Steps to train.
+    folder : str or Path
+        Gets ``history.jsonl``; nothing else is kept.
+
+    Returns
+    -------
+    tinytrain.training.GuardedTrainer
+        Its ``model`` is trained; its ``evaluate()`` returns the held-out loss.
+    """
     from tinytrain import callbacks, hardware, training
 
-    precision = hardware.choose_precision(recipe.precision).name
-    step_seconds, _ = probe(recipe, precision)
-    number = max(2, round(seconds / step_seconds))
     recipe = replace(
         recipe,
         max_steps=number,
         warmup_steps=min(recipe.warmup_steps, number // 10),
         logging_steps=max(1, number // 50),
     )
+    precision = hardware.choose_precision(recipe.precision).name
     blocks, model = get_blocks(recipe), get_model(recipe)
     few = blocks["test"].select(range(min(len(blocks["test"]), recipe.eval_blocks or 64)))
     about = {"vocab_size": model.config.vocab_size, "name": recipe.name}
