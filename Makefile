@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_RUNS := $(CURDIR)/build/test-runs
+# Whose language the notebooks have: make lab EDITION=zh, make tutorial EDITION=zh
+EDITION ?= en
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=1500 --timeout=1600
 
 .DEFAULT_GOAL := help
-.PHONY: help tutorial test browser-test colab-test soak gguf benchmark lint lab notebooks clean
+.PHONY: help tutorial test browser-test colab-test soak gguf benchmark lint lab notebooks sync clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -18,11 +20,12 @@ help:  ## list the targets
 	@touch $@
 
 tutorial: .venv/ready  ## run the notebooks and show what the trained model has learned
-	@$(BIN)/python notebooks/run_all.py
+	@$(BIN)/python notebooks/run_all.py --edition $(EDITION)
 
 test: .venv/ready lint  ## lint, every notebook (training included) under nbval, all tests
 	rm -rf $(TEST_RUNS)
-	TINYTRAIN_RUNS=$(TEST_RUNS) TINYTRAIN_RECIPE=pocket $(BIN)/python -m pytest -v $(NBVAL) notebooks
+	TINYTRAIN_RUNS=$(TEST_RUNS) TINYTRAIN_RECIPE=pocket $(BIN)/python -m pytest -v $(NBVAL) notebooks/*.ipynb
+	TINYTRAIN_RUNS=$(TEST_RUNS) TINYTRAIN_RECIPE=smoke $(BIN)/python -m pytest -v $(NBVAL) notebooks/zh
 	TINYTRAIN_RUNS=$(TEST_RUNS) $(BIN)/python -m pytest
 
 .venv/browser: .venv/ready
@@ -61,11 +64,12 @@ build/peers/ready: benchmarks/peers.txt
 	@touch $@
 
 # On a text of one's own: make benchmark TEXT=my.jsonl
-benchmark: .venv/ready build/peers/ready  ## measure all that is claimed about speed and memory (1.5 hours)
+benchmark: .venv/ready build/peers/ready  ## measure all that is claimed about speed and memory (2 hours)
 	$(BIN)/python -m benchmarks.tokenization $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.learning $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python -m benchmarks.learning --choices --seconds 60 $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python -m benchmarks.questions $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.estimate
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && $(BIN)/python -m benchmarks.gpu || true
@@ -79,16 +83,20 @@ lint: .venv/ready
 MINE := $(or $(TINYTRAIN_RUNS),runs)/notebooks
 
 lab: .venv/ready  ## open JupyterLab in your own copies of the notebooks, in runs/notebooks
-	@mkdir -p $(MINE)
-	@for new in notebooks/[0-9]*.ipynb; do \
-		mine=$(MINE)/$${new##*/}; \
+	@mkdir -p $(MINE)/zh
+	@for new in notebooks/[0-9]*.ipynb notebooks/zh/[0-9]*.ipynb; do \
+		mine=$(MINE)/$${new#notebooks/}; \
 		[ -e $$mine ] || cp $$new $$mine; \
 		[ ! $$new -nt $$mine ] || echo "$$new is newer than $$mine; delete yours to get it"; \
 	done
-	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) $(MINE)/01_gpu_check.ipynb
+	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) $(MINE)/$(if $(filter zh,$(EDITION)),zh/)01_gpu_check.ipynb
 
 notebooks: .venv/ready  ## run the notebooks and keep their outputs in place, to be committed
 	@$(BIN)/python notebooks/run_all.py --in-place
+	@$(BIN)/python notebooks/sync.py
+
+sync: .venv/ready  ## carry code and outputs of the English notebooks over to the Chinese ones
+	@$(BIN)/python notebooks/sync.py
 
 clean:  ## remove .venv and what the tests made; your runs stay
 	rm -rf .venv build

@@ -154,7 +154,11 @@ def main() -> int:
     """Run from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--in-place", action="store_true", help="keep the outputs in notebooks/")
-    in_place = parser.parse_args().in_place
+    parser.add_argument("--edition", choices=("en", "zh"), default="en", help="English, Chinese")
+    options = parser.parse_args()
+    if options.in_place and options.edition == "zh":
+        parser.error("the outputs of the Chinese edition come from the English one: make sync")
+    source = HERE / "zh" if options.edition == "zh" else HERE
 
     corpus = os.environ.get("TINYTRAIN_CORPUS")
     if corpus and Path(corpus).exists():  # the kernels work in another folder
@@ -167,7 +171,7 @@ def main() -> int:
     begun = time.monotonic()
     folder = run_folder(get_recipe(has_gpu=torch.cuda.is_available()))
     (folder / "notebooks").mkdir(exist_ok=True)
-    paths, done = sorted(HERE.glob("[0-9]*.ipynb")), []
+    paths, done = sorted(source.glob("[0-9]*.ipynb")), []
     for number, path in enumerate(paths, 1):
         print(f"{clock(begun)} notebook {number} of {len(paths)}: {path.stem}", flush=True)
         try:
@@ -176,7 +180,7 @@ def main() -> int:
             print(f"\n{path.name} stopped here:\n{error}", file=sys.stderr)
             return 1
         target = folder / "notebooks" / path.name
-        if in_place:
+        if options.in_place:
             set_address(notebook)
             target = path
         nbformat.write(notebook, target)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from benchmarks import reference
-from benchmarks.__main__ import BEGIN, with_table
+from benchmarks.__main__ import PAGES, SHOWN, with_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
-NAMES = ["overhead", "train_step", "learning", "tokenization", "estimate"]
+NAMES = ["overhead", "train_step", "learning", "questions", "tokenization", "estimate"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,6 +60,10 @@ def test_a_gpu_is_asked_for_where_there_is_none():
     assert shown.returncode == 1 and "needs a CUDA GPU" in shown.stderr
 
 
-def test_the_readme_shows_the_results_that_are_kept():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert BEGIN in readme and with_table(readme) == readme
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_show_the_results_that_are_kept(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    shown = ["benchmarks"] if "README" in page else [*SHOWN, "machine"]
+    assert all(f"<!-- {name}: begin -->" in text for name in shown)
+    assert with_tables(text, "zh" in page) == text
+    assert with_tables(text.replace("|", "¦"), "zh" in page) != text.replace("|", "¦")

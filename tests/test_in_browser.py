@@ -117,7 +117,8 @@ def menu(page, name, entry):
 
 def open_notebook(page, lab, name):
     """Open a notebook in a workspace of its own, without the outputs that are committed."""
-    page.goto(f"{lab.url}lab/workspaces/{name}/tree/{name}.ipynb?token={lab.token}")
+    workspace = name.replace("/", "-")
+    page.goto(f"{lab.url}lab/workspaces/{workspace}/tree/{name}.ipynb?token={lab.token}")
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # in the status bar
     menu(page, "Edit", "Clear Outputs of All Cells")
 
@@ -236,3 +237,14 @@ def test_06_writes_on_from_a_prompt(lab, page):
     wait_until(page, lambda: written.inner_text() not in (sampled, "", "法国的首都是"))
     wait_until(page, write.is_enabled)
     assert written.inner_text().startswith("法国的首都是")
+
+
+def test_the_chinese_edition_runs_and_leads_to_the_english_one(lab, page):
+    open_notebook(page, lab, "zh/02_data_split")
+    title = page.get_by_role("heading", name="02 · 文本，以及留出的那一份")
+    shoot(page, "zh_02_title", title)
+    menu(page, "Run", "Run All Cells")
+    wait_for_all_cells(page, minutes=5)
+    shoot(page, "zh_02_twins", page.get_by_role("heading", name="模型真的没见过吗"))
+    page.get_by_role("link", name="English").click()
+    page.get_by_role("heading", name="02 · The text, and a part we keep away").wait_for()

@@ -1,0 +1,201 @@
+"""The two editions: the same code and outputs, and text that says the same in two languages."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENGLISH = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+NAMES = [path.name for path in ENGLISH]
+PAGES = [("README.md", "README.zh-CN.md"), ("docs/questions.md", "docs/questions.zh-CN.md")]
+HAN = r"\u4e00-\u9fff"
+
+
+def edition(name, language):
+    path = ROOT / "notebooks" / ("zh" if language == "zh" else "") / name
+    return nbformat.read(path, as_version=4).cells
+
+
+def twins(name):
+    """Yield the pairs of text cells."""
+    for english, chinese in zip(edition(name, "en"), edition(name, "zh"), strict=True):
+        if english.cell_type == "markdown":
+            yield english, chinese
+
+
+def prose(text):
+    """Return a text without code, links' targets and what is quoted of HTML."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!-- benchmarks: begin -->.*?<!-- benchmarks: end -->", "", text, flags=re.S)
+    text = re.sub(r"<[^>]*>", "", text)
+    text = re.sub(r"`[^`]*`", "", text)
+    return re.sub(r"\]\([^)]*\)", "]", text)
+
+
+def numbers(text):
+    return set(re.findall(r"\d[\d,.]*\d|\d", text))
+
+
+def links(text, folder):
+    """Return where links lead: in the repository as paths, in one language for both."""
+    found = set()
+    for target in re.findall(r"\]\(([^)#\s]+)\)", text):
+        if "://" not in target:
+            target = str((folder / target).resolve().relative_to(ROOT))
+        found.add(target.replace("notebooks/zh/", "notebooks/").replace(".zh-CN.md", ".md"))
+    return found
+
+
+def glossary():
+    """Return (English names, Chinese name, Chinese names that are not used) of each term."""
+    lines = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and cells[0] not in ("English",) and "---" not in cells[0]:
+            names = [part.strip() for part in re.sub(r"\(.*\)", "", cells[0]).split(",")]
+            yield names, re.sub(r"（.*）", "", cells[1]), cells[4].split("、")
+
+
+TERMS = list(glossary())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_cells_in_the_same_order(name):
+    english, chinese = edition(name, "en"), edition(name, "zh")
+    assert [(c.id, c.cell_type) for c in english] == [(c.id, c.cell_type) for c in chinese]
+    for one, other in zip(english, chinese, strict=True):
+        if one.cell_type == "code":
+            assert one == other, one.id  # outputs and all
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_text_is_chinese(name):
+    for english, chinese in twins(name):
+        text = prose(chinese.source)
+        assert chinese.source != english.source, chinese.id
+        # Not a sentence left: no more than a few Latin words in a row.
+        assert len(re.findall(f"[{HAN}]", text)) > len(re.findall("[A-Za-z]", text)) / 2, chinese.id
+        assert not re.search(r"(?:\b[a-z]{2,}\b[ ,]+){5}", text), chinese.id
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_and_links_are_the_same(name):
+    folder = ROOT / "notebooks"
+    for english, chinese in twins(name):
+        assert numbers(english.source) == numbers(chinese.source), chinese.id
+        here, there = links(english.source, folder), links(chinese.source, folder / "zh")
+        assert here == there, chinese.id
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_cells_lead_to_each_other(name):
+    assert f"[中文](zh/{name})" in edition(name, "en")[0].source
+    assert f"[English](../{name})" in edition(name, "zh")[0].source
+
+
+@pytest.mark.parametrize("english, chinese", PAGES)
+def test_pages_have_twins_as_full_as_they_are(english, chinese):
+    one, other = ((ROOT / name).read_text(encoding="utf-8") for name in (english, chinese))
+    assert f"]({Path(chinese).name})" in one and f"]({Path(english).name})" in other
+    assert one.count("\n#") == other.count("\n#") and one.count("\n|") == other.count("\n|")
+    assert numbers(prose(one)) == numbers(prose(other))
+    folder = (ROOT / english).parent
+    assert links(one, folder) == links(other, folder)
+    assert len(re.findall(f"[{HAN}]", prose(other))) > len(re.findall("[A-Za-z]", prose(other))) / 2
+
+
+def chinese_texts():
+    for name in NAMES:
+        for _, cell in twins(name):
+            yield f"{name} {cell.id}", cell.source
+    for _, name in PAGES:
+        yield name, (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_terms_have_one_chinese_name():
+    for where, text in chinese_texts():
+        for _, chinese, others in TERMS:
+            for other in others:
+                assert other not in prose(text), f"{where}: {other} instead of {chinese}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_a_term_stands_in_english_its_name_stands_in_chinese(name):
+    for english, chinese in twins(name):
+        for names, term, _ in TERMS:
+            pattern = "|".join(rf"\b{re.escape(word)}s?\b" for word in names)
+            if re.search(pattern, prose(english.source), re.IGNORECASE):
+                assert term in chinese.source, f"{chinese.id}: {names[0]}"
+
+
+def test_every_term_of_the_glossary_is_used():
+    texts = "".join(text for _, text in chinese_texts())
+    assert not [term for _, term, _ in TERMS if term not in texts]
+
+
+def test_chinese_punctuation_and_spaces():
+    """Full-width punctuation, a space between Chinese and Latin, and bold that does get bold."""
+    for where, text in chinese_texts():
+        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        text = re.sub(
+            r"<!-- benchmarks: begin -->.*?<!-- benchmarks: end -->", "", text, flags=re.S
+        )
+        words = prose(text)
+        for wrong in (rf"[{HAN}][,;:?!]", rf"[{HAN}]\.(\s|$)", rf"[,;:?!(][{HAN}]", rf"[{HAN}]\("):
+            assert not re.search(wrong, words), f"{where}: {re.search(wrong, words)}"
+        tight = rf"[{HAN}][A-Za-z0-9`]|[A-Za-z0-9%`][{HAN}]"
+        for line in text.splitlines():
+            # A code span counts as Latin text; within it nothing is looked at.
+            plain = re.sub(r"`[^`]*`", "`x`", re.sub(r"\]\([^)]*\)", "]", line))
+            found = re.search(tight, plain)
+            assert not found, f"{where}: {found[0]!r} in {line}"
+
+
+def test_bold_is_closed_where_a_reader_sees_it():
+    from markdown_it import MarkdownIt
+
+    for where, text in chinese_texts():
+        html = MarkdownIt().enable("table").render(text)
+        html = re.sub(r"<(pre|code)[^>]*>.*?</\1>", "", html, flags=re.DOTALL)
+        assert "**" not in html, f"{where}: {html[html.index('**') - 40 : html.index('**') + 40]}"
+
+
+def test_sync_carries_code_and_outputs_and_keeps_the_chinese(tmp_path):
+    """On a copy: a changed cell, an output, a new text cell, and one that is gone."""
+    folder = tmp_path / "notebooks"
+    (folder / "zh").mkdir(parents=True)
+    source = ROOT / "notebooks"
+    for name in ("sync.py", NAMES[0], f"zh/{NAMES[0]}"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    english = nbformat.read(folder / NAMES[0], as_version=4)
+    before = nbformat.read(folder / "zh" / NAMES[0], as_version=4)
+    english.cells[2].source += "  # changed"
+    english.cells[2].outputs = []
+    new = nbformat.v4.new_markdown_cell("Something new.")
+    english.cells[5] = new
+    nbformat.write(english, folder / NAMES[0])
+
+    command = [sys.executable, str(folder / "sync.py")]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 1 and f"cell {new.id} is still in English" in shown.stdout
+    after = nbformat.read(folder / "zh" / NAMES[0], as_version=4).cells
+    assert after[2] == english.cells[2]
+    assert after[5].source == "Something new."
+    assert [c.source for c in after[6:]] == [c.source for c in before.cells[6:]]
+    assert after[0].source == before.cells[0].source
+
+
+@pytest.mark.parametrize("page", ["docs/questions.md", "docs/questions.zh-CN.md"])
+def test_the_lines_that_are_explained_are_those_that_are_printed(page):
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tinytrain").glob("*.py"))
+    code = re.sub(r"%s|%d|%\.\w+|\{[^{}]*\}", "…", code)
+    table = (ROOT / page).read_text(encoding="utf-8").split("\n## ")[-1]
+    lines = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(lines) == 10
+    for line in lines:
+        for part in re.split(r"…(?:/…)?", line.replace("checkpoint-", "")):
+            assert part.strip(" ;:") in code, part
