@@ -15,7 +15,6 @@ from benchmarks import ROOT
 PAGES = ("README.md", "README.zh-CN.md", "docs/questions.md", "docs/questions.zh-CN.md")
 ORDER = ("train_step", "learning", "tokenization", "overhead", "estimate", "gpu")
 
-
 # What is shown of each question: English head, Chinese head, how to write it.
 VALUE = {
     "context": ("tokens of context", "上下文的词元数"),
@@ -54,9 +53,9 @@ def question_table(question: str, chinese: bool) -> str:
     for row in results("questions"):
         if row["question"] == question:
             found = [COLUMNS[key][2].format(row["run"][key]) for key in columns]
-            name = row["peer_name"].replace(", another seed", "，另一个种子") if chinese else (
-                row["peer_name"]
-            )  # fmt: skip
+            name = row["peer_name"]
+            if chinese:
+                name = name.replace(", another seed", "，另一个种子")
             lines.append([name, *found])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -27,11 +27,15 @@ def twins(name):
             yield english, chinese
 
 
+def written(text):
+    """Return a text without blocks of code and the table that a program writes in English."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.sub(r"<!-- benchmarks: begin -->.*?<!-- benchmarks: end -->", "", text, flags=re.S)
+
+
 def prose(text):
     """Return a text without code, links' targets and what is quoted of HTML."""
-    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!-- benchmarks: begin -->.*?<!-- benchmarks: end -->", "", text, flags=re.S)
-    text = re.sub(r"<[^>]*>", "", text)
+    text = re.sub(r"<[^>]*>", "", written(text))
     text = re.sub(r"`[^`]*`", "", text)
     return re.sub(r"\]\([^)]*\)", "]", text)
 
@@ -55,7 +59,7 @@ def glossary():
     lines = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines()
     for line in lines:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 5 and cells[0] not in ("English",) and "---" not in cells[0]:
+        if len(cells) == 5 and cells[0] not in ("English", "---"):
             names = [part.strip() for part in re.sub(r"\(.*\)", "", cells[0]).split(",")]
             yield names, re.sub(r"（.*）", "", cells[1]), cells[4].split("、")
 
@@ -140,15 +144,11 @@ def test_every_term_of_the_glossary_is_used():
 def test_chinese_punctuation_and_spaces():
     """Full-width punctuation, a space between Chinese and Latin, and bold that does get bold."""
     for where, text in chinese_texts():
-        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-        text = re.sub(
-            r"<!-- benchmarks: begin -->.*?<!-- benchmarks: end -->", "", text, flags=re.S
-        )
         words = prose(text)
         for wrong in (rf"[{HAN}][,;:?!]", rf"[{HAN}]\.(\s|$)", rf"[,;:?!(][{HAN}]", rf"[{HAN}]\("):
             assert not re.search(wrong, words), f"{where}: {re.search(wrong, words)}"
         tight = rf"[{HAN}][A-Za-z0-9`]|[A-Za-z0-9%`][{HAN}]"
-        for line in text.splitlines():
+        for line in written(text).splitlines():
             # A code span counts as Latin text; within it nothing is looked at.
             plain = re.sub(r"`[^`]*`", "`x`", re.sub(r"\]\([^)]*\)", "]", line))
             found = re.search(tight, plain)

@@ -481,6 +481,7 @@ def training_memory(
         raise ValueError(f"precision {precision!r} is none of float32, bf16, fp16")
     mixed = precision != "float32"
     size = 2 if mixed else 4
+    recompute = recompute and compiled
     parameters = count_parameters(config)["total"]
     hidden, tokens = config.hidden_size, batch_size * context_length
     query, key_value = _attention_widths(config)
@@ -490,7 +491,7 @@ def training_memory(
         + size * (2 * query + 2 * key_value)
         + 4 * size * config.intermediate_size
     )
-    if compiled and recompute:
+    if recompute:
         kept = config.num_hidden_layers * (2 * 4 * hidden + size * (2 * query + key_value))
     elif compiled:
         # The input; queries and the attention's inputs and output, and likewise keys and values;
@@ -501,7 +502,7 @@ def training_memory(
         kept = config.num_hidden_layers * per_layer
     last_norm = 2 * 4 * hidden + size * hidden
     activations = tokens * (kept + last_norm)
-    if mixed and not (compiled and recompute):
+    if mixed and not recompute:
         # Autocast's copies of the matrices (norms and biases are too small to matter).
         activations += size * parameters
     averages = 2 * parameters
