@@ -87,10 +87,12 @@ def ours(recipe, folder: str, batch: int, context: int):
 
 
 def compiled(recipe, folder: str, batch: int, context: int):
-    """Set up the same with compiled layers that keep all they need, as litgpt's do."""
+    """Set up the same with a compiled loss and layers that keep all they need, as litgpt's do."""
+    from tinytrain.loss import save_loss_memory
     from tinytrain.modeling import compile_layers
 
-    trainer = ours(recipe, folder, batch, context)
+    trainer = ours(replace(recipe, loss_rows=None), folder, batch, context)
+    save_loss_memory(trainer.model, recipe.loss_rows, compiled=True)
     compile_layers(trainer.model)
     return trainer
 
@@ -108,13 +110,14 @@ def contestants(quick: bool) -> dict:
     from tinytrain.recipes import RECIPES
 
     seed, wiki, pocket = (RECIPES[name] for name in ("seed", "wiki", "pocket"))
+    rows = RECIPES["qwen-0.5b"].loss_rows  # the recipe that has as many words
     if quick:
         seed, wiki, pocket = (replace(recipe, **TINY) for recipe in (seed, wiki, pocket))
     # Muon pays at the recipe's batch, not at one of 4 blocks; the peers use AdamW too.
     wiki = replace(wiki, optimizer="adamw")
     return {
         "guide": (plain, seed, GUIDE),
-        "all words": (ours, replace(wiki, vocab_size=None), GUIDE),
+        "all words": (ours, replace(wiki, vocab_size=None, loss_rows=rows), GUIDE),
         "kept words": (ours, wiki, GUIDE),
         "Trainer": (plain, pocket, POCKET),
         "pocket": (ours, replace(pocket, optimizer="adamw"), POCKET),

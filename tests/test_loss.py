@@ -34,27 +34,50 @@ def with_gradients(function, hidden, weight, *args, **kwargs):
     [(64, 16, 100, 0, 16), (37, 7, 53, 5, 10), (10, 4, 3, 9, 3), (5, 4, 1001, 0, 512)],
 )
 @pytest.mark.parametrize("total", [None, 11.0])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_value_and_gradients_are_those_of_the_plain_loss(
-    positions, width, words, ignored, rows, total
+    positions, width, words, ignored, rows, total, compiled
 ):
     hidden, weight, labels = inputs(positions, width, words, ignored)
     expected = with_gradients(plain, hidden, weight, labels, total)
-    found = with_gradients(linear_cross_entropy, hidden, weight, labels, total, rows=rows)
+    options = {"rows": rows, "compiled": compiled}
+    found = with_gradients(linear_cross_entropy, hidden, weight, labels, total, **options)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
         assert ours.dtype == theirs.dtype
 
 
-def test_in_bf16_it_is_as_near_to_the_truth_as_the_plain_loss():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_bf16_it_is_as_near_to_the_truth_as_the_plain_loss(compiled):
     hidden, weight, labels = inputs(100, 64, 500, 10)
     truth = with_gradients(plain, hidden, weight, labels)
     with torch.autocast("cpu", torch.bfloat16):
-        found = with_gradients(linear_cross_entropy, hidden, weight, labels, rows=32)
+        options = {"rows": 32, "compiled": compiled}
+        found = with_gradients(linear_cross_entropy, hidden, weight, labels, **options)
         usual = with_gradients(plain, hidden, weight, labels)
     for ours, theirs, exact in zip(found, usual, truth, strict=True):
         assert ours.dtype == torch.float32
         assert (ours - exact).norm() <= 1.5 * (theirs - exact).norm() + 1e-3 * exact.norm()
         assert (ours - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_compiling_needs_no_memory_of_the_size_of_the_scores():
+    """And happens: what would run uncompiled in its place makes several copies of them."""
+    hidden, weight, labels = inputs(64, 16, 5000)
+    linear_cross_entropy(hidden, weight, labels, compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        linear_cross_entropy(hidden, weight, labels, compiled=True)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest == 4 * 64 * 5000  # the scores themselves, made once
+
+
+def test_without_learning_only_the_scores_are_computed():
+    hidden, weight, labels = inputs(20, 16, 300)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, labels, rows=8)
+    assert counter.get_total_flops() == 2 * 20 * 16 * 300
+    torch.testing.assert_close(loss, plain(hidden, weight, labels))
 
 
 def test_in_fp16_small_gradients_do_not_vanish():
@@ -117,9 +140,13 @@ def test_gradients_add_up_and_frozen_words_get_none():
     assert model.lm_head.weight.grad is None and model.model.norm.weight.grad is not None
 
 
-def test_huge_scores_do_not_overflow_and_no_label_is_nan_as_in_pytorch():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_huge_scores_do_not_overflow_and_no_label_is_nan_as_in_pytorch(compiled):
     hidden, weight, labels = inputs(8, 4, 10)
-    assert torch.isfinite(linear_cross_entropy(1e6 * hidden, weight, labels, rows=3))
+    huge = 1e6 * hidden, weight, labels
+    found = with_gradients(linear_cross_entropy, *huge, rows=3, compiled=compiled)
+    for ours, theirs in zip(found, with_gradients(plain, *huge), strict=True):
+        torch.testing.assert_close(ours, theirs)
     assert linear_cross_entropy(hidden, weight, torch.full((8,), -100)).isnan()
 
 

@@ -215,8 +215,9 @@ def test_memory_of_the_guides_model():
     assert training_memory(config, 16, 512, "fp16") == memory
     sliced = training_memory(config, 16, 512, "bf16", loss_rows=512)
     # A slice of scores in bf16, a part of it in float32, and the output matrix's gradient in bf16.
-    assert sliced["logits"] == 151_665 * (2 * 512 + 4 * 128 + 2 * 512)
-    compiled = training_memory(config, 16, 512, "bf16", compiled=True)
+    assert sliced["logits"] == 151_665 * (2 * 512 + 2 * 512) + 4 * 2**22
+    compiled = training_memory(config, 16, 512, "bf16", loss_rows=512, compiled=True)
+    assert compiled["logits"] == 151_665 * (2 * 512 + 2 * 512)
     assert 0.4 < compiled["activations"] / memory["activations"] < 0.7
     muon = training_memory(config, 16, 512, "bf16", optimizer="muon")
     matrices = [p for n, p in build_model(config).named_parameters() if p.ndim == 2]
@@ -276,8 +277,9 @@ def kept_bytes(model, ids):
     return sum(kept.values())
 
 
-def test_what_is_computed_again_is_not_kept():
+def test_what_is_computed_again_is_not_kept(caplog):
     """And `training_memory` knows how much that is."""
+    torch._logging._internal.warning_once.cache_clear()
     config = small_config(num_hidden_layers=4)
     ids = torch.randint(0, 500, (4, 128))
     found = {}
@@ -288,7 +290,8 @@ def test_what_is_computed_again_is_not_kept():
         found[recompute] = kept_bytes(model, ids)
         said = training_memory(config, 4, 128, compiled=True, recompute=recompute)["activations"]
         assert found[recompute] == pytest.approx(said, rel=0.25)
-    assert found[True] < 0.5 * found[False]
+    assert found[True] < 0.3 * found[False]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 T4, A100 = KNOWN_GPUS[0], KNOWN_GPUS[3]

@@ -25,17 +25,16 @@ if TYPE_CHECKING:
 IGNORED = -100  # a label that does not count, as everywhere in PyTorch
 
 
-# Positions whose scores become gradients at once, in float32: few enough for memory and, on a
-# processor, for its cache, and enough to keep a GPU busy.
-_AT_ONCE = 128
+# Scores that become gradients at once, in float32, where nothing is compiled: 16 MB, which may stay
+# in the cache of a processor or a GPU.
+_AT_ONCE = 2**22
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients on the way forward; backward only hands them over."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, total, rows, dtype, aside):
-        learns = hidden.requires_grad or weight.requires_grad
+    def forward(ctx, hidden, weight, labels, total, rows, dtype, aside, learns, compiled):
         narrow = weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if learns else None
@@ -43,17 +42,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sum_dtype = torch.float32 if dtype == torch.float16 else dtype
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if learns else None
         rows = min(rows, max(len(hidden), 1))
-        few = min(rows, _AT_ONCE)
+        few = rows if compiled else min(rows, max(_AT_ONCE // len(weight), 1))
         # Made once: to get and clear fresh memory for each slice would take longer than to fill it.
         scores = hidden.new_empty((rows, len(weight)), dtype=dtype)
-        work = hidden.new_empty((few, len(weight)), dtype=torch.float32)
+        work = None if compiled else scores.new_empty((few, len(weight)), dtype=torch.float32)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows].to(dtype)
             label = labels[start : start + rows, None]
             logits = torch.mm(part, narrow.T, out=scores[: len(part)])
             for first in range(0, len(part), few):
-                stop = first + few
-                loss += _to_gradient(logits[first:stop], label[first:stop], work, learns)
+                piece = logits[first : first + few], label[first : first + few]
+                loss += _compiled()(*piece) if compiled else _to_gradient(*piece, work, learns)
             if learns:
                 grad_hidden[start : start + rows] = logits @ narrow
                 if dtype == sum_dtype:
@@ -74,8 +73,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = grad_hidden.mul_(factor)
         if ctx.aside is not None:
             ctx.aside.append((grad_weight, factor))
-            return grad_hidden, *[None] * 6
-        return grad_hidden, grad_weight.to(ctx.weight_dtype).mul_(factor), *[None] * 5
+            return grad_hidden, *[None] * 8
+        return grad_hidden, grad_weight.to(ctx.weight_dtype).mul_(factor), *[None] * 7
 
 
 class _TiedEmbedding(torch.autograd.Function):
@@ -126,12 +125,31 @@ def _to_gradient(
     return ((highest + sums.log() - right) * counts).sum()
 
 
+def _to_gradient_at_once(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Do the same as torch.compile likes it: it needs no memory and reads the scores three times."""
+    counts = (label != IGNORED).float()
+    label = label.clamp(min=0)
+    right = logits.gather(-1, label).float()
+    highest = logits.amax(-1, keepdim=True).float()
+    level = highest + (logits.float() - highest).exp().sum(-1, keepdim=True).log()
+    words = torch.arange(logits.shape[-1], device=logits.device)
+    logits.copy_(((logits.float() - level).exp() - (words == label).float()) * counts)
+    return ((level - right) * counts).sum()
+
+
+@functools.cache
+def _compiled() -> Any:
+    torch._dynamo.config.suppress_errors = True  # where compiling fails, it runs as it stands
+    return torch.compile(_to_gradient_at_once, dynamic=True)
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
     total: torch.Tensor | float | None = None,
     rows: int = 512,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Return the cross entropy of ``hidden @ weight.T``, computed a few rows at a time.
 
@@ -149,6 +167,9 @@ def linear_cross_entropy(
         What the sum of all losses is divided by; by default the number of labels that count.
     rows : int
         Positions at a time: fewer save memory, many more gain no speed.
+    compiled : bool
+        Whether torch.compile fuses what happens between the matrix products. That takes some
+        seconds, once, and saves time in each step.
 
     Returns
     -------
@@ -174,18 +195,20 @@ def linear_cross_entropy(
             "the shapes do not fit: (positions, width) {}, (words, width) {}, (positions,) {}; "
             "a batch is flattened first".format(*shapes)
         )
-    return _apply(hidden, weight, labels, total, rows)
+    return _apply(hidden, weight, labels, total, rows, compiled=compiled)
 
 
-def _apply(hidden, weight, labels, total, rows, aside=None) -> torch.Tensor:
+def _apply(hidden, weight, labels, total, rows, aside=None, compiled=False) -> torch.Tensor:
     """Compute the loss; its gradient for the weight is put aside if there is a list for it."""
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     if total is None:
         total = (labels != IGNORED).sum()
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    options = rows, dtype, aside, learns, compiled and learns
     with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, total, rows, dtype, aside)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, total, *options)
 
 
 def _is_plain(table: torch.nn.Module) -> bool:
@@ -196,7 +219,7 @@ def _is_plain(table: torch.nn.Module) -> bool:
     return plain and weight.is_leaf and weight.device.type in ("cpu", "cuda")
 
 
-def save_loss_memory(model: PreTrainedModel, rows: int = 512) -> None:
+def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = False) -> None:
     """Let a causal language model compute its training loss by `linear_cross_entropy`.
 
     The model is changed in place. Its weights, its configuration and what is saved stay as they
@@ -209,6 +232,8 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512) -> None:
         One with the parts ``model`` and ``lm_head`` (without bias), such as Qwen2 or Llama.
     rows : int
         See `linear_cross_entropy`.
+    compiled : bool
+        Likewise.
 
     Raises
     ------
@@ -244,7 +269,9 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512) -> None:
         hidden = self.model(input_ids, *args, **kwargs).last_hidden_state
         hidden = hidden[:, :-1].flatten(0, 1)  # each position foretells the next
         labels = labels[:, 1:].flatten()
-        loss = _apply(hidden, self.lm_head.weight, labels, num_items_in_batch, rows, aside)
+        loss = _apply(
+            hidden, self.lm_head.weight, labels, num_items_in_batch, rows, aside, compiled
+        )
         return CausalLMOutputWithPast(loss=loss)
 
     # The same name: it is written into the saved configuration.

@@ -296,7 +296,7 @@ def get_model(recipe: Recipe, config: Qwen2Config | None = None) -> Qwen2ForCaus
 
     model = modeling.build_model(config or get_config(recipe), seed=recipe.seed)
     if recipe.loss_rows:
-        save_loss_memory(model, recipe.loss_rows)
+        save_loss_memory(model, recipe.loss_rows, recipe.compile)
     model.set_attn_implementation(recipe.attention)
     if recipe.compile:
         # On a processor to read results from memory takes as long as to compute them again.
