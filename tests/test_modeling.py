@@ -289,7 +289,9 @@ def test_what_is_computed_again_is_not_kept(caplog):
         compile_layers(model, recompute)
         found[recompute] = kept_bytes(model, ids)
         said = training_memory(config, 4, 128, compiled=True, recompute=recompute)["activations"]
-        assert found[recompute] == pytest.approx(said, rel=0.25)
+        # While a layer computes again, it holds what one of those that keep all would have kept.
+        again = found[False] / 4 if recompute else 0
+        assert found[recompute] + again == pytest.approx(said, rel=0.25)
     assert found[True] < 0.3 * found[False]
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 

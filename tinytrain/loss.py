@@ -126,7 +126,7 @@ def _to_gradient(
 
 
 def _to_gradient_at_once(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Do the same as torch.compile likes it: it needs no memory and reads the scores three times."""
+    """Do the same in the way that torch.compile can turn into loops without memory of their own."""
     counts = (label != IGNORED).float()
     label = label.clamp(min=0)
     right = logits.gather(-1, label).float()
