@@ -73,7 +73,7 @@ def benchmark_table() -> str:
                 met = "yes" if row["met"] else "**no**"
                 lines.append(
                     f"| {row['measure']} | {row['ours']:,} | {row['peer']:,} ({row['peer_name']}) "
-                    f"| {row['ratio']:.2f} | {row['goal']}: {met} |"
+                    f"| {row['ratio']:.3g} | {row['goal']}: {met} |"
                 )
     lines += [""] + [f"{', '.join(names)}: {words}." for words, names in machines.items()]
     return "\n".join(lines)

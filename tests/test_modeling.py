@@ -296,6 +296,19 @@ def test_what_is_computed_again_is_not_kept(caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+def test_attention_is_not_computed_again():
+    config = small_config(num_hidden_layers=3)
+    ids = torch.randint(0, 500, (2, 32))
+    torch._dynamo.reset()
+    model = build_model(config)
+    compile_layers(model, recompute=True)
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.profiler.profile() as profile:
+        model(input_ids=ids, labels=ids).loss.backward()
+    names = [event.name for event in profile.events()]
+    assert names.count("aten::_scaled_dot_product_flash_attention_for_cpu") == 3
+
+
 T4, A100 = KNOWN_GPUS[0], KNOWN_GPUS[3]
 
 

@@ -201,6 +201,16 @@ def test_the_model_of_a_recipe_saves_what_the_recipe_says(built_in):
     assert chosen == ["eager", "sdpa"]
 
 
+@pytest.mark.parametrize(("rows", "graphs"), [(None, 1), (16, 2)])
+def test_a_recipe_that_compiles_does_so_with_layers_and_loss(built_in, rows, graphs):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = steps.get_model(replace(built_in, loss_rows=rows, compile=True))
+    ids = torch.arange(33)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 def test_a_probe_measures_and_leaves_nothing(built_in):
     before = modified(steps.run_folder(built_in))
     seconds, peak = steps.probe(built_in, "float32", steps=4)

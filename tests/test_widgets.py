@@ -114,7 +114,9 @@ def test_sliders_change_memory_and_time_as_the_plain_calls_do():
         row = estimate(recipe, card).row()
         assert "".join(row[name] for name in ("on", "memory", "fits", "time")) in shown
     move(explorer, "the loss in slices", True)
-    assert picture(explorer) == png(plot_memory(replace(recipe, loss_rows=1024), HERE))
+    assert picture(explorer) == png(
+        plot_memory(replace(recipe, loss_rows=RECIPES["wiki"].loss_rows), HERE)
+    )
 
 
 def test_every_width_of_the_slider_is_a_model():

@@ -535,7 +535,7 @@ def training_memory(
     }
     if loss_rows:
         scores = min(loss_rows, tokens) * config.vocab_size
-        apart = 0 if compiled else 4 * min(scores, 2**22)
+        apart = 0 if compiled else 4 * min(scores, 2**22)  # some of them in float32
         memory["logits"] = size * scores + apart + size * config.vocab_size * hidden
     return memory | {"total": sum(memory.values())}
 
