@@ -395,8 +395,9 @@ class Batches(TrainerCallback):
     ids=["nan", "infinite", "gradient-nan", "gradient-infinite", "leap"],
 )
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("clip", [1.0, 0.0])  # with 0 the Trainer has no norm to hand on
 def test_a_loss_gone_wrong_stops_the_run_before_it_does_harm(
-    smoke, tmp_path, spoil, words, accumulation
+    smoke, tmp_path, spoil, words, accumulation, clip
 ):
     batches = Batches()
     trainer = small_trainer(
@@ -406,6 +407,7 @@ def test_a_loss_gone_wrong_stops_the_run_before_it_does_harm(
         guard=LossGuard(window=20, tokenizer=smoke.tokenizer),
         per_device_train_batch_size=8 // accumulation,
         gradient_accumulation_steps=accumulation,
+        max_grad_norm=clip,
         save_steps=5,
     )
     with pytest.raises(LossError) as caught:

@@ -296,6 +296,7 @@ class LossGuard(TrainerCallback):
         self._recent: deque[float] = deque(maxlen=self.window)
         self._losses: list[torch.Tensor] = []
         self._batch: list[torch.Tensor] = []
+        self.gradient_norm: torch.Tensor | None = None  # of this step, where it is known already
 
     def see(self, input_ids: torch.Tensor, loss: torch.Tensor) -> None:
         """Take up the share that a micro-batch has in the loss of its step."""
@@ -309,9 +310,11 @@ class LossGuard(TrainerCallback):
         batch, self._batch, self._losses = self._batch, [], []
         trouble = self._trouble(loss)
         # In fp16 gradients overflow now and then; the Trainer then leaves the step out by itself.
+        norm, self.gradient_norm = self.gradient_norm, None
         if not trouble and not args.fp16:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            if norm is None:
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                norm = torch.nn.utils.get_total_norm(gradients)
             if not math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
                 trouble = "the gradient is not finite"
         if trouble:
@@ -598,6 +601,11 @@ class GuardedTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.see(inputs["input_ids"], loss)
         return loss
+
+    def _clip_grad_norm(self, model):
+        """Tell the guard the norm that clipping needs, so that it need not measure it again."""
+        self.guard.gradient_norm = super()._clip_grad_norm(model)
+        return self.guard.gradient_norm
 
 
 def build_trainer(
