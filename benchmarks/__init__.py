@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,15 @@ def machine() -> dict[str, Any]:
         "processor": f"{_processor()}, {os.cpu_count()} cores, {', '.join(wide) or 'no AVX'}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
+        "versions": {name: _version(name) for name in names},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # not every benchmark needs all of them
+        return None
 
 
 def _processor() -> str:

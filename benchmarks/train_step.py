@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -30,24 +31,27 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
-def plain(recipe, folder: str, batch: int, context: int):
+def plain(recipe, folder: str, batch: int, context: int, accumulation: int = 1):
     """Set up the Trainer with its defaults, and the guide's collator."""
+    import tokenizers
     import torch
     from transformers import (
         DataCollatorForLanguageModeling,
+        PreTrainedTokenizerFast,
         Qwen2ForCausalLM,
         Trainer,
         TrainingArguments,
     )
 
     from tinytrain.modeling import recipe_config
-    from tinytrain.tokenization import qwen_tokenizer
 
-    tokenizer = qwen_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token
+    # The collator only asks it what padding is.
+    nothing = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=nothing, pad_token="<|endoftext|>")
     arguments = TrainingArguments(
         folder,
         per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
         learning_rate=2e-5,
         max_steps=STEPS,
         bf16=torch.cuda.is_available(),  # the guide's choice; the Trainer's default is float32
@@ -58,12 +62,12 @@ def plain(recipe, folder: str, batch: int, context: int):
     return Trainer(
         model=Qwen2ForCausalLM(recipe_config(recipe)),
         args=arguments,
-        train_dataset=_blocks(recipe, batch, context),
+        train_dataset=_blocks(recipe, batch * accumulation, context),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
 
 
-def ours(recipe, folder: str, batch: int, context: int):
+def ours(recipe, folder: str, batch: int, context: int, accumulation: int = 1):
     """Set up the Trainer as notebook 05 does."""
     from tinytrain import steps
     from tinytrain.hardware import choose_precision
@@ -76,12 +80,12 @@ def ours(recipe, folder: str, batch: int, context: int):
         folder,
         choose_precision(recipe.precision).name,
         per_device_train_batch_size=batch,
-        gradient_accumulation_steps=1,
+        gradient_accumulation_steps=accumulation,
         max_steps=STEPS,
         save_strategy="no",
         eval_strategy="no",
     )
-    blocks = _blocks(recipe, batch, context)
+    blocks = _blocks(recipe, batch * accumulation, context)
     make = steps.get_optimizer(recipe)
     return build_trainer(model, arguments, blocks, blocks, make_optimizer=make)
 
@@ -97,10 +101,10 @@ def compiled(recipe, folder: str, batch: int, context: int):
     return trainer
 
 
-def _blocks(recipe, batch: int, context: int):
+def _blocks(recipe, blocks_per_step: int, context: int):
     import numpy as np
 
-    shape = (batch * STEPS, context)
+    shape = (blocks_per_step * STEPS, context)
     ids = np.random.default_rng(0).integers(recipe.vocab_size or 151_665, size=shape)
     return [{"input_ids": row.tolist()} for row in ids]
 
@@ -128,17 +132,18 @@ def contestants(quick: bool) -> dict:
     }
 
 
-def measure(set_up, recipe, batch: int, context: int) -> dict[str, float]:
+def measure(set_up, recipe, **shape: int) -> dict[str, float]:
     """Train here; return the tokens a second, without the first steps, and the peak in GB."""
     from tinytrain.hardware import peak_memory
     from tinytrain.training import StepClock
 
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = set_up(recipe, folder, batch, context)
+        trainer = set_up(recipe, folder, **shape)
         trainer.add_callback(clock)
         trainer.train()
-    return {"tokens_per_second": batch * context / clock.seconds(), "peak": peak_memory() / 1e9}
+    tokens = math.prod(shape.values())
+    return {"tokens_per_second": tokens / clock.seconds(), "peak": peak_memory() / 1e9}
 
 
 def measured_elsewhere(name: str, quick: bool) -> dict[str, float]:

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import reference
+from benchmarks import gpu, reference, train_step
 from benchmarks.__main__ import PAGES, SHOWN, with_tables
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +59,27 @@ def test_a_gpu_is_asked_for_where_there_is_none():
     command = [sys.executable, "-m", "benchmarks.gpu", "--quick"]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert shown.returncode == 1 and "needs a CUDA GPU" in shown.stderr
+
+
+def test_what_a_gpu_is_measured_with_trains_here_too(monkeypatch):
+    """Small, on the processor: the card's name and peak are all that is missing."""
+    found = {name: [] for name in gpu.CONTESTANTS}
+    for name in ("guide", "wiki"):
+        set_up, recipe, limit = gpu.CONTESTANTS[name]
+        shape = {"batch_size": 2, "gradient_accumulation": 2, "context_length": 64}
+        small = replace(recipe, **train_step.TINY, **shape)
+        monkeypatch.setitem(gpu.CONTESTANTS, name, (set_up, small, limit))
+        found[name].append(gpu.measure(name))
+        assert found[name][0]["tokens_per_second"] > 0 and found[name][0]["tflops"] > 0
+    rows = gpu.table(found, "a card", peak=1e-9)
+    assert [row["measure"] for row in rows] == [
+        "guide's model on a GPU, wiki: tokens/s",
+        "guide's model on a GPU, wiki: peak memory in GB",
+        "wiki: TFLOP/s of the model, attention counted",
+    ]
+    assert rows[2]["met"] and rows[0]["ratio"] == pytest.approx(
+        found["wiki"][0]["tokens_per_second"] / found["guide"][0]["tokens_per_second"], abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)

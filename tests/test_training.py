@@ -49,6 +49,12 @@ def small_trainer(smoke, folder, callbacks=(), precision="float32", guard=None, 
     return build_trainer(model, arguments, blocks["train"], blocks["test"], callbacks, guard)
 
 
+def test_training_needs_no_notebook(smoke, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "IPython", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    assert small_trainer(smoke, tmp_path, max_steps=1).train().global_step == 1
+
+
 def weights(trainer):
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 

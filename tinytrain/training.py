@@ -648,8 +648,8 @@ def build_trainer(
     OSError
         If the folder of the checkpoints cannot be made.
     """
-    from transformers import PrinterCallback, ProgressCallback
-    from transformers.utils.notebook import NotebookProgressCallback
+    from transformers import PrinterCallback
+    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # another one in a notebook
 
     for name, blocks in (("training", train_blocks), ("held-out", eval_blocks)):
         if len(blocks) == 0:
@@ -669,7 +669,7 @@ def build_trainer(
         guard=guard or LossGuard(),
         make_optimizer=make_optimizer,
     )
-    for display in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
+    for display in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(display)
     for callback in list(trainer.callback_handler.callbacks):
         if trainer.is_fsdp_enabled and getattr(callback, "needs_whole_model", False):
