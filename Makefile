@@ -68,7 +68,7 @@ benchmark: .venv/ready build/peers/ready  ## measure all that is claimed about s
 	$(BIN)/python -m benchmarks.tokenization $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.learning $(if $(TEXT),--text $(TEXT))
-	$(BIN)/python -m benchmarks.learning --choices --seconds 60 $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python -m benchmarks.learning --choices --seconds 120 $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python -m benchmarks.questions $(if $(TEXT),--text $(TEXT))
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.estimate
