@@ -49,9 +49,9 @@ def measure(name: str) -> dict[str, float]:
     found = train_step.measure(
         set_up,
         recipe,
-        batch=recipe.batch_size,
-        context=recipe.context_length,
-        accumulation=recipe.gradient_accumulation,
+        recipe.batch_size,
+        recipe.context_length,
+        recipe.gradient_accumulation,
     )
     flops = flops_per_token(recipe_config(recipe), recipe.context_length)["total"]
     return {**found, "tflops": found["tokens_per_second"] * flops / 1e12}

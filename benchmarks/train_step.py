@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -90,12 +89,12 @@ def ours(recipe, folder: str, batch: int, context: int, accumulation: int = 1):
     return build_trainer(model, arguments, blocks, blocks, make_optimizer=make)
 
 
-def compiled(recipe, folder: str, batch: int, context: int):
+def compiled(recipe, folder: str, batch: int, context: int, accumulation: int = 1):
     """Set up the same with a compiled loss and layers that keep all they need, as litgpt's do."""
     from tinytrain.loss import save_loss_memory
     from tinytrain.modeling import compile_layers
 
-    trainer = ours(replace(recipe, loss_rows=None), folder, batch, context)
+    trainer = ours(replace(recipe, loss_rows=None), folder, batch, context, accumulation)
     save_loss_memory(trainer.model, recipe.loss_rows, compiled=True)
     compile_layers(trainer.model)
     return trainer
@@ -132,17 +131,18 @@ def contestants(quick: bool) -> dict:
     }
 
 
-def measure(set_up, recipe, **shape: int) -> dict[str, float]:
+def measure(set_up, recipe, batch: int, context: int, accumulation: int = 1) -> dict[str, float]:
     """Train here; return the tokens a second, without the first steps, and the peak in GB."""
     from tinytrain.hardware import peak_memory
     from tinytrain.training import StepClock
 
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = set_up(recipe, folder, **shape)
+        trainer = set_up(recipe, folder, batch, context, accumulation)
         trainer.add_callback(clock)
         trainer.train()
-    tokens = math.prod(shape.values())
+    # As the Trainer has it, should a setting have been lost on the way.
+    tokens = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * context
     return {"tokens_per_second": tokens / clock.seconds(), "peak": peak_memory() / 1e9}
 
 

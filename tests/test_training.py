@@ -55,6 +55,19 @@ def test_training_needs_no_notebook(smoke, tmp_path, monkeypatch):
     assert small_trainer(smoke, tmp_path, max_steps=1).train().global_step == 1
 
 
+def test_the_gradient_is_measured_once(smoke, tmp_path, monkeypatch):
+    """Where the Trainer clips, the guard takes its norm; it measures where nobody else does."""
+    measured = []
+    measure = torch.nn.utils.get_total_norm  # clipping has a way of its own
+    monkeypatch.setattr(
+        torch.nn.utils, "get_total_norm", lambda *a, **k: measured.append(1) or measure(*a, **k)
+    )
+    for clip, times in ((1.0, 0), (0.0, 3)):
+        measured.clear()
+        small_trainer(smoke, tmp_path, max_steps=3, max_grad_norm=clip).train()
+        assert len(measured) == times
+
+
 def weights(trainer):
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
