@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from tinytrain import callbacks
+from tinytrain.common import setup_logging
 from tinytrain.evaluation import complete
-from tinytrain.logs import setup_logging
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
 from tinytrain.training import build_trainer, train, training_arguments
@@ -428,7 +428,7 @@ import sys
 from datasets import load_from_disk
 from transformers import Qwen2Config
 from tinytrain import callbacks
-from tinytrain.logs import setup_logging
+from tinytrain.common import setup_logging
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
 from tinytrain.training import build_trainer, train, training_arguments

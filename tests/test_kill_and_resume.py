@@ -44,7 +44,7 @@ def run(folder, config, blocks, delay, recipe):
     from transformers import Qwen2Config
 
     from tinytrain import callbacks, steps
-    from tinytrain.logs import setup_logging
+    from tinytrain.common import setup_logging
     from tinytrain.loss import save_loss_memory
     from tinytrain.modeling import build_model
     from tinytrain.training import build_trainer, train, training_arguments

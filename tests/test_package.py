@@ -11,7 +11,7 @@ import pytest
 import tinytrain
 
 MODULES = sorted(Path(tinytrain.__file__).parent.glob("*.py"))
-SHARED = {"recipes", "logs"}
+SHARED = {"recipes", "common"}
 JOINS_THE_OTHERS = {"steps.py", "widgets.py", "__main__.py"}
 
 

@@ -11,12 +11,11 @@ import torch
 from transformers import TrainerCallback
 
 from tinytrain.callbacks import HistoryCallback, LivePlotCallback, read_history
+from tinytrain.callbacks.guard import LossError, LossGuard
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
 from tinytrain.training import (
     MARK,
-    LossError,
-    LossGuard,
     build_trainer,
     checkpoint_problem,
     collate,
@@ -409,9 +408,9 @@ class Batches(TrainerCallback):
         ({"change_loss": lambda loss: loss * float("inf")}, "the loss is inf"),
         ({"change_gradient": lambda g: g * float("nan")}, "the gradient is not finite"),
         ({"change_gradient": lambda g: g * float("inf")}, "the gradient is not finite"),
-        ({"change_loss": lambda loss: loss + 10}, "the loss leaps to"),
+        ({"change_loss": lambda loss: loss + 10}, "the loss spikes to"),
     ],
-    ids=["nan", "infinite", "gradient-nan", "gradient-infinite", "leap"],
+    ids=["nan", "infinite", "gradient-nan", "gradient-infinite", "spike"],
 )
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("clip", [1.0, 0.0])  # with 0 the Trainer has no norm to hand on
@@ -469,8 +468,8 @@ def test_the_guard_lets_usual_noise_pass():
     for loss in falling.tolist():
         assert guard._trouble(loss) == ""
         guard._recent.append(loss)
-    assert "leaps" in guard._trouble(float(falling[-1]) + 5)
-    assert LossGuard(leap=None)._trouble(1e9) == ""
+    assert "spikes" in guard._trouble(float(falling[-1]) + 5)
+    assert LossGuard(spike=None)._trouble(1e9) == ""
 
 
 def test_too_little_memory_is_said_with_the_changes_that_help(smoke, tmp_path):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain import steps
-from tinytrain.logs import setup_logging
+from tinytrain.common import setup_logging
 from tinytrain.recipes import RECIPES, Recipe, get_recipe
 
 EXAMPLES = """examples:

@@ -17,7 +17,7 @@ import os
 from dataclasses import dataclass, replace
 
 # What one watches, and how a run is made fast or small, does not change what is learned.
-WATCHED_ONLY = frozenset(
+DISPLAY_AND_SPEED_FIELDS = frozenset(
     ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_blocks")
     + ("sample_steps", "halve_batch", "loss_rows", "attention", "compile")
 )

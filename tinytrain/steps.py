@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinytrain import corpus, encyclopedia, export, hub, modeling, tokenization
-from tinytrain.recipes import WATCHED_ONLY, Recipe
+from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, Recipe
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -479,7 +479,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     import torch
 
     from tinytrain import callbacks, evaluation, training
-    from tinytrain.logs import setup_logging
+    from tinytrain.common import setup_logging
 
     first, processes = this_process() == 0, int(os.environ.get("WORLD_SIZE", 1))
     # `accelerate launch --use_fsdp` says it so.
@@ -735,7 +735,7 @@ def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
     """Return what decides the outcome of a training run, for `tinytrain.training.open_run`."""
     inputs = {**asdict(recipe), "precision": precision, "text": _text_hash(get_text(recipe))}
     inputs["tokenizer_fingerprint"] = tokenization.fingerprint(get_tokenizer(recipe))
-    return {name: value for name, value in inputs.items() if name not in WATCHED_ONLY}
+    return {name: value for name, value in inputs.items() if name not in DISPLAY_AND_SPEED_FIELDS}
 
 
 def save_summary(recipe: Recipe, **values: Any) -> Path:
@@ -782,7 +782,7 @@ def get_about(recipe: Recipe) -> dict[str, Any]:
     tokenizer, split = get_tokenizer(recipe), get_split(recipe)
     kinds = {True: "Qwen2.5's, reduced to the words that the text uses most", False: "Qwen2.5's"}
     own = "byte-level byte pairs, trained on the text"
-    left_out = {"name", "corpus", *WATCHED_ONLY}
+    left_out = {"name", "corpus", *DISPLAY_AND_SPEED_FIELDS}
     about: dict[str, Any] = {
         "name": f"tinytrain-{folder.name}",
         "text": recipe.corpus,

@@ -21,7 +21,6 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -35,12 +34,14 @@ from safetensors.torch import load_model, save_model
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
+from tinytrain.callbacks.guard import LossGuard
+from tinytrain.common import world_size, write_json
 from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from matplotlib.figure import Figure
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -241,171 +242,14 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
-class LossError(RuntimeError):
-    """The loss of a step is not a number, or leaps.
-
-    Attributes
-    ----------
-    step : int
-        The step, which has not changed the weights.
-    loss : float
-        Its loss in nats per token.
-    documents : list of int
-        Where the batch's documents stand in the training half; empty if that cannot be told.
-    checkpoint : Path or None
-        The newest complete checkpoint, from before this step.
-    """
-
-    def __init__(self, message: str, step: int, loss: float, documents: list[int], checkpoint):
-        super().__init__(message)
-        self.step, self.loss, self.documents = step, loss, documents
-        self.checkpoint = checkpoint
-
-
-class LossGuard(TrainerCallback):
-    """Stops a run whose loss is not a number or leaps, before the step changes the weights.
-
-    A loss leaps if it lies above the mean of the last `window` steps by more than `leap` of their
-    standard deviations, and by more than one nat: the model has become, at one blow, e times less
-    sure of every token. While the loss falls steeply at the start the deviation is large and the
-    guard is patient; later it is small, and one nat decides.
-
-    Parameters
-    ----------
-    leap : float, optional
-        Standard deviations. None only looks for what is not a number.
-    window : int
-        Steps to compare with; the first half of a window is not judged.
-    tokenizer : transformers.PreTrainedTokenizerBase, optional
-        To name the documents of the batch.
-    """
-
-    def __init__(
-        self,
-        leap: float | None = 10.0,
-        window: int = 50,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ):
-        self.leap = leap
-        self.window = window
-        self.tokenizer = tokenizer
-
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        """Begin with nothing to compare with."""
-        self._blocks = train_dataloader.dataset if train_dataloader is not None else None
-        self._recent: deque[float] = deque(maxlen=self.window)
-        self._losses: list[torch.Tensor] = []
-        self._batch: list[torch.Tensor] = []
-        self.gradient_norm: torch.Tensor | None = None  # of this step, where it is known already
-
-    def see(self, input_ids: torch.Tensor, loss: torch.Tensor) -> None:
-        """Take up the share that a micro-batch has in the loss of its step."""
-        self._batch.append(input_ids)
-        self._losses.append(loss)
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Judge the loss and the gradients of a step, the last moment that nothing is changed."""
-        # Each process sees the loss of its own blocks; that of the step is their mean.
-        loss = _over_all(float(torch.stack(self._losses).sum()), args, "sum") / _processes()
-        batch, self._batch, self._losses = self._batch, [], []
-        trouble = self._trouble(loss)
-        # In fp16 gradients overflow now and then; the Trainer then leaves the step out by itself.
-        norm, self.gradient_norm = self.gradient_norm, None
-        if not trouble and not args.fp16:
-            if norm is None:
-                gradients = [p.grad for p in model.parameters() if p.grad is not None]
-                norm = torch.nn.utils.get_total_norm(gradients)
-            if not math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
-                trouble = "the gradient is not finite"
-        if trouble:
-            self._stop(trouble, loss, state.global_step + 1, batch, args)
-        self._recent.append(loss)
-
-    def _trouble(self, loss: float) -> str:
-        if not math.isfinite(loss):
-            return f"the loss is {loss}"
-        if self.leap is None or len(self._recent) < self.window // 2:
-            return ""
-        mean, spread = statistics.fmean(self._recent), statistics.pstdev(self._recent)
-        if loss <= mean + max(1.0, self.leap * spread):
-            return ""
-        return (
-            f"the loss leaps to {loss:.2f} (the last {len(self._recent)} steps: {mean:.2f}, "
-            f"standard deviation {spread:.2f})"
-        )
-
-    def _stop(
-        self, trouble: str, loss: float, step: int, batch: list[torch.Tensor], args: Any
-    ) -> None:
-        blocks = torch.cat([ids.reshape(-1, ids.shape[-1]) for ids in batch])
-        blocks = _from_all(blocks, args).cpu()
-        rows, documents = self._find(blocks)
-        checkpoint = last_checkpoint(args.output_dir)
-        words = [f"step {step}: {trouble}; the step was not made."]
-        if rows:
-            words.append(f"Its batch is blocks {_listed(rows)} of the training half")
-            words[-1] += f", from documents {_listed(documents)}." if documents else "."
-        if self.tokenizer is not None:
-            begins = [self.tokenizer.decode(block[:12]) for block in blocks[:4]]
-            words.append(f"They begin {', '.join(repr(text) for text in begins)}.")
-        good = f"is {checkpoint.name}" if checkpoint else "does not exist yet"
-        words.append(
-            f"The last good checkpoint {good}. Look at these documents, or halve the learning rate."
-        )
-        raise LossError(" ".join(words), step, loss, documents, checkpoint)
-
-    def _find(self, wanted: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Return where blocks stand in the training half, and the documents they come from.
-
-        Packed blocks follow each other as the documents do, so that the number of end-of-text
-        tokens before a block is the number of its first document.
-        """
-        if self._blocks is None:
-            return [], []
-        ids = self._blocks.with_format("numpy")
-        wanted_rows = {tuple(row) for row in wanted.tolist()}
-        end = self.tokenizer.eos_token_id if self.tokenizer is not None else None
-        rows, documents, ended = [], set(), 0
-        for start in range(0, len(ids), 10_000):
-            for number, row in enumerate(ids[start : start + 10_000]["input_ids"], start):
-                here = int((row == end).sum())
-                if tuple(row.tolist()) in wanted_rows:
-                    rows.append(number)
-                    # A block that ends with its last document's end does not touch the next one.
-                    documents.update(range(ended, ended + here + (row[-1] != end)))
-                ended += here
-        return rows, sorted(documents) if ended else []
-
-
-def _processes() -> int:
-    """Return how many processes train together."""
-    group = torch.distributed
-    return group.get_world_size() if group.is_available() and group.is_initialized() else 1
-
-
 def _over_all(value: float, args: TrainingArguments, operation: str = "max") -> float:
     """Return the largest, or the sum, of what all processes give; each waits for all others."""
-    if _processes() == 1:
+    if world_size() == 1:
         return value
     told = torch.tensor(value, dtype=torch.float64, device=args.device)
     operations = {"max": torch.distributed.ReduceOp.MAX, "sum": torch.distributed.ReduceOp.SUM}
     torch.distributed.all_reduce(told, operations[operation])
     return told.item()
-
-
-def _from_all(rows: torch.Tensor, args: TrainingArguments) -> torch.Tensor:
-    """Return the rows of all processes, which have equally many."""
-    if _processes() == 1:
-        return rows
-    rows = rows.to(args.device).contiguous()
-    parts = [torch.empty_like(rows) for _ in range(_processes())]
-    torch.distributed.all_gather(parts, rows)
-    return torch.cat(parts)
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    shown = ", ".join(f"{number:,}" for number in numbers[:8])
-    return shown + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
 
 
 class StepClock(TrainerCallback):
@@ -467,7 +311,7 @@ def _mark_complete(checkpoint: Path, inputs: dict[str, Any]) -> None:
             with path.open("rb+") as file:
                 os.fsync(file.fileno())  # a machine that loses power may lose what is in memory
             sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
-    _write_json(checkpoint / MARK, {"inputs": inputs, "files": sizes})
+    write_json(checkpoint / MARK, {"inputs": inputs, "files": sizes}, sync=True)
 
 
 def checkpoint_problem(checkpoint: str | Path) -> str:
@@ -570,7 +414,7 @@ class GuardedTrainer(Trainer):
 
     def keep_first_weights(self) -> None:
         """Write down the weights that the model came with, once, for `start_anew`."""
-        if self._first is None and _processes() == 1:
+        if self._first is None and world_size() == 1:
             self._first = tempfile.TemporaryDirectory(prefix="tinytrain-")
             save_model(self.model, os.path.join(self._first.name, "model.safetensors"))
 
@@ -666,7 +510,7 @@ def build_trainer(
         eval_dataset=eval_blocks,
         data_collator=collate,
         callbacks=[c for c in callbacks if first or not getattr(c, "only_shows", False)],
-        guard=guard or LossGuard(),
+        guard=guard or LossGuard(find_checkpoint=last_checkpoint),
         make_optimizer=make_optimizer,
     )
     for display in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
@@ -707,7 +551,7 @@ def train(
     Raises
     ------
     LossError
-        If the loss is not a number, or leaps.
+        If the loss is not a number, or spikes.
     torch.OutOfMemoryError
         If the GPU's memory is too small.
     OSError
@@ -739,7 +583,7 @@ def train(
                 except torch.OutOfMemoryError as error:
                     message = _out_of_memory(trainer, error)
                     # Several processes would have to agree on it, and one is out of step already.
-                    alone = _processes() == 1
+                    alone = world_size() == 1
                     if not (halve_batch and alone) or trainer.args.per_device_train_batch_size % 2:
                         raise torch.OutOfMemoryError(message) from error
                     logger.warning(message)
@@ -797,7 +641,7 @@ class LostProcessError(RuntimeError):
 
 
 def _has_lost_another(error: Exception) -> bool:
-    if _processes() == 1:
+    if world_size() == 1:
         return False
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     lost = isinstance(error, torch.distributed.DistError)
@@ -977,12 +821,3 @@ def _disk_full(folder: Path) -> str:
         f"the disk that holds {folder} is full ({free:,.0f} MB free now that the unfinished "
         f"checkpoint is removed); {kept}. Make space and call the same again: it goes on from there"
     )
-
-
-def _write_json(path: Path, values: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

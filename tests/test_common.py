@@ -1,7 +1,7 @@
 import logging
 import re
 
-from tinytrain.logs import setup_logging
+from tinytrain.common import setup_logging
 
 
 def test_the_format_is_the_guides_on_screen_and_in_the_file(tmp_path, capsys):

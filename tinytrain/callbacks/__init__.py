@@ -31,8 +31,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from tinytrain.logs import display_begins, display_ends
-from tinytrain.recipes import WATCHED_ONLY, Recipe
+from tinytrain.common import (
+    PROGRESS,
+    Speedometer,
+    atomic_write,
+    display_begins,
+    display_ends,
+    format_count,
+    format_seconds,
+)
+from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, Recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,39 +49,6 @@ logger = logging.getLogger(__name__)
 
 TRAIN_COLOR, HELD_OUT_COLOR = "#2f6fde", "#e4572e"
 RUN_COLORS = ("#2f6fde", "#e4572e", "#2a9d5c", "#8e5bd0", "#c08a00", "#555555")
-PROGRESS = {"progress": True}  # marks messages that a display shows as well
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration as people say it.
-
-    Examples
-    --------
-    >>> format_seconds(75)
-    '1 min 15 s'
-    >>> format_seconds(7300)
-    '2 h 01 min'
-    """
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-
-
-def format_count(number: float) -> str:
-    """Return a large number with three digits.
-
-    Examples
-    --------
-    >>> format_count(843_776), format_count(1_536_000)
-    ('844k', '1.54M')
-    """
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= unit * 0.9995:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.0f}"
 
 
 def memory_in_use() -> str:
@@ -88,33 +63,6 @@ def memory_in_use() -> str:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return f"{torch.cuda.max_memory_reserved() / 1e9:.1f} GB of GPU memory"
     return f"{psutil.Process().memory_info().rss / 1e9:.1f} GB of memory"
-
-
-class Speedometer:
-    """How far a run is and how fast, since `start`; shared by those who show it.
-
-    Evaluations and checkpoints count as time, since one waits for them too.
-    """
-
-    def __init__(self, tokens_per_step: int):
-        self.tokens_per_step = tokens_per_step
-
-    def start(self, state) -> None:
-        """Begin to count."""
-        self._start, self._first_step = time.monotonic(), state.global_step
-
-    def seconds(self) -> float:
-        """Return the seconds since the start; they never run backwards, whatever the clock does."""
-        return max(time.monotonic() - self._start, 1e-9)
-
-    def tokens_per_second(self, state) -> float:
-        """Return the tokens learned from in a second."""
-        return (state.global_step - self._first_step) * self.tokens_per_step / self.seconds()
-
-    def seconds_left(self, state) -> float | None:
-        """Return how long the rest will take at this speed; None before the first step."""
-        done = state.global_step - self._first_step
-        return (state.max_steps - state.global_step) * self.seconds() / done if done else None
 
 
 class VerboseTrainingCallback(TrainerCallback):
@@ -231,7 +179,9 @@ class HistoryCallback(TrainerCallback):
         first = {"step": 0, "tokens": 0, "seconds": 0.0, "max_steps": state.max_steps}
         first |= {"tokens_per_step": self.tokens_per_step, **self.about}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self.path, "".join(json.dumps(line) + "\n" for line in [first, *kept]).encode())
+        atomic_write(
+            self.path, "".join(json.dumps(line) + "\n" for line in [first, *kept]).encode()
+        )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write a training loss."""
@@ -261,13 +211,6 @@ class HistoryCallback(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that whoever reads it sees the old content or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
@@ -683,12 +626,12 @@ def reference_curve(recipe: Recipe) -> dict[str, Any] | None:
         ``mean`` and ``high`` of the loss of all ``seeds``. None if there is no reference for
         these numbers; the seed and what one only watches may differ.
     """
-    path = Path(__file__).with_name("data") / "reference.json"
+    path = Path(__file__).parents[1] / "data" / "reference.json"
     reference = json.loads(path.read_text(encoding="utf-8"))
     same = all(
         reference["recipe"].get(name) == value
         for name, value in asdict(recipe).items()
-        if name not in WATCHED_ONLY and name != "seed"
+        if name not in DISPLAY_AND_SPEED_FIELDS and name != "seed"
     )
     return reference if same else None
 
@@ -903,7 +846,7 @@ class LivePlotCallback(TrainerCallback):
         if self._screen:
             self._screen.show(png, " · ".join(words), share)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self.path, png)
+        atomic_write(self.path, png)
         self._drawn = time.monotonic()
         self.drawing_seconds += self._drawn - start
 
@@ -978,7 +921,7 @@ class SampleCallback(TrainerCallback):
                 self.samples = [line for line in kept if line["step"] <= state.global_step]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(_sample_line(sample) for sample in self.samples)
-            _replace(self.path, text.encode("utf-8"))
+            atomic_write(self.path, text.encode("utf-8"))
         self._screen = _NotebookScreen() if in_notebook() else None
         if self._screen:
             display_begins(self)

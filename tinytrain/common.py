@@ -1,0 +1,242 @@
+"""What several modules share: logging, files written whole, numbers for reading, a plot's axes.
+
+A module that you copy into your own project may need this file beside it, and nothing else.
+
+The log of a long run is worth keeping: it is what remains when the browser tab is gone. So it goes
+to stdout, where a notebook shows it, and to ``training.log`` in the run's folder. Progress messages
+go to the file alone while a plot or a progress bar shows the same: a notebook would otherwise grow
+by a line every few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import nn
+
+LOG_FORMAT = "%(asctime)s - %(levelname)s: %(message)s"
+DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+PROGRESS = {"progress": True}  # logger.info(..., extra=PROGRESS): a display shows it as well
+_displays: set[int] = set()  # those that show the progress at this moment
+
+
+def display_begins(display: object) -> None:
+    """Keep messages marked ``extra=PROGRESS`` off the screen while a display shows the same."""
+    _displays.add(id(display))
+
+
+def display_ends(display: object) -> None:
+    """Undo `display_begins`; harmless if there is nothing to undo."""
+    _displays.discard(id(display))
+
+
+class _StdoutHandler(logging.StreamHandler):
+    """Writes to whatever ``sys.stdout`` is now: a notebook kernel and pytest replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _displays and getattr(record, "progress", False):
+            return
+        self.stream = sys.stdout
+        super().emit(record)
+
+
+def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO) -> logging.Logger:
+    """Send the messages of ``tinytrain`` to stdout and, if a path is given, to a file.
+
+    Calling it again replaces the earlier set-up, so no message is ever shown twice.
+
+    Parameters
+    ----------
+    log_file : str or Path, optional
+        A file to append to, usually ``training.log``; its folder is made.
+    level : int
+        The least severe level that is shown.
+
+    Returns
+    -------
+    logging.Logger
+        The logger named ``tinytrain``.
+
+    Examples
+    --------
+    >>> logger = setup_logging()
+    >>> logger.info("ready")  # doctest: +SKIP
+    2026-01-31 12:00:00 - INFO: ready
+    """
+    logger = logging.getLogger("tinytrain")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+
+    handlers: list[logging.Handler] = [_StdoutHandler(sys.stdout)]
+    if log_file is not None:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(LOG_FORMAT, DATE_FORMAT))
+        logger.addHandler(handler)
+    logger.setLevel(level)
+    # Colab gives the root logger a handler of its own, which would repeat every line.
+    logger.propagate = False
+    return logger
+
+
+def rank() -> int:
+    """Return the number of this process among those of a distributed run, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def atomic_write(path: str | Path, content: str | bytes, sync: bool = False) -> None:
+    """Write a file so that a reader finds the old content or the new, never a part.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file; its folder must exist.
+    content : str or bytes
+        Text is written as UTF-8, with line ends as they are.
+    sync : bool
+        Wait until the disk has it: a machine that loses power may lose what is only in memory.
+    """
+    path = Path(path)
+    # Not the process id: in a container it is often the same at every start.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, values: Any, sync: bool = False) -> None:
+    """Write values as indented JSON, by `atomic_write`."""
+    atomic_write(path, json.dumps(values, indent=1, ensure_ascii=False), sync)
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Read a file of JSON lines; a last line that is still being written is left out."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").split("\n"):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as people say it.
+
+    Examples
+    --------
+    >>> format_seconds(75), format_seconds(7300), format_seconds(200_000)
+    ('1 min 15 s', '2 h 01 min', '2.3 days')
+    """
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def format_count(number: float) -> str:
+    """Return a large number with three digits.
+
+    Examples
+    --------
+    >>> format_count(843_776), format_count(1_536_000)
+    ('844k', '1.54M')
+    """
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit * 0.9995:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.0f}"
+
+
+def one_line(text: Any) -> str:
+    """Return a text without line breaks and invisible characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+def new_axes(width: float = 7, height: float = 3) -> tuple[Figure, Axes]:
+    """Return a figure and its axes in the style of all plots here; sizes are in inches.
+
+    Not by pyplot, which keeps every figure alive and chooses a backend for the whole program.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Turn dropout and gradients off, and restore the model's mode whatever happens."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+class Speedometer:
+    """The speed of a run since `start`; evaluations and checkpoints count as time.
+
+    Parameters
+    ----------
+    tokens_per_step : int
+        Tokens that one optimiser step learns from.
+    """
+
+    def __init__(self, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+
+    def start(self, state: Any) -> None:
+        """Begin to count, from the step that the ``TrainerState`` is at."""
+        self._start, self._first_step = time.monotonic(), state.global_step
+
+    def seconds(self) -> float:
+        """Return the seconds since the start."""
+        return max(time.monotonic() - self._start, 1e-9)
+
+    def tokens_per_second(self, state: Any) -> float:
+        """Return the tokens learned from in a second."""
+        return (state.global_step - self._first_step) * self.tokens_per_step / self.seconds()
+
+    def seconds_left(self, state: Any) -> float | None:
+        """Return how long the rest will take at this speed; None before the first step."""
+        done = state.global_step - self._first_step
+        return (state.max_steps - state.global_step) * self.seconds() / done if done else None
