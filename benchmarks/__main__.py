@@ -1,7 +1,7 @@
 """Write the results of all benchmarks into the pages that show them, as tables.
 
 ``python -m benchmarks`` reads ``benchmarks/results/*.json`` and replaces what stands between the
-marks in README.md and docs/questions.md, and in their Chinese twins.
+marks in README.md and docs/questions.md, and in their Chinese editions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ VALUE = {
     "context": ("tokens of context", "上下文的词元数"),
     "heads": ("heads", "注意力头"),
     "rate": ("optimiser and rate", "优化器与学习率"),
-    "words": ("words", "词表的词数"),
+    "vocabulary": ("vocabulary size", "词表大小"),
 }
 COLUMNS = {
     "bits": ("bits per character", "每字符比特数", "{:.3f}"),
@@ -35,7 +35,7 @@ SHOWN = {
     "context": ("bits", "tokens_per_second", "peak", "kept_by_chunks"),
     "heads": ("bits", "tokens_per_second", "parameters"),
     "rate": ("bits",),
-    "words": ("bits", "steps", "parameters", "tokens_per_character"),
+    "vocabulary": ("bits", "steps", "parameters", "tokens_per_character"),
 }
 
 
@@ -75,7 +75,7 @@ def benchmark_table() -> str:
                     f"| {row['measure']} | {row['ours']:,} | {row['peer']:,} ({row['peer_name']}) "
                     f"| {row['ratio']:.3g} | {row['goal']}: {met} |"
                 )
-    lines += [""] + [f"{', '.join(names)}: {words}." for words, names in machines.items()]
+    lines += [""] + [f"{', '.join(names)}: {machine}." for machine, names in machines.items()]
     return "\n".join(lines)
 
 

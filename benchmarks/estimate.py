@@ -18,10 +18,10 @@ from pathlib import Path
 
 from benchmarks import ROOT, save
 from benchmarks.overhead import watched_trainer
-from tinytrain import hardware, steps
+from tinytrain import hardware, runs, steps
+from tinytrain.checkpoints import train
 from tinytrain.modeling import estimate
 from tinytrain.recipes import RECIPES
-from tinytrain.training import train
 
 
 def recipes(quick: bool) -> dict:
@@ -42,7 +42,7 @@ def foresee(name: str, quick: bool) -> dict[str, float]:
     here = hardware.this_hardware()
     config = steps.get_config(recipe)
     first = estimate(recipe, here, config)
-    seconds, peak = steps.probe(recipe, hardware.choose_precision(recipe.precision).name)
+    seconds, peak = runs.probe(recipe, hardware.choose_precision(recipe.precision).name)
     then = estimate(recipe, here, config, step_seconds=seconds, peak_memory=peak)
     return {
         "parameters": first.parameters["total"],
@@ -93,7 +93,7 @@ def main() -> None:
         foreseen = elsewhere("foresee", name, options.quick)
         real = elsewhere("run", name, options.quick)
         print(name, "foreseen", foreseen, "real", real, flush=True)
-        for key, of, goal, words in (
+        for key, of, goal, label in (
             ("parameters", "parameters", 0.0, "parameters"),
             ("memory", "memory", 0.10, "peak memory in GB, after a probe"),
             ("memory_by_arithmetic", "memory", None, "peak memory in GB, by arithmetic"),
@@ -103,7 +103,7 @@ def main() -> None:
             ratio = foreseen[key] / real[of]
             rows.append(
                 {
-                    "measure": f"{name}: {words}",
+                    "measure": f"{name}: {label}",
                     "ours": round(foreseen[key], 2),
                     "peer": round(real[of], 2),
                     "peer_name": "what the run took",

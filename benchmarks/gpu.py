@@ -27,7 +27,7 @@ SEED, WIKI, QWEN = (RECIPES[name] for name in ("seed", "wiki", "qwen-0.5b"))
 CONTESTANTS = {
     # how it is set up, the recipe, GB of memory that it may have
     "guide": (plain, SEED, None),
-    "all words": (ours, replace(WIKI, vocab_size=None, loss_rows=QWEN.loss_rows), None),
+    "all tokens": (ours, replace(WIKI, vocab_size=None, loss_rows=QWEN.loss_rows), None),
     "wiki": (ours, WIKI, None),
     "qwen-0.5b": (ours, QWEN, None),
     # The recipes' batches suit small cards; as many tokens a step in fewer and larger ones leave a
@@ -84,17 +84,17 @@ def table(found: dict[str, list[dict[str, float]]], card: str, peak: float) -> l
         rows.append({"measure": measure, **numbers, **shown})
 
     guide = median.get("guide")
-    for name in ("all words", "wiki"):
+    for name in ("all tokens", "wiki"):
         if guide and name in median:
-            words = f"guide's model on a GPU, {name}"
+            label = f"guide's model on a GPU, {name}"
             speeds = (median[name]["tokens_per_second"], guide["tokens_per_second"])
-            add(f"{words}: tokens/s", *speeds, "the guide's code", 2.0, True)
+            add(f"{label}: tokens/s", *speeds, "the guide's code", 2.0, True)
             peaks = (median[name]["peak"], guide["peak"])
-            add(f"{words}: peak memory in GB", *peaks, "the guide's code", 0.35, False)
+            add(f"{label}: peak memory in GB", *peaks, "the guide's code", 0.35, False)
     for name in ("wiki", "wiki, 64 at once", "qwen-0.5b", "qwen-0.5b, 16 at once"):
         if name in median:
-            words = f"{name}: TFLOP/s of the model, attention counted"
-            add(words, median[name]["tflops"], peak, f"dense bf16 peak of {card}", 0.45, True)
+            label = f"{name}: TFLOP/s of the model, attention counted"
+            add(label, median[name]["tflops"], peak, f"dense bf16 peak of {card}", 0.45, True)
     name = "qwen-0.5b in 16 GB"
     if name in median:
         speed = f"{median[name]['tokens_per_second']:,.0f} tokens/s"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import ROOT, save
-from tinytrain import steps
+from tinytrain import runs, steps
 from tinytrain.callbacks import read_history
 from tinytrain.evaluation import bits_per_character
 from tinytrain.recipes import RECIPES, Recipe
@@ -74,7 +74,7 @@ def held_out_bits(model, recipe: Recipe, blocks: int = 128) -> float:
 def learn(recipe: Recipe, seconds: float) -> dict[str, float]:
     """Train for so many seconds and tell what came of it."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = steps.train_for(recipe, seconds, folder)
+        trainer = runs.train_for(recipe, seconds, folder)
         last = read_history(folder)[-1]
     return {
         "bits": held_out_bits(trainer.model, recipe),

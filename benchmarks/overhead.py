@@ -14,15 +14,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 
 from benchmarks import ROOT, save
-from tinytrain import callbacks, steps
-from tinytrain.evaluation import complete
+from tinytrain import runs, steps
+from tinytrain.checkpoints import train
 from tinytrain.hardware import choose_precision
 from tinytrain.recipes import RECIPES
-from tinytrain.training import build_trainer, train, training_arguments
 
 
 def count_time(callback, spent: Counter) -> None:
@@ -46,37 +45,23 @@ def _timed(method, name: str, spent: Counter):
 
 
 def watched_trainer(recipe, folder: Path):
-    """Return the Trainer as notebook 05 builds it, and its callbacks."""
-    blocks, tokenizer = steps.get_blocks(recipe), steps.get_tokenizer(recipe)
-    config = steps.get_config(recipe)
-    tokens, history = recipe.tokens_per_step, folder / "history.jsonl"
-    write = partial(complete, tokenizer=tokenizer, max_new_tokens=10)
-    prompts = steps.get_prompts(recipe)[:2]
-    watching = [
-        callbacks.StopCallback(folder / "STOP"),
-        callbacks.HistoryCallback(history, tokens),
-        callbacks.VerboseTrainingCallback(tokens),
-        callbacks.LivePlotCallback(folder / "loss.png", config.vocab_size, tokens, history),
-        callbacks.SampleCallback(write, prompts, recipe.sample_steps),
-    ]
-    arguments = training_arguments(
-        recipe, folder / "checkpoints", choose_precision(recipe.precision).name
-    )
-    few = blocks["test"].select(range(recipe.eval_blocks))
-    make = steps.get_optimizer(recipe)
+    """Return the Trainer as notebook 05 builds it, and its callbacks by name."""
     model = steps.get_model(recipe)
-    trainer = build_trainer(model, arguments, blocks["train"], few, watching, make_optimizer=make)
-    return trainer, watching
+    tokenizer, precision = steps.get_tokenizer(recipe), choose_precision(recipe.precision).name
+    watching = runs.watch(recipe, folder, tokenizer, model.config.vocab_size)
+    trainer = runs.assemble(recipe, folder / "checkpoints", precision, watching, model)
+    return trainer, {type(callback).__name__: callback for callback in watching}
 
 
 def measure(recipe, folder: Path) -> tuple[Counter, float, int]:
     """Train and return the seconds per callback, those of the whole run, and the redraws."""
     trainer, watching = watched_trainer(recipe, folder)
     drawings = []
-    draw = watching[3]._draw
-    watching[3]._draw = lambda: drawings.append(draw())
+    plot = watching["LivePlotCallback"]
+    draw = plot._draw
+    plot._draw = lambda: drawings.append(draw())
     spent: Counter = Counter()
-    for callback in [*watching, trainer.guard]:
+    for callback in watching.values():
         count_time(callback, spent)
     trainer.training_step = _timed(trainer.training_step, "training", spent)
     trainer.prediction_step = _timed(trainer.prediction_step, "training", spent)

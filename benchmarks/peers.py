@@ -15,7 +15,7 @@ import sys
 import time
 
 BATCH, CONTEXT, STEPS, WARM_UP = 8, 256, 12, 3
-WORDS, WIDTH, INNER, LAYERS, HEADS, GROUPS = 4096, 256, 768, 4, 4, 2
+VOCAB_SIZE, WIDTH, INNER, LAYERS, HEADS, GROUPS = 4096, 256, 768, 4, 4, 2
 
 
 def litgpt():
@@ -31,7 +31,7 @@ def litgpt():
     )
     config = Config(
         block_size=CONTEXT,
-        padded_vocab_size=WORDS,
+        padded_vocab_size=VOCAB_SIZE,
         n_layer=LAYERS,
         n_head=HEADS,
         n_query_groups=GROUPS,
@@ -67,7 +67,7 @@ def llms_from_scratch():
 
     model = Llama3ModelFast(
         {
-            "vocab_size": WORDS,
+            "vocab_size": VOCAB_SIZE,
             "context_length": CONTEXT,
             "emb_dim": WIDTH,
             "n_heads": HEADS,
@@ -102,7 +102,7 @@ def main() -> None:
     step, times = MODELS[sys.argv[1]](), []
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
-        ids = torch.randint(WORDS, (BATCH, CONTEXT + 1), generator=generator)
+        ids = torch.randint(VOCAB_SIZE, (BATCH, CONTEXT + 1), generator=generator)
         start = time.perf_counter()
         step(ids)
         times.append(time.perf_counter() - start)

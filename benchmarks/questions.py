@@ -8,11 +8,11 @@ in a process of its own:
 - heads: 4, 8 and 16 at the guide's width of 512, and 8 once more with another seed, which shows how
   large a difference has to be to mean something;
 - rate: AdamW from the guide's 2e-5 upwards, and Muon at a quarter, once and four times ours;
-- words: vocabularies of its own of three sizes, for equal time instead of equal steps, since a
+- vocabulary: vocabularies of its own of three sizes, for equal time instead of equal steps, since a
   small one needs more tokens for the same text.
 
 Without ``--text`` it reads the built-in text. ``python -m benchmarks`` writes what came of it into
-docs/questions.md and its Chinese twin.
+docs/questions.md and its Chinese edition.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from benchmarks import ROOT, save
 from tinytrain.recipes import RECIPES, Recipe
 
 STEPS, WIDE_STEPS, SECONDS = 200, 100, 60
-OURS = {"context": "256", "heads": "8", "rate": "Muon 0.008", "words": "4096"}
+OURS = {"context": "256", "heads": "8", "rate": "Muon 0.008", "vocabulary": "4096"}
 
 
 def variants(text: str | None, quick: bool) -> dict[str, dict[str, Recipe]]:
-    """Return the recipes to compare: by question, then by the value of the number in question."""
+    """Return the recipes to compare: by question, then by the value that is asked about."""
     corpus = text or "encyclopedia"
     # Some five million characters of prose: more than any of these runs reads.
     base = replace(RECIPES["pocket"], name="questions", corpus=corpus, max_documents=1200)
@@ -55,8 +55,9 @@ def variants(text: str | None, quick: bool) -> dict[str, dict[str, Recipe]]:
         "heads": heads | {"8, another seed": replace(heads["8"], seed=43)},
         "rate": {f"AdamW {rate:g}": recipe for rate, recipe in adamw.items()}
         | {f"Muon {rate:g}": recipe for rate, recipe in muon.items()},
-        "words": {
-            str(n): replace(base, name=f"words-{n}", vocab_size=n) for n in (1024, 4096, 16_384)
+        "vocabulary": {
+            str(n): replace(base, name=f"vocabulary-{n}", vocab_size=n)
+            for n in (1024, 4096, 16_384)
         },
     }
     if quick:  # ours, and one beside it
@@ -69,7 +70,7 @@ def variants(text: str | None, quick: bool) -> dict[str, dict[str, Recipe]]:
 def measure(question: str, recipe: Recipe, quick: bool) -> dict[str, float]:
     """Train here and tell what came of it."""
     from benchmarks.learning import held_out_bits
-    from tinytrain import steps
+    from tinytrain import runs, steps
     from tinytrain.callbacks import read_history
     from tinytrain.hardware import peak_memory
     from tinytrain.tokenization import (
@@ -83,11 +84,11 @@ def measure(question: str, recipe: Recipe, quick: bool) -> dict[str, float]:
     steps.get_blocks(recipe)
     with tempfile.TemporaryDirectory() as folder:
         peak_memory(reset=True)
-        if question == "words":
-            trainer = steps.train_for(recipe, 2 if quick else SECONDS, folder)
+        if question == "vocabulary":
+            trainer = runs.train_for(recipe, 2 if quick else SECONDS, folder)
         else:
             number = WIDE_STEPS if question == "heads" else STEPS
-            trainer = steps.train_steps(recipe, 4 if quick else number, folder)
+            trainer = runs.train_steps(recipe, 4 if quick else number, folder)
         peak, last = peak_memory() / 1e9, read_history(folder)[-1]
     kept = {}
     if question == "context":

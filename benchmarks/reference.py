@@ -1,7 +1,7 @@
 """Train recipe ``pocket`` with several seeds, to know what is normal.
 
 ``python -m benchmarks.reference`` writes ``tinytrain/data/reference.json``, which the live plot
-shows behind one's own curve. Each seed takes as long as the tutorial; a seed that is done is not
+shows behind your own curve. Each seed takes as long as the tutorial; a seed that is done is not
 trained again.
 """
 
@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import ROOT, machine
-from tinytrain import callbacks, steps
+from tinytrain import callbacks, runs
 from tinytrain.hardware import choose_precision
 from tinytrain.recipes import RECIPES
-from tinytrain.training import build_trainer, training_arguments
 
 RESULT = ROOT / "tinytrain" / "data" / "reference.json"
 
@@ -27,13 +26,8 @@ def train_one(recipe, folder: Path, precision: str) -> list[dict[str, float]]:
     """Train with one seed and return its history."""
     path = folder / "history.jsonl"
     if not (folder / "done").is_file():
-        blocks = steps.get_blocks(recipe)
-        held_out = blocks["test"].select(range(recipe.eval_blocks))
-        arguments = training_arguments(recipe, folder, precision, save_strategy="no")
-        watching = [callbacks.HistoryCallback(path, recipe.tokens_per_step)]
-        model, make = steps.get_model(recipe), steps.get_optimizer(recipe)
-        halves = blocks["train"], held_out
-        build_trainer(model, arguments, *halves, watching, make_optimizer=make).train()
+        history = callbacks.HistoryCallback(path, recipe.tokens_per_step)
+        runs.assemble(recipe, folder, precision, [history], save_strategy="no").train()
         (folder / "done").touch()
     return callbacks.read_history(path)
 

@@ -77,12 +77,12 @@ def main() -> None:
             "measure": f"text to packed blocks, {characters:,} characters: characters/s",
             "ours": round(median["ours"]),
             "peer": round(median[name]),
-            "peer_name": words,
+            "peer_name": label,
             "ratio": round(median["ours"] / median[name], 3),
             "goal": goal,
             "met": median["ours"] / median[name] >= goal,
         }
-        for name, words, goal in (
+        for name, label, goal in (
             ("guide", "the guide's map, which keeps full chunks only", 1.7),
             ("raw", "encode_batch_fast of the tokenizer, whose ids are thrown away", 0.85),
         )

@@ -4,7 +4,7 @@
 time), each contestant in a process of its own and in turns:
 
 - the guide's model, batch 4 x 512, as the guide's code trains it and as recipe ``wiki`` does, once
-  with a row for each of the 151,665 words and once with as many as the recipe keeps;
+  with a row for each of the 151,665 tokens and once with as many as the recipe keeps;
 - the model of recipe ``pocket``, by the Trainer with its defaults, by litgpt and by
   llms-from-scratch (see ``benchmarks/peers.py``; `make benchmark` installs them) and by ours, with
   AdamW like the others, once compiled as litgpt's is, and with the recipe's own optimiser.
@@ -68,25 +68,23 @@ def plain(recipe, folder: str, batch: int, context: int, accumulation: int = 1):
 
 def ours(recipe, folder: str, batch: int, context: int, accumulation: int = 1):
     """Set up the Trainer as notebook 05 does."""
-    from tinytrain import steps
+    from tinytrain import runs, steps
     from tinytrain.hardware import choose_precision
     from tinytrain.modeling import recipe_config
-    from tinytrain.training import build_trainer, training_arguments
 
-    model = steps.get_model(recipe, recipe_config(recipe))
-    arguments = training_arguments(
+    blocks = _blocks(recipe, batch * accumulation, context)
+    return runs.assemble(
         recipe,
         folder,
         choose_precision(recipe.precision).name,
+        model=steps.get_model(recipe, recipe_config(recipe)),
+        blocks={"train": blocks, "test": blocks},
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         max_steps=STEPS,
         save_strategy="no",
         eval_strategy="no",
     )
-    blocks = _blocks(recipe, batch * accumulation, context)
-    make = steps.get_optimizer(recipe)
-    return build_trainer(model, arguments, blocks, blocks, make_optimizer=make)
 
 
 def compiled(recipe, folder: str, batch: int, context: int, accumulation: int = 1):
@@ -113,15 +111,15 @@ def contestants(quick: bool) -> dict:
     from tinytrain.recipes import RECIPES
 
     seed, wiki, pocket = (RECIPES[name] for name in ("seed", "wiki", "pocket"))
-    rows = RECIPES["qwen-0.5b"].loss_rows  # the recipe that has as many words
+    rows = RECIPES["qwen-0.5b"].loss_rows  # the recipe that has as many tokens
     if quick:
         seed, wiki, pocket = (replace(recipe, **TINY) for recipe in (seed, wiki, pocket))
     # Muon pays at the recipe's batch, not at one of 4 blocks; the peers use AdamW too.
     wiki = replace(wiki, optimizer="adamw")
     return {
         "guide": (plain, seed, GUIDE),
-        "all words": (ours, replace(wiki, vocab_size=None, loss_rows=rows), GUIDE),
-        "kept words": (ours, wiki, GUIDE),
+        "all tokens": (ours, replace(wiki, vocab_size=None, loss_rows=rows), GUIDE),
+        "kept tokens": (ours, wiki, GUIDE),
         "Trainer": (plain, pocket, POCKET),
         "pocket": (ours, replace(pocket, optimizer="adamw"), POCKET),
         "pocket, compiled": (compiled, replace(pocket, optimizer="adamw"), POCKET),
@@ -158,11 +156,11 @@ def measured_elsewhere(name: str, quick: bool) -> dict[str, float]:
 
 
 COMPARISONS = [
-    # ours, peer, what is compared, goal, in words
-    ("all words", "guide", "tokens_per_second", 2.5, "guide's model, all 151,665 words"),
-    ("all words", "guide", "peak", 0.4, "guide's model, all 151,665 words"),
-    ("kept words", "guide", "tokens_per_second", 2.5, "guide's model, wiki's words"),
-    ("kept words", "guide", "peak", 0.4, "guide's model, wiki's words"),
+    # ours, peer, what is compared, goal, what it is called
+    ("all tokens", "guide", "tokens_per_second", 2.5, "guide's model, all 151,665 tokens"),
+    ("all tokens", "guide", "peak", 0.4, "guide's model, all 151,665 tokens"),
+    ("kept tokens", "guide", "tokens_per_second", 2.5, "guide's model, wiki's vocabulary"),
+    ("kept tokens", "guide", "peak", 0.4, "guide's model, wiki's vocabulary"),
     ("pocket", "Trainer", "tokens_per_second", 1.5, "pocket's model"),
     ("pocket, compiled", "litgpt", "tokens_per_second", 1.3, "pocket's model, compiled as well"),
     ("pocket", "llms-from-scratch", "tokens_per_second", 1.3, "pocket's model"),

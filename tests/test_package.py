@@ -1,6 +1,7 @@
-"""Rules of the house: modules can be copied, importing is cheap."""
+"""Rules of the house: modules can be copied, importing is cheap, a notebook has its modules."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -10,13 +11,19 @@ import pytest
 
 import tinytrain
 
-MODULES = sorted(Path(tinytrain.__file__).parent.glob("*.py"))
+PACKAGE = Path(tinytrain.__file__).parent
+NOTEBOOKS = sorted((PACKAGE.parent / "notebooks").glob("[0-9]*.ipynb"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
 SHARED = {"recipes", "common"}
-JOINS_THE_OTHERS = {"steps.py", "widgets.py", "__main__.py"}
+JOINS_THE_OTHERS = {"steps.py", "runs.py", "widgets.py", "__main__.py", "callbacks/__init__.py"}
 
 
-def imported_from_tinytrain(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def name_of(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imported_from_tinytrain(source):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             if node.module == "tinytrain":
                 yield from (alias.name for alias in node.names)
@@ -28,10 +35,20 @@ def imported_from_tinytrain(path):
             yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("tinytrain."))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_a_module_never_reaches_sideways(path):
-    if path.name not in JOINS_THE_OTHERS:
-        assert set(imported_from_tinytrain(path)) <= SHARED
+    if name_of(path) not in JOINS_THE_OTHERS:
+        assert set(imported_from_tinytrain(path.read_text(encoding="utf-8"))) <= SHARED
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_is_read_in_one_sitting(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 650
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            assert not body or body[-1].end_lineno - body[0].lineno < 60, node.name
 
 
 def test_importing_is_cheap():
@@ -41,18 +58,32 @@ def test_importing_is_cheap():
     assert shown.stdout.strip() == "[]"
 
 
-def test_a_module_mirrors_each_notebook():
-    table = tinytrain.__doc__
-    notebooks = (Path(tinytrain.__file__).parent.parent / "notebooks").glob("[0-9]*.ipynb")
-    for notebook in notebooks:
-        assert notebook.stem in table
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_each_notebook_uses_the_modules_that_mirror_it(path):
+    (row,) = re.findall(rf"^{path.stem} +(``.*?``)  ", tinytrain.__doc__, flags=re.MULTILINE)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    python = re.sub(r"^\s*[%!].*$", "pass", "\n".join(code), flags=re.MULTILINE)
+    used = set(imported_from_tinytrain(python))
+    used |= {"__main__"} if "-m tinytrain" in "\n".join(code) else set()
+    assert set(re.findall(r"``(\w+)``", row)) <= used
+
+
+def test_a_wheel_holds_every_module_and_its_data(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*command, "-w", str(tmp_path), str(PACKAGE.parent)], check=True)
+    from zipfile import ZipFile
+
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in ZipFile(wheel).namelist() if name.startswith("tinytrain/")}
+    data = [path for path in (PACKAGE / "data").iterdir() if path.is_file()]
+    assert {f"tinytrain/{name_of(path)}" for path in [*MODULES, *data]} <= packed
 
 
 def test_nothing_unpickles_or_runs_code_from_elsewhere():
     """That a planted file is not executed is in test_training.py; this is about what is written."""
-    root = Path(tinytrain.__file__).parent.parent
-    sources = [*MODULES, *(root / "notebooks").glob("*.ipynb"), *(root / "benchmarks").glob("*.py")]
-    for path in sources:
+    root = PACKAGE.parent
+    for path in [*MODULES, *NOTEBOOKS, *(root / "benchmarks").glob("*.py")]:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"trust_remote_code\s*=\s*True", text), path
         assert not re.search(r"(import|from) (c?[pP]ickle|dill|joblib)\b", text), path

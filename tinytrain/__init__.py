@@ -1,24 +1,24 @@
 """Train a Chinese language model from scratch, on the machine you have.
 
-Each module holds the helpers of one notebook and can be copied on its own:
+Each notebook has its modules, whose functions you can copy into a project of your own:
 
-====================  =============================  ==============================
-notebook              module                         what it is about
-====================  =============================  ==============================
-01_gpu_check          ``tinytrain.hardware``         this machine, and its precision
-02_data_split         ``tinytrain.corpus``           load, validate, split the text
-03_tokenization       ``tinytrain.tokenization``     tokenizers, chunks and packing
-04_model_config       ``tinytrain.modeling``         configuration and exact counts
-05_train_bf16         ``tinytrain.training``         the Trainer, watched while it runs
-06_evaluate           ``tinytrain.evaluation``       measure a model, let it write
-07_scale_out          ``tinytrain.__main__``         the same from a shell, in many processes
-====================  =============================  ==============================
+====================  ==========================================  ===============================
+notebook              its modules                                 what they are about
+====================  ==========================================  ===============================
+01_gpu_check          ``hardware``                                this machine, and its precision
+02_data_split         ``corpus``, ``duplicates``                  load, validate, split the text
+03_tokenization       ``tokenization``, ``qwen``                  tokenizers, chunks and packing
+04_model_config       ``modeling``, ``costs``                     configuration and exact counts
+05_train_bf16         ``training``, ``checkpoints``, ``callbacks``  the Trainer, watched and resumed
+06_evaluate           ``evaluation``, ``generation``              measure a model, let it write
+07_scale_out          ``__main__``                                the same from a shell
+====================  ==========================================  ===============================
 
-Notebook 05 also uses ``tinytrain.callbacks`` (what one sees, and how one stops it) and
-``tinytrain.loss`` (a large vocabulary in little memory), notebook 06 ``tinytrain.export``.
-``tinytrain.recipes`` holds every number of a run. ``tinytrain.steps`` joins the modules: one
-function a step, which keeps its result on disk. ``tinytrain.widgets`` lays sliders over some of
-their functions.
+Behind them: ``encyclopedia`` (the built-in text), ``hub`` (downloads and uploads), ``loss`` and
+``optimizer`` (speed and memory), ``export`` and ``gguf_file`` (a model for others). ``recipes``
+holds every hyperparameter of a run, ``common`` what several modules share. ``steps`` keeps the
+results of the first notebooks on disk, ``runs`` puts a training together, and ``widgets`` lays
+sliders over some functions.
 
 Importing ``tinytrain`` imports none of them, nor torch.
 """

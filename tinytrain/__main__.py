@@ -16,16 +16,16 @@ import difflib
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from tinytrain import steps
-from tinytrain.common import setup_logging
+from tinytrain import runs, steps
+from tinytrain.common import one_line, rank, setup_logging
 from tinytrain.recipes import RECIPES, Recipe, get_recipe
 
-EXAMPLES = """examples:
+_EXAMPLES = """examples:
   python -m tinytrain train --recipe pocket
   python -m tinytrain train --recipe wiki --set learning_rate=2e-3 max_steps=2000
   python -m tinytrain generate "法国的首都是" --temperature 0.8 --top-p 0.9
@@ -41,13 +41,13 @@ def check(options: argparse.Namespace) -> None:
     """Show what this machine is, and what each recipe would need on it."""
     import pandas as pd
 
-    from tinytrain import hardware, modeling
+    from tinytrain import costs, hardware
 
     hardware.check_cuda_availability()
     for what, value in hardware.hardware_report(steps.runs_folder()).items():
         print(f"  {what:16} {value}")
     here = hardware.this_hardware(steps.runs_folder())
-    rows = [modeling.estimate(recipe, here).row() for recipe in RECIPES.values()]
+    rows = [costs.estimate(recipe, here).row() for recipe in RECIPES.values()]
     print()
     print(pd.DataFrame(rows).set_index("recipe").to_string())
 
@@ -56,11 +56,11 @@ def data(options: argparse.Namespace) -> None:
     """Get the text and split it into documents to learn from and held-out ones."""
     setup_logging()
     split = steps.get_split(options.recipe)
-    twins = len(steps.get_duplicates(options.recipe))
+    found = len(steps.get_duplicates(options.recipe))
     print(_shown(steps.get_text(options.recipe)))
     print(f"{len(split['train']):,} documents to learn from, {len(split['test']):,} held out")
     dropped = "left out" if options.recipe.drop_duplicates else "kept"
-    print(f"{twins:,} held-out twins of others found and {dropped}")
+    print(f"{found:,} held-out near duplicates of training documents found and {dropped}")
 
 
 def tokenize(options: argparse.Namespace) -> None:
@@ -71,9 +71,9 @@ def tokenize(options: argparse.Namespace) -> None:
     recipe = options.recipe
     blocks, tokenizer = steps.get_blocks(recipe), steps.get_tokenizer(recipe)
     rate = tokens_per_character(tokenizer, steps.get_split(recipe)["test"][:500]["text"])
-    print(f"{len(tokenizer):,} words, {rate:.2f} tokens a character")
-    for half, name in (("train", "to learn from"), ("test", "held out")):
-        number = len(blocks[half])
+    print(f"{len(tokenizer):,} tokens in the vocabulary, {rate:.2f} tokens a character")
+    for part, name in (("train", "to learn from"), ("test", "held out")):
+        number = len(blocks[part])
         tokens = number * recipe.context_length
         print(f"{number:,} blocks of {recipe.context_length}, {tokens:,} tokens, {name}")
 
@@ -81,15 +81,15 @@ def tokenize(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> int:
     """Train, going on from the last checkpoint if there is one; then measure and save the model."""
     _show_no_bars()
-    result = steps.train_recipe(options.recipe, fresh=options.fresh, fsdp=options.fsdp)
-    if steps.this_process() == 0 and result["finished"]:
+    result = runs.train_recipe(options.recipe, fresh=options.fresh, fsdp=options.fsdp)
+    if rank() == 0 and result["finished"]:
         print(f"held-out loss  {result['held_out_loss']:.3f}")
         print(f"bits per character  {result['bits_per_character']:.2f}")
         if "cloze_after" in result:
             before, after = result["cloze_before"], result["cloze_after"]
             print(f"questions right  {before:.0%} before training, {after:.0%} after")
         for prompt, text in result["completions"]:
-            print(f"{prompt} → {' '.join(text.split())}")
+            print(f"{prompt} → {one_line(text)}")
         print(f"the model is in {_shown(steps.run_folder(options.recipe) / 'model')}")
     return 0 if result["finished"] else 130
 
@@ -98,9 +98,9 @@ def evaluate(options: argparse.Namespace) -> None:
     """Measure a trained model on the held-out documents, and with questions if there are any."""
     from tqdm import tqdm
 
-    from tinytrain import evaluation
+    from tinytrain import evaluation, generation
 
-    model, tokenizer = load_model(options)
+    model, tokenizer = _load_model(options)
     texts = list(steps.get_split(options.recipe)["test"]["text"])
     print(f"{len(texts):,} held-out documents; in brackets, what 95 of 100 such samples would give")
     losses = []
@@ -111,18 +111,18 @@ def evaluate(options: argparse.Namespace) -> None:
     for name in ("bits_per_character", "perplexity", "accuracy"):
         print(f"{name.replace('_', ' '):20} {getattr(measures, name)}")
     if questions := steps.get_questions(options.recipe):
-        answers = evaluation.answer_questions(model, tokenizer, questions)
+        answers = generation.answer_questions(model, tokenizer, questions)
         right = evaluation.share(sum(answer.right for answer in answers), len(answers))
         print(f"{'questions right':20} {right}, of {len(answers):,}")
 
 
 def generate(options: argparse.Namespace) -> None:
     """Let a trained model continue a text, shown as it is written."""
-    from tinytrain import evaluation
+    from tinytrain import generation
 
-    model, tokenizer = load_model(options)
+    model, tokenizer = _load_model(options)
     begins = iter([options.prompt])  # shown with the first piece: nothing is wrong then
-    evaluation.generate(
+    generation.generate(
         model,
         tokenizer,
         options.prompt,
@@ -139,11 +139,11 @@ def generate(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a trained model as a folder to share, with a model card; GGUF and upload if asked."""
-    from tinytrain.export import upload
+    from tinytrain.hub import upload
 
     _show_no_bars()
     setup_logging()
-    folder = steps.export_run(
+    folder = runs.export_run(
         options.recipe,
         dtype=options.dtype,
         gguf=options.gguf,
@@ -153,10 +153,10 @@ def export(options: argparse.Namespace) -> None:
         print(upload(folder, options.upload, to=options.to, private=not options.public))
 
 
-def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
+def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """Return a trained model, on the GPU if there is one, and its tokenizer."""
     _show_no_bars()
-    return steps.load_trained(options.recipe, options.model)
+    return runs.load_trained(options.recipe, options.model)
 
 
 def _show_no_bars() -> None:
@@ -174,13 +174,13 @@ def _shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def parse_recipe(options: argparse.Namespace) -> Recipe:
+def _parse_recipe(options: argparse.Namespace) -> Recipe:
     """Return the recipe that the options describe.
 
     Raises
     ------
     ValueError
-        If there is no recipe or no number of that name, or a value does not fit.
+        If there is no recipe or no hyperparameter of that name, or a value does not fit.
     """
     has_gpu = False
     if not (options.recipe or os.environ.get("TINYTRAIN_RECIPE")):
@@ -188,18 +188,18 @@ def parse_recipe(options: argparse.Namespace) -> Recipe:
 
         has_gpu = torch.cuda.is_available()
     recipe = get_recipe(options.recipe, has_gpu=has_gpu)
-    changes = dict(parse_change(text) for text in options.set)
+    changes = dict(_parse_change(text) for text in options.set)
     if options.corpus:
         changes["corpus"] = options.corpus
     return replace(recipe, **changes)
 
 
-def parse_change(text: str) -> tuple[str, Any]:
+def _parse_change(text: str) -> tuple[str, Any]:
     """Read ``name=value`` for a field of a recipe, in the field's own type.
 
     Examples
     --------
-    >>> parse_change("learning_rate=1e-3"), parse_change("max_documents=none")
+    >>> _parse_change("learning_rate=1e-3"), _parse_change("max_documents=none")
     (('learning_rate', 0.001), ('max_documents', None))
     """
     name, equals, value = text.partition("=")
@@ -225,15 +225,36 @@ def parse_change(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set {text}: {value!r} is not of type {kinds[0].__name__}") from None
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tinytrain",
         description="Train a Chinese language model from scratch, step by step.",
-        epilog=EXAMPLES,
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     chosen = parser.add_subparsers(metavar="STEP", title="steps, in their order", prog=parser.prog)
+    common = _common_options()
+    for step, add_options in (
+        (check, None),
+        (data, None),
+        (tokenize, None),
+        (train, _add_training_options),
+        (evaluate, _add_model_option),
+        (generate, _add_generation_options),
+        (export, _add_export_options),
+    ):
+        summary = (step.__doc__ or "").splitlines()[0]
+        added = chosen.add_parser(
+            step.__name__, parents=[common], help=summary, description=summary, allow_abbrev=False
+        )
+        added.set_defaults(step=step)
+        if add_options:
+            add_options(added)
+    return parser
+
+
+def _common_options() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--recipe",
@@ -247,89 +268,87 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         default=[],
-        help="change numbers of the recipe (tinytrain/recipes.py lists them), "
+        help="change hyperparameters of the recipe (tinytrain/recipes.py lists them), "
         "e.g. --set learning_rate=1e-3 max_steps=500",
     )
     common.add_argument("--runs", metavar="FOLDER", help="where all runs are kept (default: runs)")
     common.add_argument("--debug", action="store_true", help="show where an error happened")
+    return common
 
-    def add(step: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
-        about = (step.__doc__ or "").splitlines()[0]
-        added = chosen.add_parser(
-            step.__name__, parents=[common], help=about, description=about, allow_abbrev=False
-        )
-        added.set_defaults(step=step)
-        return added
 
-    add(check)
-    add(data)
-    add(tokenize)
-    training = add(train)
-    training.add_argument(
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--fresh", action="store_true", help="start over; the earlier run is kept beside"
     )
-    training.add_argument(
+    parser.add_argument(
         "--fsdp", action="store_true", help="share the weights out over the processes (FSDP)"
     )
-    measuring, writing, sharing = add(evaluate), add(generate), add(export)
-    for added in (measuring, writing):
-        added.add_argument(
-            "--model", type=Path, metavar="FOLDER", help="a trained model (default: the recipe's)"
-        )
-    writing.add_argument("prompt", help="the beginning, e.g. 法国的首都是")
-    for name, default, about in (
+
+
+def _add_model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="a trained model (default: the recipe's)"
+    )
+
+
+def _add_generation_options(parser: argparse.ArgumentParser) -> None:
+    _add_model_option(parser)
+    parser.add_argument("prompt", help="the beginning, e.g. 法国的首都是")
+    for name, default, meaning in (
         ("--max-new-tokens", 100, "where to stop at the latest"),
         ("--temperature", 1.0, "0 takes the likeliest token; the higher, the wilder"),
-        ("--top-k", 0, "draw only from so many of the likeliest tokens; 0 from all"),
-        ("--top-p", 1.0, "draw only from the likeliest that have this probability together"),
+        ("--top-k", 0, "sample only from so many of the likeliest tokens; 0 from all"),
+        ("--top-p", 1.0, "sample only from the likeliest that have this probability together"),
         ("--repetition-penalty", 1.0, "above 1: avoid tokens that are there already"),
     ):
-        writing.add_argument(
+        parser.add_argument(
             name,
             type=type(default),
             default=default,
             metavar="NUMBER",
-            help=f"{about} (default: {default})",
+            help=f"{meaning} (default: {default})",
         )
-    writing.add_argument(
+    parser.add_argument(
         "--seed", type=int, metavar="NUMBER", help="the same seed writes the same text"
     )
-    sharing.add_argument("--gguf", action="store_true", help="add a file for llama.cpp")
-    sharing.add_argument(
+
+
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gguf", action="store_true", help="add a file for llama.cpp")
+    parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
         help="number format of the weights; bfloat16 takes half the space (default: float32)",
     )
-    sharing.add_argument(
+    parser.add_argument(
         "--whole-vocabulary",
         action="store_true",
-        help="give a model with a reduced Qwen2.5 vocabulary all its words again",
+        help="give a model with a reduced Qwen2.5 vocabulary all its tokens again",
     )
-    sharing.add_argument("--upload", metavar="OWNER/NAME", help="upload it to a hub")
-    sharing.add_argument(
+    parser.add_argument("--upload", metavar="OWNER/NAME", help="upload it to a hub")
+    parser.add_argument(
         "--to", choices=("modelscope", "huggingface"), default="modelscope", help="which hub"
     )
-    sharing.add_argument(
+    parser.add_argument(
         "--public", action="store_true", help="let everybody see it (default: you alone)"
     )
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a step; returns the exit status."""
-    parser = build_parser()
+    parser = _build_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "step"):
         parser.print_help()
         return 0
-    process = steps.this_process()
+    process = rank()
     if process and options.step is not train:
         return 0  # the other steps are done by the first process alone
     try:
         if options.runs:
             os.environ["TINYTRAIN_RUNS"] = str(Path(options.runs).absolute())
-        options.recipe = parse_recipe(options)
+        options.recipe = _parse_recipe(options)
         return options.step(options) or 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -337,9 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        if type(error).__name__ != "LostProcessError":  # which has been written to the log
-            name = f"tinytrain (process {process})" if process else "tinytrain"
-            print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
+        name = f"tinytrain (rank {process})" if process else "tinytrain"
+        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
         return 1
 
 

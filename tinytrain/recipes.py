@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-# What one watches, and how a run is made fast or small, does not change what is learned.
+# What you watch, and what makes a run fast or small, does not change what is learned.
 DISPLAY_AND_SPEED_FIELDS = frozenset(
     ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_blocks")
     + ("sample_steps", "halve_batch", "loss_rows", "attention", "compile")
@@ -171,9 +171,9 @@ RECIPES = {recipe.name: recipe for recipe in (SMOKE, POCKET, SEED, WIKI, QWEN)}
 def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
     """Return the recipe of this run.
 
-    The environment has its say, so that one notebook serves all recipes: ``TINYTRAIN_RECIPE``
-    selects the recipe if no name is given, ``TINYTRAIN_CORPUS`` replaces its text by a file of
-    your own.
+    Three variables of the environment let one notebook serve all runs: ``TINYTRAIN_RECIPE`` selects
+    the recipe if no name is given, ``TINYTRAIN_CORPUS`` replaces its text by a file of your own,
+    and ``TINYTRAIN_MAX_STEPS`` ends it after so many optimiser steps.
 
     Parameters
     ----------
@@ -189,7 +189,7 @@ def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
     Raises
     ------
     ValueError
-        If there is no recipe of that name.
+        If there is no recipe of that name, or the number of steps is none.
 
     Examples
     --------
@@ -200,5 +200,12 @@ def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
-    corpus = os.environ.get("TINYTRAIN_CORPUS")
-    return replace(recipe, corpus=corpus) if corpus else recipe
+    if corpus := os.environ.get("TINYTRAIN_CORPUS"):
+        recipe = replace(recipe, corpus=corpus)
+    if steps := os.environ.get("TINYTRAIN_MAX_STEPS"):
+        if not steps.isdecimal() or int(steps) < 1:
+            raise ValueError(
+                f"TINYTRAIN_MAX_STEPS is {steps!r}; it must be a number of steps, 1 or more"
+            )
+        recipe = replace(recipe, max_steps=int(steps))
+    return recipe
