@@ -115,8 +115,8 @@ def test_an_error_is_one_line_and_ends_with_1(arguments, told, capsys):
         ("corpus=a=b.json", "a=b.json"),
     ],
 )
-def test_a_number_of_the_recipe_gets_its_own_type(text, value):
-    name, read = command.parse_change(text)
+def test_a_field_of_the_recipe_gets_its_own_type(text, value):
+    name, read = command._parse_change(text)
     assert (name, read) == (text.split("=")[0], value)
     assert type(read) is type(value)
 
@@ -131,7 +131,7 @@ def test_the_text_is_got_and_cut_into_blocks(capsys, tmp_path):
     assert "72 documents to learn from, " in shown
     assert run("tokenize", *mine, "--set", "context_length=16", "vocab_size=270") == 0
     shown = capsys.readouterr().out
-    assert "blocks of 16, " in shown and "270 words" in shown
+    assert "blocks of 16, " in shown and "270 tokens in the vocabulary" in shown
     assert (tmp_path / "elsewhere" / "smoke-mine" / "blocks").is_dir()
 
 

@@ -84,25 +84,10 @@ def watch(
     vocab_size: int,
     tokens_per_step: int | None = None,
 ) -> list[TrainerCallback]:
-    """Return the callbacks of notebook 05, which keep their files in the run's folder.
+    """Return the callbacks of notebook 05.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        The hyperparameters of the run.
-    folder : Path
-        Gets ``history.jsonl``, ``samples.jsonl`` and ``loss.png``; a file ``STOP`` in it ends the
-        run.
-    tokenizer : transformers.PreTrainedTokenizerBase
-        To let the model write, and to name the documents of a bad batch.
-    vocab_size : int
-        Rows of the model's embedding.
-    tokens_per_step : int, optional
-        Of all processes together; by default those of the recipe.
-
-    Returns
-    -------
-    list of transformers.TrainerCallback
+    The run's folder gets ``history.jsonl``, ``samples.jsonl`` and ``loss.png``; a file ``STOP`` in
+    it ends the run. ``tokens_per_step`` counts all processes; by default it is the recipe's.
     """
     from tinytrain import callbacks
     from tinytrain.checkpoints import last_checkpoint
@@ -128,20 +113,7 @@ def watch(
 def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:
     """Return what makes the optimiser of a recipe, for `tinytrain.training.build_trainer`.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Its ``optimizer`` decides; the hyperparameters come from the Trainer's arguments.
-
-    Returns
-    -------
-    callable or None
-        None stands for the Trainer's own AdamW.
-
-    Raises
-    ------
-    ValueError
-        If there is no optimiser of that name.
+    None stands for the Trainer's own AdamW. The hyperparameters come from the Trainer's arguments.
     """
     if recipe.optimizer == "adamw":
         return None
@@ -201,20 +173,6 @@ def train_for(recipe: Recipe, seconds: float, folder: str | Path) -> Trainer:
     """Train a fresh model for about so many seconds, to compare recipes at equal time.
 
     A probe tells how many steps fit in; the rest is as in `train_steps`.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        The hyperparameters; its ``max_steps`` and ``epochs`` are not used.
-    seconds : float
-        Time to train.
-    folder : str or Path
-        Gets ``history.jsonl``; nothing else is kept.
-
-    Returns
-    -------
-    transformers.Trainer
-        Its ``model`` is trained; its ``evaluate()`` returns the held-out loss.
     """
     from tinytrain.hardware import choose_precision
 
@@ -428,17 +386,8 @@ def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
 def get_trained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the trained model of a recipe and its tokenizer; train it if there is none.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        The recipe of the run. A model trained from other inputs, a changed recipe for example, is
-        not taken for it. One whose training was stopped early is.
-
-    Returns
-    -------
-    model : transformers.PreTrainedModel
-        In float32, on the GPU if there is one.
-    tokenizer : transformers.PreTrainedTokenizerBase
+    A model trained from other inputs, a changed recipe for example, is not taken for it. One whose
+    training was stopped early is. The model is in float32, on the GPU if there is one.
     """
     if not _is_trained(recipe, steps.run_folder(recipe)):
         logger.info("recipe %s has not been trained yet: training it now", recipe.name)
@@ -451,17 +400,7 @@ def load_trained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a saved model, in float32 and on the GPU if there is one, and its tokenizer.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Whose run notebook 05 or `train_recipe` has saved it in.
-    folder : Path, optional
-        Another one to load, with a fast tokenizer.
-
-    Returns
-    -------
-    model : transformers.PreTrainedModel
-    tokenizer : transformers.PreTrainedTokenizerBase
+    By default it is the one that notebook 05 or `train_recipe` has saved in the recipe's run.
 
     Raises
     ------

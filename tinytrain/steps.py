@@ -124,17 +124,8 @@ def _write_encyclopedia(folder: Path, inputs: dict[str, Any]) -> None:
 def get_split(recipe: Recipe) -> DatasetDict:
     """Return the documents of the training set, ``train``, and of the held-out set, ``test``.
 
-    The duplicates found are written beside them as ``duplicates.json``; see `get_duplicates`.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        Its fields under "text" decide.
-
-    Returns
-    -------
-    datasets.DatasetDict
-        With the columns ``text`` and ``source``.
+    The recipe's fields under "text" decide. Columns are ``text`` and ``source``. The duplicates
+    found are written beside them as ``duplicates.json``; see `get_duplicates`.
     """
     from datasets import load_from_disk
 
@@ -185,17 +176,7 @@ def _split_inputs(recipe: Recipe, path: Path) -> dict[str, Any]:
 
 
 def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a recipe: Qwen2.5's, full or reduced, or one trained on the text.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        Its fields under "tokens" decide.
-
-    Returns
-    -------
-    transformers.PreTrainedTokenizerBase
-    """
+    """Return the tokenizer of a recipe: Qwen2.5's, full or reduced, or one trained on the text."""
     if recipe.tokenizer not in ("qwen2.5", "own"):
         raise ValueError(f"tokenizer {recipe.tokenizer!r} is neither 'qwen2.5' nor 'own'")
     if recipe.tokenizer == "qwen2.5" and not is_reduced(recipe):
@@ -227,17 +208,8 @@ def is_reduced(recipe: Recipe) -> bool:
 def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> DatasetDict:
     """Return the token blocks of the training set, ``train``, and of the held-out set, ``test``.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Its fields under "tokens" decide.
-    tokenizer : transformers.PreTrainedTokenizerBase, optional
-        That of `get_tokenizer`, if you have it already.
-
-    Returns
-    -------
-    datasets.DatasetDict
-        With the column ``input_ids``: int32 lists of ``recipe.context_length``.
+    The recipe's fields under "tokens" decide; the tokenizer is that of `get_tokenizer`, if you
+    have it already. The column ``input_ids`` holds int32 lists of ``recipe.context_length``.
     """
     from datasets import DatasetDict, load_from_disk
 
@@ -267,16 +239,8 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
 def get_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen2Config:
     """Return the configuration of a recipe's model, fitted to its tokenizer.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Its fields under "model" decide.
-    tokenizer : transformers.PreTrainedTokenizerBase, optional
-        That of `get_tokenizer`, if you have it already.
-
-    Returns
-    -------
-    transformers.Qwen2Config
+    The recipe's fields under "model" decide; the tokenizer is that of `get_tokenizer`, if you
+    have it already.
     """
     tokenizer = tokenizer or get_tokenizer(recipe)
     # A small text may give fewer tokens than the recipe asks for. More rows than tokens, as in the
@@ -289,17 +253,8 @@ def get_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
 def get_model(recipe: Recipe, config: Qwen2Config | None = None) -> Qwen2ForCausalLM:
     """Return the untrained model of a recipe, with what saves time and memory in training.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Its ``seed`` decides the weights; ``loss_rows``, ``attention`` and ``compile`` how fast
-        and in how much memory they are trained.
-    config : transformers.Qwen2Config, optional
-        By default that of `get_config`.
-
-    Returns
-    -------
-    transformers.Qwen2ForCausalLM
+    Its ``seed`` decides the weights; ``loss_rows``, ``attention`` and ``compile`` how fast and in
+    how much memory they are trained. The configuration is that of `get_config` by default.
     """
     import torch
 
@@ -337,11 +292,6 @@ def reference_curve(recipe: Recipe) -> dict[str, Any] | None:
     """Return what is normal for a recipe: the course of its loss with several other seeds.
 
     Made by ``python -m benchmarks.reference``, which also says what machine it ran on.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        The recipe of your run.
 
     Returns
     -------
