@@ -63,7 +63,7 @@ build/llama.cpp/ready: tests/llama_cpp.txt .venv/ready
 	@touch $@
 
 gguf: build/llama.cpp/ready  ## compare our GGUF files with those of llama.cpp's own converter
-	TINYTRAIN_LLAMA_CPP=$(CURDIR)/build/llama.cpp/vendor/llama.cpp $(BIN)/python -m pytest -v -k converter tests/test_export.py
+	TINYTRAIN_LLAMA_CPP="$(CURDIR)/build/llama.cpp/vendor/llama.cpp" $(BIN)/python -m pytest -v -k converter tests/test_export.py
 
 build/peers/ready: benchmarks/peers.txt
 	$(PYTHON) -m venv build/peers
@@ -74,11 +74,11 @@ build/peers/ready: benchmarks/peers.txt
 
 # On a text of one's own: make benchmark TEXT=my.jsonl
 benchmark: .venv/ready build/peers/ready  ## measure all that is claimed about speed and memory (2 hours)
-	$(BIN)/python -m benchmarks.tokenization $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python -m benchmarks.tokenization $(if $(TEXT),--text "$(TEXT)")
 	$(BIN)/python -m benchmarks.train_step
-	$(BIN)/python -m benchmarks.learning $(if $(TEXT),--text $(TEXT))
-	$(BIN)/python -m benchmarks.learning --choices --seconds 120 $(if $(TEXT),--text $(TEXT))
-	$(BIN)/python -m benchmarks.questions $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python -m benchmarks.learning $(if $(TEXT),--text "$(TEXT)")
+	$(BIN)/python -m benchmarks.learning --choices --seconds 120 $(if $(TEXT),--text "$(TEXT)")
+	$(BIN)/python -m benchmarks.questions $(if $(TEXT),--text "$(TEXT)")
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.estimate
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && $(BIN)/python -m benchmarks.gpu || true
@@ -92,13 +92,13 @@ lint: .venv/ready
 MINE := $(or $(TINYTRAIN_RUNS),runs)/notebooks
 
 lab: .venv/ready  ## open JupyterLab in your own copies of the notebooks, in runs/notebooks
-	@mkdir -p $(MINE)/zh
+	@mkdir -p "$(MINE)/zh"
 	@for new in notebooks/[0-9]*.ipynb notebooks/zh/[0-9]*.ipynb; do \
-		mine=$(MINE)/$${new#notebooks/}; \
-		[ -e $$mine ] || cp $$new $$mine; \
-		[ ! $$new -nt $$mine ] || echo "$$new is newer than $$mine; delete yours to get it"; \
+		mine="$(MINE)/$${new#notebooks/}"; \
+		[ -e "$$mine" ] || cp $$new "$$mine"; \
+		[ ! $$new -nt "$$mine" ] || echo "$$new is newer than $$mine; delete yours to get it"; \
 	done
-	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) $(MINE)/$(if $(filter zh,$(EDITION)),zh/)01_gpu_check.ipynb
+	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) "$(MINE)/$(if $(filter zh,$(EDITION)),zh/)01_gpu_check.ipynb"
 
 notebooks: .venv/ready  ## run the notebooks and keep their outputs in place, to be committed
 	@$(BIN)/python notebooks/run_all.py --in-place
