@@ -14,6 +14,7 @@ notebook              module                         what it is about
 07_scale_out          ``tinytrain.__main__``         the same from a shell, in many processes
 ====================  =============================  ==============================
 
+Notebook 03 also uses ``tinytrain.qwen`` (the tokenizer of Qwen2.5, whole and reduced).
 Notebook 05 also uses ``tinytrain.callbacks`` (what one sees, and how one stops it) and
 ``tinytrain.loss`` (a large vocabulary in little memory), notebook 06 ``tinytrain.export``.
 ``tinytrain.recipes`` holds every number of a run. ``tinytrain.steps`` joins the modules: one

@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinytrain import corpus, encyclopedia, export, hub, modeling, tokenization
+from tinytrain import corpus, encyclopedia, export, hub, modeling, qwen, tokenization
 from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, Recipe
 
 if TYPE_CHECKING:
@@ -190,30 +190,30 @@ def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if recipe.tokenizer not in ("qwen2.5", "own"):
         raise ValueError(f"tokenizer {recipe.tokenizer!r} is neither 'qwen2.5' nor 'own'")
     if recipe.tokenizer == "qwen2.5" and not _is_reduced(recipe):
-        return tokenization.qwen_tokenizer()
+        return qwen.qwen_tokenizer()
 
     def build(folder: Path, inputs: dict[str, Any]) -> None:
         texts = get_split(recipe)["train"]["text"]
         if recipe.tokenizer == "own":
             tokenizer = tokenization.train_tokenizer(texts, recipe.vocab_size)
         else:
-            qwen = tokenization.qwen_tokenizer()
-            tokenizer = tokenization.reduce_tokenizer(qwen, texts, recipe.vocab_size)
+            whole = qwen.qwen_tokenizer()
+            tokenizer = qwen.reduce_tokenizer(whole, texts, recipe.vocab_size)
         tokenizer.save_pretrained(folder)
 
     inputs = {
         "split": _split_inputs(recipe, get_text(recipe)),
         "tokenizer": recipe.tokenizer,
         "vocab_size": recipe.vocab_size,
-        "code": _code(tokenization),
+        "code": [_code(tokenization), _code(qwen)],
     }
     return tokenization.load_tokenizer(_keep(run_folder(recipe) / "tokenizer", inputs, build))
 
 
 def _is_reduced(recipe: Recipe) -> bool:
-    """Tell whether the recipe keeps only some words of Qwen2.5's vocabulary."""
+    """Tell whether the recipe keeps only some tokens of Qwen2.5's vocabulary."""
     size = recipe.vocab_size
-    return recipe.tokenizer == "qwen2.5" and size is not None and size < tokenization.QWEN_WORDS
+    return recipe.tokenizer == "qwen2.5" and size is not None and size < qwen.QWEN_VOCAB_SIZE
 
 
 def get_blocks(recipe: Recipe) -> DatasetDict:
@@ -861,13 +861,13 @@ def export_run(
 
 
 def _with_whole_vocabulary(recipe: Recipe, model: Any, reduced: Any) -> tuple[Any, Any]:
-    """Return the model with a row for each word of Qwen2.5, and Qwen2.5's tokenizer."""
-    whole = tokenization.qwen_tokenizer()
+    """Return the model with a row for each token of Qwen2.5, and Qwen2.5's tokenizer."""
+    whole = qwen.qwen_tokenizer()
     blocks = get_blocks(recipe)["train"]
     # Ten tokens for each number of a row that is sought, evenly from the whole text.
     number = min(len(blocks), 1 + 10 * model.config.hidden_size // recipe.context_length)
     some = blocks.select(range(0, len(blocks), len(blocks) // number))["input_ids"]
-    ids = tokenization.original_ids(reduced, whole)
+    ids = qwen.original_ids(reduced, whole)
     return modeling.expand_vocabulary(model, ids, len(whole), list(some)), whole
 
 
