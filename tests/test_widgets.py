@@ -142,7 +142,7 @@ def test_the_length_of_the_text_decides_the_time():
 @pytest.fixture(scope="module")
 def tokenizer():
     texts = [HOSTILE, "法国的首都是巴黎。日本的首都是东京。"] * 3
-    return train_tokenizer(texts, vocab_size=340)
+    return train_tokenizer(texts, vocab_size=300)
 
 
 def test_the_tokens_of_a_typed_text_appear_for_each_tokenizer(tokenizer):
