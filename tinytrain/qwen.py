@@ -91,15 +91,14 @@ def reduce_tokenizer(
 
     Every token of the vocabulary costs a row of the embedding, a logit at every position and a
     share of the optimiser's memory, whether it ever occurs or not. What is left out is written with
-    shorter tokens, at worst with bytes, so that every text can still be written. A text whose
-    tokens are all kept is cut as before, under other ids; `original_ids` leads back.
+    shorter tokens, at worst with bytes; a text whose tokens are all kept is cut as before.
 
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerFast
         From `qwen_tokenizer`.
     texts : iterable of str
-        The training set. Held-out text does not belong here.
+        The training set.
     vocab_size : int
         Tokens to keep, including the added ones, the 256 bytes and the parts that tokens are merged
         from. If the text uses fewer, fewer are kept, which is logged.

@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 _END_OF_TEXT = "<|endoftext|>"
 
-# The longest token of an own tokenizer. Chinese has no spaces, so the pre-tokenizer splits only at
-# punctuation and digits: in a text that repeats itself whole phrases would become tokens, and the
-# model would be left with nothing to predict inside them. The longest common words have four
+# The longest token of your own tokenizer. Chinese has no spaces, so the pre-tokenizer splits only
+# at punctuation and digits: in a text that repeats itself whole phrases would become tokens, and
+# the model would be left with nothing to predict inside them. The longest common words have four
 # characters, of three bytes each.
 _MAX_TOKEN_BYTES = 4 * 3
 
-# Characters that train an own tokenizer. A few million show which pairs are frequent; more hardly
+# Characters that train your own tokenizer. A few million show which pairs are frequent; more hardly
 # change a small vocabulary, and each takes some 250 bytes of memory.
 _MAX_TRAINING_CHARACTERS = 2_000_000
 
@@ -56,15 +56,13 @@ _BATCH = 100
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level byte-pair tokenizer that treats text as Qwen2.5's does.
 
-    Training starts from the 256 bytes and again and again makes the most frequent pair of
-    neighbours a token of its own. Every text can be written: what is rare falls back to bytes.
-    No token is longer than four Chinese characters.
+    Training starts from the 256 bytes and makes the most frequent pair of neighbours a token, again
+    and again. Every text can be written: what is rare falls back to bytes.
 
     Parameters
     ----------
     texts : iterable of str
-        The training set, in random order: two million characters are read. Held-out text does not
-        belong here.
+        The training set, in random order: two million characters are read.
     vocab_size : int
         Tokens wanted, ``<|endoftext|>`` and the 256 bytes included. If the text has fewer pairs
         that occur twice, the vocabulary is smaller, which is logged.
@@ -148,8 +146,8 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     Returns
     -------
     transformers.PreTrainedTokenizerFast
-        The tokenizer, with ``<|endoftext|>`` as end-of-text and padding token. (A tokenizer for
-        conversations names ``<|im_end|>``, which a model trained on plain text never sees.)
+        With ``<|endoftext|>`` as end-of-text and padding token. (A tokenizer for conversations
+        names ``<|im_end|>``, which a model trained on plain text never sees.)
 
     Raises
     ------
@@ -213,7 +211,6 @@ def tokenize(
     element : mapping of str to list of str
         A batch, as ``Dataset.map(..., batched=True)`` hands it over, with the column ``text``.
     tokenizer : transformers.PreTrainedTokenizerFast
-        The tokenizer.
     context_length : int
         Tokens a chunk.
 
@@ -263,7 +260,6 @@ def pack_documents(
         One document a row, in the column ``text``. Where a text spells out ``<|endoftext|>``, it is
         read as plain characters: only this function places the token.
     tokenizer : transformers.PreTrainedTokenizerFast
-        The tokenizer.
     context_length : int
         Tokens a block.
     folder : path, optional
@@ -391,10 +387,8 @@ def coverage(documents: Dataset, blocks: Dataset, tokenizer: PreTrainedTokenizer
 
     Parameters
     ----------
-    documents : datasets.Dataset
-        The documents that the blocks were made of, in the column ``text``.
-    blocks : datasets.Dataset
-        From `chunk_documents` or `pack_documents`.
+    documents, blocks : datasets.Dataset
+        What `chunk_documents` or `pack_documents` was given, and what it returned.
     tokenizer : transformers.PreTrainedTokenizerFast
         The tokenizer, of a byte-level kind.
 
@@ -443,12 +437,7 @@ def _bytes_of(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[by
 def tokens_per_character(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> float:
     """Return how many tokens a character of the texts costs, without end-of-text tokens.
 
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerFast
-        The tokenizer.
-    texts : iterable of str
-        Texts, best ones that the tokenizer was not trained on.
+    Take texts that the tokenizer was not trained on.
 
     Raises
     ------
@@ -494,14 +483,8 @@ def colour_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     """Return the tokens of a text as HTML, on alternating colours, each with its id below.
 
     Spaces, tabs and line ends are shown as signs, other invisible characters by their number; after
-    a line end a new line begins. Nothing in the text is read as HTML.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerFast
-        The tokenizer, of a byte-level kind.
-    text : str
-        A text, of which the first 1,000 tokens are shown.
+    a line end a new line begins. Nothing in the text is read as HTML. Of a long text, the first
+    1,000 tokens are shown.
 
     Returns
     -------
@@ -512,12 +495,6 @@ def colour_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     ------
     ValueError
         If the tokenizer is not byte-level.
-
-    Examples
-    --------
-    >>> tokenizer = train_tokenizer(["北京是中国的首都。", "北京在中国的北方。"], vocab_size=270)
-    >>> "&lt;b&gt;" in colour_tokens(tokenizer, "<b>北京")
-    False
     """
     limit = 1000  # more spans than this make a page slow
     tokens = show_tokens(tokenizer, text)
