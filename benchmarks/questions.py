@@ -73,12 +73,8 @@ def measure(question: str, recipe: Recipe, quick: bool) -> dict[str, float]:
     from tinytrain import runs, steps
     from tinytrain.callbacks import read_history
     from tinytrain.hardware import peak_memory
-    from tinytrain.tokenization import (
-        chunk_documents,
-        coverage,
-        qwen_tokenizer,
-        tokens_per_character,
-    )
+    from tinytrain.qwen import qwen_tokenizer
+    from tinytrain.tokenization import chunk_documents, coverage, tokens_per_character
 
     split = steps.get_split(recipe)
     steps.get_blocks(recipe)
@@ -94,7 +90,7 @@ def measure(question: str, recipe: Recipe, quick: bool) -> dict[str, float]:
     if question == "context":
         sample = split["train"].select(range(min(len(split["train"]), 2000)))
         chunks = chunk_documents(sample, qwen := qwen_tokenizer(), recipe.context_length)
-        kept = {"kept_by_chunks": coverage(sample, chunks, qwen)["share_kept"]}
+        kept = {"kept_by_chunks": coverage(sample, chunks, qwen)}
     return kept | {
         "bits": held_out_bits(trainer.model, recipe),
         "tokens_per_second": last["tokens"] / last["seconds"],

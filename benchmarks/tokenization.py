@@ -15,7 +15,8 @@ from datasets import Dataset, disable_caching, disable_progress_bars
 
 from benchmarks import save
 from tinytrain import corpus, encyclopedia
-from tinytrain.tokenization import pack_documents, qwen_tokenizer, tokenize
+from tinytrain.qwen import qwen_tokenizer
+from tinytrain.tokenization import pack_documents, tokenize
 
 CHARACTERS, ROUNDS, CONTEXT = 7_000_000, 3, 512
 

@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tinytrain import export, modeling, steps, tokenization
+from tinytrain import export, modeling, qwen, steps, tokenization
 from tinytrain.loss import save_loss_memory
 
 TEXTS = [
@@ -372,7 +372,7 @@ def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
     monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
     sizes = {"hidden_size": 16, "intermediate_size": 16, "context_length": 32}
     recipe = replace(smoke.recipe, tokenizer="qwen2.5", vocab_size=1500, max_documents=60, **sizes)
-    reduced, whole = steps.get_tokenizer(recipe), tokenization.qwen_tokenizer()
+    reduced, whole = steps.get_tokenizer(recipe), qwen.qwen_tokenizer()
     model = steps.get_model(recipe)
     for part in (model, reduced):
         part.save_pretrained(steps.run_folder(recipe) / "model")
@@ -385,7 +385,7 @@ def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
     assert tokenization.fingerprint(tokenizer) == tokenization.fingerprint(whole)
     text = steps.get_split(recipe)["train"][0]["text"][:30]
     few, many = reduced(text)["input_ids"], tokenizer(text)["input_ids"]
-    ids = tokenization.original_ids(reduced, whole)
+    ids = qwen.original_ids(reduced, whole)
     assert [ids[number] for number in few] == many
     with torch.no_grad():
         scores = model.eval()(input_ids=torch.tensor([few])).logits
@@ -429,10 +429,10 @@ def test_llama_cpps_own_converter_writes_the_same(smoke, tmp_path, vocabulary, d
     from gguf import GGUFReader
 
     texts = smoke.split["train"]["text"]
-    whole = tokenization.qwen_tokenizer()
+    whole = qwen.qwen_tokenizer()
     tokenizer = {
         "own": smoke.tokenizer,
-        "reduced": tokenization.reduce_tokenizer(whole, texts, 1500),
+        "reduced": qwen.reduce_tokenizer(whole, texts, 1500),
         "whole": whole,
     }[vocabulary]
     rows = len(tokenizer) + 7  # as in the published model, more rows than words

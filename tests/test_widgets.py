@@ -14,7 +14,7 @@ from tinytrain.evaluation import complete, generate
 from tinytrain.hardware import KNOWN_GPUS, Hardware
 from tinytrain.modeling import build_model, estimate, plot_memory, qwen2_config, with_width
 from tinytrain.recipes import RECIPES
-from tinytrain.tokenization import show_tokens, train_tokenizer
+from tinytrain.tokenization import count_tokens, show_tokens, train_tokenizer
 from tinytrain.training import plot_learning_rate
 
 HERE = Hardware("a <b>laptop</b>", 12 * 10**9, "float32", 0.1)
@@ -142,7 +142,7 @@ def test_the_length_of_the_text_decides_the_time():
 @pytest.fixture(scope="module")
 def tokenizer():
     texts = [HOSTILE, "法国的首都是巴黎。日本的首都是东京。"] * 3
-    return train_tokenizer(texts, vocab_size=340, max_token_chars=1)
+    return train_tokenizer(texts, vocab_size=300)
 
 
 def test_the_tokens_of_a_typed_text_appear_for_each_tokenizer(tokenizer):
@@ -151,7 +151,7 @@ def test_the_tokens_of_a_typed_text_appear_for_each_tokenizer(tokenizer):
         "bytes": train_tokenizer(["aa"] * 3, vocab_size=258),
     }
     explorer = widgets.token_explorer(tokenizers, "法国")
-    assert "own: 2 tokens, 1.00 a character" in page(explorer)
+    assert f"own: {count_tokens(tokenizer, '法国')}" in page(explorer)
     assert "bytes: 6 tokens, 3.00 a character" in page(explorer)
     move(explorer, "text", "日本的首都")
     shown = page(explorer)

@@ -327,7 +327,7 @@ def expand_vocabulary(
     model : transformers.Qwen2ForCausalLM
         The trained model, with tied embeddings. It stays as it is.
     ids : sequence of int
-        Where each of its rows belongs, from `tinytrain.tokenization.original_ids`.
+        Where each of its rows belongs, from `tinytrain.qwen.original_ids`.
     vocab_size : int
         Rows of the result.
     blocks : sequence

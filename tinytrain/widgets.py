@@ -82,7 +82,7 @@ def token_explorer(
 ) -> VBox:
     """Show what becomes of a text in several tokenizers, while it is typed.
 
-    Without a browser: ``print(token_table(tokenizers, text))`` of `tinytrain.tokenization`, or
+    Without a browser: ``show_tokens(tokenizer, text)`` of `tinytrain.tokenization`, or
     ``HTML(colour_tokens(tokenizer, text))``.
 
     Parameters

