@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks import ROOT, save
 from benchmarks.overhead import watched_trainer
 from tinytrain import hardware, steps
-from tinytrain.modeling import estimate
+from tinytrain.costs import estimate
 from tinytrain.recipes import RECIPES
 from tinytrain.training import train
 

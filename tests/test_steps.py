@@ -150,8 +150,8 @@ def test_a_relative_path_is_found_from_the_notebooks_folder(tmp_path, monkeypatc
 
 def test_the_guides_numbers_reach_the_model():
     config = steps.get_config(RECIPES["seed"])
+    from tinytrain.costs import count_parameters, estimate
     from tinytrain.hardware import KNOWN_GPUS
-    from tinytrain.modeling import count_parameters, estimate
 
     assert count_parameters(config)["total"] == 123_287_552
     # Recipe "wiki" has the same layers, and fewer rows.

@@ -41,13 +41,13 @@ def check(options: argparse.Namespace) -> None:
     """Show what this machine is, and what each recipe would need on it."""
     import pandas as pd
 
-    from tinytrain import hardware, modeling
+    from tinytrain import costs, hardware
 
     hardware.check_cuda_availability()
     for what, value in hardware.hardware_report(steps.runs_folder()).items():
         print(f"  {what:16} {value}")
     here = hardware.this_hardware(steps.runs_folder())
-    rows = [modeling.estimate(recipe, here).row() for recipe in RECIPES.values()]
+    rows = [costs.estimate(recipe, here).row() for recipe in RECIPES.values()]
     print()
     print(pd.DataFrame(rows).set_index("recipe").to_string())
 

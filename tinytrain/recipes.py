@@ -13,8 +13,10 @@ better trained; the default with a GPU) and ``qwen-0.5b`` (the real 494M model).
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 # What one watches, and how a run is made fast or small, does not change what is learned.
 DISPLAY_AND_SPEED_FIELDS = frozenset(
@@ -48,6 +50,7 @@ class Recipe:
     num_hidden_layers: int = 12
     num_attention_heads: int = 8  # heads of 64, the size attention kernels are written for
     num_key_value_heads: int = 2  # as in Qwen2.5-0.5B: shared keys and values save memory
+    tie_word_embeddings: ClassVar[bool] = True  # one matrix reads tokens in and predicts them out
 
     # --- optimisation -------------------------------------------------------------------------
     optimizer: str = "adamw"  # the guide's; or "muon" for the matrices, with AdamW for the rest
@@ -202,3 +205,37 @@ def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
     recipe = RECIPES[name]
     corpus = os.environ.get("TINYTRAIN_CORPUS")
     return replace(recipe, corpus=corpus) if corpus else recipe
+
+
+def with_width(recipe: Recipe, hidden_size: int) -> Recipe:
+    """Return a recipe of another width: heads of the same size, an MLP of the same proportion.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Whose proportions to keep.
+    hidden_size : int
+        The new width, a multiple of the size of a head.
+
+    Returns
+    -------
+    Recipe
+        With fewer key/value heads where they would not divide the heads evenly. Its learning rate
+        is the old one, though a wider model wants a lower one.
+
+    Raises
+    ------
+    ValueError
+        If the width is no multiple of the size of a head.
+    """
+    head = recipe.hidden_size // recipe.num_attention_heads
+    if hidden_size < head or hidden_size % head:
+        raise ValueError(f"hidden_size {hidden_size} is no multiple of {head}, the size of a head")
+    heads = hidden_size // head
+    return replace(
+        recipe,
+        hidden_size=hidden_size,
+        intermediate_size=recipe.intermediate_size * hidden_size // recipe.hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=math.gcd(heads, recipe.num_key_value_heads),
+    )

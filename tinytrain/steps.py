@@ -305,7 +305,7 @@ def get_model(recipe: Recipe, config: Qwen2Config | None = None) -> Qwen2ForCaus
 
 
 def probe(recipe: Recipe, precision: str, steps: int = 6) -> tuple[float, int]:
-    """Train for a few real steps, to correct `tinytrain.modeling.estimate`; keep nothing.
+    """Train for a few real steps, to correct `tinytrain.costs.estimate`; keep nothing.
 
     Parameters
     ----------
