@@ -372,7 +372,7 @@ def plot_memory(recipe: Recipe, hardware: Any) -> Figure:
     precision = recipe.precision or hardware.precision
     millions = cost.parameters["total"] / 1e6
     figure.suptitle(f"{millions:,.1f}M parameters: {_size(total * 1e9)} in {precision}")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return figure
 
 
