@@ -15,11 +15,11 @@ def plain(hidden, weight, labels, total=None):
     return loss / ((labels != -100).sum() if total is None else total)
 
 
-def inputs(positions, width, words, ignored=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(positions * words)
+def inputs(positions, width, vocabulary, ignored=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(positions * vocabulary)
     hidden = torch.randn(positions, width, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(words, width, generator=generator).to(dtype).requires_grad_()
-    labels = torch.randint(words, (positions,), generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (positions,), generator=generator)
     labels[torch.randperm(positions, generator=generator)[:ignored]] = -100
     return hidden, weight, labels
 
@@ -30,15 +30,15 @@ def with_gradients(function, hidden, weight, *args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("positions", "width", "words", "ignored", "rows"),
+    ("positions", "width", "vocabulary", "ignored", "rows"),
     [(64, 16, 100, 0, 16), (37, 7, 53, 5, 10), (10, 4, 3, 9, 3), (5, 4, 1001, 0, 512)],
 )
 @pytest.mark.parametrize("total", [None, 11.0])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_value_and_gradients_are_those_of_the_plain_loss(
-    positions, width, words, ignored, rows, total, compiled
+    positions, width, vocabulary, ignored, rows, total, compiled
 ):
-    hidden, weight, labels = inputs(positions, width, words, ignored)
+    hidden, weight, labels = inputs(positions, width, vocabulary, ignored)
     expected = with_gradients(plain, hidden, weight, labels, total)
     options = {"rows": rows, "compiled": compiled}
     found = with_gradients(linear_cross_entropy, hidden, weight, labels, total, **options)
@@ -61,17 +61,17 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_the_plain_loss(compiled):
         assert (ours - exact).norm() <= 0.02 * exact.norm()
 
 
-def test_compiling_needs_no_memory_of_the_size_of_the_scores():
+def test_compiling_needs_no_memory_of_the_size_of_the_logits():
     """And happens: what would run uncompiled in its place makes several copies of them."""
     hidden, weight, labels = inputs(64, 16, 5000, dtype=torch.bfloat16)
     linear_cross_entropy(hidden, weight, labels, compiled=True)
     with torch.profiler.profile(profile_memory=True) as profile:
         linear_cross_entropy(hidden, weight, labels, compiled=True)
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert largest == 2 * 64 * 5000  # the scores themselves, made once; in float32 they take twice
+    assert largest == 2 * 64 * 5000  # the logits themselves, made once; in float32 they take twice
 
 
-def test_without_learning_only_the_scores_are_computed():
+def test_without_learning_only_the_logits_are_computed():
     hidden, weight, labels = inputs(20, 16, 300)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
         loss = linear_cross_entropy(hidden, weight, labels, rows=8)
@@ -80,7 +80,7 @@ def test_without_learning_only_the_scores_are_computed():
 
 
 def test_in_fp16_small_gradients_do_not_vanish():
-    """The share of a word that is never right is 1 / words / positions: too small for fp16."""
+    """A token that is never right has a share of 1 / vocabulary / positions: too small for fp16."""
     hidden, weight, labels = inputs(2000, 16, 20_000)
     weight = (0.01 * weight).detach().requires_grad_()
     *_, truth = with_gradients(plain, hidden, weight, labels)
@@ -91,7 +91,7 @@ def test_in_fp16_small_gradients_do_not_vanish():
     assert (found - truth)[never].norm() <= 0.02 * truth[never].norm()
 
 
-def test_no_second_table_is_made_for_the_gradient_of_tied_words():
+def test_no_second_table_is_made_for_the_gradient_of_tied_embeddings():
     """A dense gradient of the embedding would be as large as the model and nearly all zeros."""
     model = small_model(tied=True)
     save_loss_memory(model, rows=10)
@@ -125,7 +125,7 @@ def test_the_row_of_a_padding_token_learns_from_the_loss_only():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_add_up_and_frozen_words_get_none():
+def test_gradients_add_up_and_frozen_embeddings_get_none():
     model = small_model(True)
     save_loss_memory(model, rows=10)
     ids = torch.randint(211, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -140,7 +140,7 @@ def test_gradients_add_up_and_frozen_words_get_none():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_huge_scores_do_not_overflow_and_no_label_is_nan_as_in_pytorch(compiled):
+def test_huge_logits_do_not_overflow_and_no_label_is_nan_as_in_pytorch(compiled):
     hidden, weight, labels = inputs(8, 4, 10)
     huge = 1e6 * hidden, weight, labels
     found = with_gradients(linear_cross_entropy, *huge, rows=3, compiled=compiled)
@@ -211,7 +211,7 @@ def test_it_never_holds_all_logits():
     ids = torch.randint(211, (4, 64))
     with Watch():
         model(input_ids=ids, labels=ids).loss.backward()
-    assert 10 <= largest <= 32  # ten rows of scores; the matrix itself has 32 columns
+    assert 10 <= largest <= 32  # ten rows of logits; the matrix itself has 32 columns
 
 
 def test_what_is_saved_and_generated_stays_the_same(tmp_path):
