@@ -48,26 +48,20 @@ def small_config(**changes):
 
 
 def test_config_takes_the_overrides_and_keeps_the_rest():
-    config = qwen2_config(**GUIDE, context_length=512)
+    config = qwen2_config(**GUIDE, context_length=128)
     for name, value in GUIDE.items():
         assert getattr(config, name) == value
-    assert config.num_key_value_heads == 2
-    assert config.tie_word_embeddings is True
-    assert config.rope_parameters["rope_theta"] == 1e6
-    assert config.rms_norm_eps == 1e-6
-    assert config.max_position_embeddings == 512
+    assert config.max_position_embeddings == 128
     assert config.bos_token_id == config.eos_token_id
-    assert config.layer_types == ["full_attention"] * 12
-    assert config.max_window_layers == 12
-
-
-def test_what_is_not_overridden_is_the_parents():
-    config = Qwen2Config(**QWEN2_5_0_5B)
-    assert config.hidden_act == "silu" and config.rms_norm_eps == 1e-6
-    assert config.initializer_range == 0.02 and config.attention_dropout == 0.0
-    assert config.use_cache and config.sliding_window is None
-    assert config.layer_types == ["full_attention"] * 24
-    assert recipe_config(RECIPES["qwen-0.5b"]).vocab_size == config.vocab_size
+    assert config.layer_types == ["full_attention"] * config.max_window_layers
+    parent = Qwen2Config(**QWEN2_5_0_5B)
+    for each in (config, parent):
+        assert each.rope_parameters["rope_theta"] == 1e6 and each.rms_norm_eps == 1e-6
+        assert each.num_key_value_heads == 2 and each.tie_word_embeddings
+        assert each.hidden_act == "silu" and each.attention_dropout == 0.0
+        assert each.initializer_range == 0.02 and each.sliding_window is None and each.use_cache
+    assert parent.layer_types == ["full_attention"] * 24
+    assert recipe_config(RECIPES["qwen-0.5b"]).vocab_size == parent.vocab_size
 
 
 @pytest.mark.parametrize(
@@ -167,13 +161,7 @@ def test_the_initial_loss_is_near_that_of_guessing():
 def trainer_for(model, folder):
     blocks = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 2
     arguments = TrainingArguments(
-        str(folder),
-        max_steps=1,
-        save_steps=1,
-        per_device_train_batch_size=2,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
+        str(folder), max_steps=1, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
     )
     return Trainer(model=model, args=arguments, train_dataset=blocks)
 
@@ -181,14 +169,9 @@ def trainer_for(model, folder):
 def test_the_guides_own_lines_train_and_fail_at_the_first_checkpoint(tmp_path):
     parent = {**QWEN2_5_0_5B, "model_type": "qwen2", "torch_dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(parent), encoding="utf-8")
+    changes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 256, "n_ctx": 512}
     config = AutoConfig.from_pretrained(
-        tmp_path,
-        vocab_size=500,
-        hidden_size=64,
-        intermediate_size=256,
-        num_attention_heads=8,
-        num_hidden_layers=12,
-        n_ctx=512,
+        tmp_path, num_attention_heads=8, num_hidden_layers=12, **changes
     )
     assert (config.num_hidden_layers, len(config.layer_types)) == (12, 24)
     trainer = trainer_for(AutoModelForCausalLM.from_config(config), tmp_path / "run")
@@ -225,9 +208,8 @@ def assert_same_logits(one, other):
 def trained_with_few_tokens(tie=True):
     """Return a model with 60 tokens that has learned a little, and blocks."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "context_length": 32}
-    config = qwen2_config(60, **shape, **heads, eos_token_id=3, tie_word_embeddings=tie)
+    shape = {"vocab_size": 60, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    config = small_config(**shape, context_length=32, tie_word_embeddings=tie)
     model = build_model(config)
     # Some tokens are frequent and most are rare, as in any language.
     rare = torch.distributions.Categorical(logits=-(torch.arange(60) + 1.0).log())
