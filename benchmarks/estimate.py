@@ -20,7 +20,7 @@ from benchmarks import ROOT, save
 from benchmarks.overhead import watched_trainer
 from tinytrain import hardware, runs, steps
 from tinytrain.checkpoints import train
-from tinytrain.modeling import estimate
+from tinytrain.costs import estimate
 from tinytrain.recipes import RECIPES
 
 

@@ -18,8 +18,9 @@ from dataclasses import replace
 
 from benchmarks import ROOT, save, train_step
 from benchmarks.train_step import ours, plain
+from tinytrain.costs import flops_per_token
 from tinytrain.hardware import KNOWN_GPUS
-from tinytrain.modeling import flops_per_token, recipe_config
+from tinytrain.modeling import recipe_config
 from tinytrain.recipes import RECIPES
 
 ROUNDS = 3

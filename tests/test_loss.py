@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tinytrain.loss import linear_cross_entropy, save_loss_memory
+from tinytrain.modeling import build_model
 from tinytrain.training import build_trainer, train, training_arguments
 
 
@@ -15,11 +16,11 @@ def plain(hidden, weight, labels, total=None):
     return loss / ((labels != -100).sum() if total is None else total)
 
 
-def inputs(positions, width, words, ignored=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(positions * words)
+def inputs(positions, width, vocabulary, ignored=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(positions * vocabulary)
     hidden = torch.randn(positions, width, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(words, width, generator=generator).to(dtype).requires_grad_()
-    labels = torch.randint(words, (positions,), generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (positions,), generator=generator)
     labels[torch.randperm(positions, generator=generator)[:ignored]] = -100
     return hidden, weight, labels
 
@@ -30,15 +31,15 @@ def with_gradients(function, hidden, weight, *args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("positions", "width", "words", "ignored", "rows"),
+    ("positions", "width", "vocabulary", "ignored", "rows"),
     [(64, 16, 100, 0, 16), (37, 7, 53, 5, 10), (10, 4, 3, 9, 3), (5, 4, 1001, 0, 512)],
 )
 @pytest.mark.parametrize("total", [None, 11.0])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_value_and_gradients_are_those_of_the_plain_loss(
-    positions, width, words, ignored, rows, total, compiled
+    positions, width, vocabulary, ignored, rows, total, compiled
 ):
-    hidden, weight, labels = inputs(positions, width, words, ignored)
+    hidden, weight, labels = inputs(positions, width, vocabulary, ignored)
     expected = with_gradients(plain, hidden, weight, labels, total)
     options = {"rows": rows, "compiled": compiled}
     found = with_gradients(linear_cross_entropy, hidden, weight, labels, total, **options)
@@ -61,17 +62,17 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_the_plain_loss(compiled):
         assert (ours - exact).norm() <= 0.02 * exact.norm()
 
 
-def test_compiling_needs_no_memory_of_the_size_of_the_scores():
+def test_compiling_needs_no_memory_of_the_size_of_the_logits():
     """And happens: what would run uncompiled in its place makes several copies of them."""
     hidden, weight, labels = inputs(64, 16, 5000, dtype=torch.bfloat16)
     linear_cross_entropy(hidden, weight, labels, compiled=True)
     with torch.profiler.profile(profile_memory=True) as profile:
         linear_cross_entropy(hidden, weight, labels, compiled=True)
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert largest == 2 * 64 * 5000  # the scores themselves, made once; in float32 they take twice
+    assert largest == 2 * 64 * 5000  # the logits themselves, made once; in float32 they take twice
 
 
-def test_without_learning_only_the_scores_are_computed():
+def test_without_learning_only_the_logits_are_computed():
     hidden, weight, labels = inputs(20, 16, 300)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
         loss = linear_cross_entropy(hidden, weight, labels, rows=8)
@@ -80,7 +81,7 @@ def test_without_learning_only_the_scores_are_computed():
 
 
 def test_in_fp16_small_gradients_do_not_vanish():
-    """The share of a word that is never right is 1 / words / positions: too small for fp16."""
+    """A token that is never right has a share of 1 / vocabulary / positions: too small for fp16."""
     hidden, weight, labels = inputs(2000, 16, 20_000)
     weight = (0.01 * weight).detach().requires_grad_()
     *_, truth = with_gradients(plain, hidden, weight, labels)
@@ -91,25 +92,41 @@ def test_in_fp16_small_gradients_do_not_vanish():
     assert (found - truth)[never].norm() <= 0.02 * truth[never].norm()
 
 
-def test_no_second_table_is_made_for_the_gradient_of_tied_words():
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Keeps the storage and the shape of every dense tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.layout == torch.strided:
+            self.seen.append((result.shape, result.untyped_storage().data_ptr()))
+        return result
+
+
+def test_no_second_table_is_made_for_the_gradient_of_tied_embeddings():
     """A dense gradient of the embedding would be as large as the model and nearly all zeros."""
     model = small_model(tied=True)
     save_loss_memory(model, rows=10)
-    tables = set()
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.layout == torch.strided:
-                if result.shape == (211, 32):
-                    tables.add(result.untyped_storage().data_ptr())
-            return result
-
     ids = torch.randint(50, (2, 12))
     loss = model(input_ids=ids, labels=ids).loss
-    with Watch():
+    with Watch() as watch:
         loss.backward()
+    tables = {storage for shape, storage in watch.seen if shape == (211, 32)}
     assert tables == {model.lm_head.weight.grad.untyped_storage().data_ptr()}
+
+
+def test_it_never_holds_all_logits():
+    """The largest tensor of a training step has as many rows as asked for."""
+    model = small_model(True)
+    save_loss_memory(model, rows=10)
+    ids = torch.randint(211, (4, 64))
+    with Watch() as watch:
+        model(input_ids=ids, labels=ids).loss.backward()
+    largest = max(shape.numel() // 211 for shape, _ in watch.seen if 211 in shape)
+    assert 10 <= largest <= 32  # ten rows of logits; the matrix itself has 32 columns
 
 
 def test_the_row_of_a_padding_token_learns_from_the_loss_only():
@@ -125,7 +142,7 @@ def test_the_row_of_a_padding_token_learns_from_the_loss_only():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_add_up_and_frozen_words_get_none():
+def test_gradients_add_up_and_frozen_embeddings_get_none():
     model = small_model(True)
     save_loss_memory(model, rows=10)
     ids = torch.randint(211, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -140,7 +157,7 @@ def test_gradients_add_up_and_frozen_words_get_none():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_huge_scores_do_not_overflow_and_no_label_is_nan_as_in_pytorch(compiled):
+def test_huge_logits_do_not_overflow_and_no_label_is_nan_as_in_pytorch(compiled):
     hidden, weight, labels = inputs(8, 4, 10)
     huge = 1e6 * hidden, weight, labels
     found = with_gradients(linear_cross_entropy, *huge, rows=3, compiled=compiled)
@@ -161,15 +178,9 @@ def test_what_does_not_fit_is_said():
 
 def small_model(tied):
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=211,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
+    sizes = {"vocab_size": 211, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen2Config(**sizes, **heads, tie_word_embeddings=tied)
     return Qwen2ForCausalLM(config)
 
 
@@ -191,27 +202,6 @@ def test_a_model_learns_the_same(tied, items):
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
     for name in gradients[0]:
         torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-4, atol=1e-6)
-
-
-def test_it_never_holds_all_logits():
-    """The largest tensor of a training step has as many rows as asked for."""
-    model = small_model(True)
-    save_loss_memory(model, rows=10)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and 211 in result.shape:
-                others = result.numel() // 211
-                largest = max(largest, others)
-            return result
-
-    ids = torch.randint(211, (4, 64))
-    with Watch():
-        model(input_ids=ids, labels=ids).loss.backward()
-    assert 10 <= largest <= 32  # ten rows of scores; the matrix itself has 32 columns
 
 
 def test_what_is_saved_and_generated_stays_the_same(tmp_path):
@@ -243,22 +233,14 @@ def test_a_copy_uses_its_own_weights():
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_the_trainer_reaches_the_same_loss_with_it(smoke, tmp_path, precision):
-    from tinytrain.modeling import build_model
-
     losses = []
-    for change in (False, True):
+    for change in (lambda model: None, lambda model: save_loss_memory(model, rows=100)):
         model = build_model(smoke.config, seed=1)
-        if change:
-            save_loss_memory(model, rows=100)
-        arguments = training_arguments(
-            smoke.recipe, tmp_path / str(change), precision, use_cpu=True, max_steps=6
-        )
-        blocks = smoke.blocks
-        trainer = build_trainer(model, arguments, blocks["train"], blocks["test"])
+        change(model)
+        folder = tmp_path / str(len(losses))
+        arguments = training_arguments(smoke.recipe, folder, precision, use_cpu=True, max_steps=6)
+        trainer = build_trainer(model, arguments, smoke.blocks["train"], smoke.blocks["test"])
         train(trainer)
-        history = trainer.state.log_history
-        losses.append(
-            [x["loss"] for x in history if "loss" in x] + [trainer.evaluate()["eval_loss"]]
-        )
-    tolerance = 1e-5 if precision == "float32" else 5e-3
-    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+        history = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+        losses.append(history + [trainer.evaluate()["eval_loss"]])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if precision == "float32" else 5e-3)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tinytrain import recipes
-from tinytrain.recipes import RECIPES, Recipe, get_recipe
+from tinytrain.modeling import recipe_config
+from tinytrain.recipes import RECIPES, Recipe, get_recipe, with_width
 
 
 def test_seed_is_the_guide_number_for_number():
@@ -54,6 +55,19 @@ def test_an_unknown_recipe_names_the_known_ones():
 def test_recipes_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         RECIPES["pocket"].learning_rate = 1.0
+
+
+def test_a_wider_recipe_keeps_the_size_of_its_heads():
+    wide = with_width(RECIPES["qwen-0.5b"], 960)
+    assert (wide.num_attention_heads, wide.num_key_value_heads) == (15, 1)
+    assert wide.intermediate_size == pytest.approx(960 * 4864 / 896, abs=1)
+    for recipe in RECIPES.values():
+        assert with_width(recipe, recipe.hidden_size) == recipe
+        head = recipe.hidden_size // recipe.num_attention_heads
+        for heads in range(1, 33):
+            assert recipe_config(with_width(recipe, heads * head)).hidden_size == heads * head
+    with pytest.raises(ValueError, match="no multiple of 64"):
+        with_width(RECIPES["pocket"], 100)
 
 
 def test_every_number_has_a_comment_that_says_why():

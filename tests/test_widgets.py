@@ -10,11 +10,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tinytrain import widgets
+from tinytrain.costs import estimate, plot_memory
 from tinytrain.evaluation import complete, generate
 from tinytrain.hardware import KNOWN_GPUS, Hardware
-from tinytrain.modeling import build_model, estimate, plot_memory, qwen2_config, with_width
-from tinytrain.recipes import RECIPES
-from tinytrain.tokenization import count_tokens, show_tokens, train_tokenizer
+from tinytrain.modeling import build_model, qwen2_config
+from tinytrain.recipes import RECIPES, with_width
+from tinytrain.tokenization import show_tokens, train_tokenizer
 from tinytrain.training import plot_learning_rate
 
 HERE = Hardware("a <b>laptop</b>", 12 * 10**9, "float32", 0.1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import platform
 import shutil
@@ -18,8 +17,6 @@ import subprocess
 import time
 from pathlib import Path
 from typing import NamedTuple
-
-logger = logging.getLogger(__name__)
 
 
 class Hardware(NamedTuple):
@@ -51,23 +48,14 @@ class Precision(NamedTuple):
 
 
 def check_cuda_availability() -> bool:
-    """Print which GPUs CUDA offers, or that training will do without.
-
-    Returns
-    -------
-    bool
-        Whether there is at least one.
-    """
+    """Return whether CUDA offers a GPU, and print which, or what training will use instead."""
     import torch
 
     if torch.cuda.is_available():
-        print(f"CUDA is available: {_count(torch.cuda.device_count(), 'GPU')}.")
-        for index in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(index)
-            print(
-                f"  {index}: {gpu.name}, {_gigabytes(gpu.total_memory)}, "
-                f"compute capability {gpu.major}.{gpu.minor}"
-            )
+        gpus = _cuda_gpus()
+        print(f"CUDA is available: {_count(len(gpus), 'GPU')}.")
+        for index, gpu in enumerate(gpus):
+            print(f"  {index}: {gpu}")
         return True
     if torch.backends.mps.is_available():
         print("CUDA is not available. Training will run on Apple's GPU (MPS).")
@@ -93,15 +81,9 @@ def choose_precision(wanted: str | None = None) -> Precision:
     wanted : {"bf16", "fp16", "float32"}, optional
         What a recipe asks for, whatever the machine.
 
-    Returns
-    -------
-    Precision
-        A name and a sentence with the reason.
-
     Examples
     --------
-    >>> name, reason = choose_precision()
-    >>> name in ("bf16", "fp16", "float32")
+    >>> choose_precision().name in ("bf16", "fp16", "float32")
     True
     """
     import torch
@@ -110,29 +92,18 @@ def choose_precision(wanted: str | None = None) -> Precision:
         return Precision(wanted, "the recipe asks for it")
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-        return _choose_for_cuda(
-            f"{gpu.name} (compute capability {gpu.major}.{gpu.minor})",
-            # Without the argument the answer is True on a T4, which emulates bf16.
-            computes_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
-            has_tensor_cores=gpu.major >= 7,
+        name = f"{gpu.name} (compute capability {gpu.major}.{gpu.minor})"
+        # Without the argument the answer is True on a T4, which emulates bf16.
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Precision("bf16", f"{name} computes bf16 itself, with the range of float32")
+        if gpu.major >= 7:  # has tensor cores
+            return Precision("fp16", f"{name} only emulates bf16, slowly; fp16 it computes itself")
+        return Precision(
+            "float32", f"{name} has no bf16 and no tensor cores: fp16 would gain little"
         )
     if torch.backends.mps.is_available():
-        return Precision(
-            "float32",
-            "Apple's GPU (MPS) computes float32 well; bf16 depends on the version of macOS",
-        )
+        return Precision("float32", "Apple's GPU (MPS) has bf16 only in some versions of macOS")
     return _choose_for_cpu(cpu_flags())
-
-
-def _choose_for_cuda(gpu: str, computes_bf16: bool, has_tensor_cores: bool) -> Precision:
-    if computes_bf16:
-        return Precision("bf16", f"{gpu} computes bf16 itself, with the range of float32")
-    if has_tensor_cores:
-        return Precision("fp16", f"{gpu} only emulates bf16, slowly; fp16 it computes itself")
-    return Precision(
-        "float32",
-        f"{gpu} has no bf16 and no tensor cores, so that fp16 would gain little and risk overflow",
-    )
 
 
 # "bf16" is what Linux calls it on ARM. macOS reports "feat_bf16", which is left out on purpose:
@@ -142,16 +113,16 @@ _BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 
 def _choose_for_cpu(flags: frozenset[str]) -> Precision:
     found = ", ".join(flag for flag in _BF16_FLAGS if flag in flags)
-    if found:
-        # The flag is a promise: some chips keep it at half the speed of float32.
-        gain = _bf16_gain()
-        measured = f"bf16 in hardware ({found}), measured at {gain:.1f} times the speed of float32"
-        return Precision("bf16" if gain > 1.1 else "float32", f"this CPU multiplies {measured}")
-    return Precision(
-        "float32",
-        "this CPU does not multiply bf16 in hardware (no amx_bf16, no avx512_bf16), "
-        "and emulating it costs more than it saves",
-    )
+    if not found:
+        return Precision(
+            "float32",
+            "this CPU does not multiply bf16 in hardware (no amx_bf16, no avx512_bf16), "
+            "and emulating it costs more than it saves",
+        )
+    # The flag is a promise: some chips keep it at half the speed of float32.
+    gain = _bf16_gain()
+    measured = f"bf16 in hardware ({found}), measured at {gain:.1f} times the speed of float32"
+    return Precision("bf16" if gain > 1.1 else "float32", f"this CPU multiplies {measured}")
 
 
 @functools.cache
@@ -163,15 +134,11 @@ def _bf16_gain() -> float:
 def cpu_flags() -> frozenset[str]:
     """Return the instruction sets of this CPU, as the operating system names them.
 
-    Returns
-    -------
-    frozenset of str
-        For example ``{"avx2", "avx512f", "avx512_bf16", ...}``; empty if nothing could be read.
+    For example ``{"avx2", "avx512f", "avx512_bf16", ...}``; empty if nothing could be read.
     """
     system = platform.system()
     if system == "Linux":
-        text = _cpuinfo("flags") or _cpuinfo("Features")  # x86, ARM
-        return frozenset(text.split())
+        return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())  # x86, ARM
     if system == "Darwin":
         lines = [line.partition(":") for line in _output("sysctl", "hw.optional").splitlines()]
         return frozenset(
@@ -185,17 +152,12 @@ def cpu_flags() -> frozenset[str]:
 
 
 def hardware_report(path: str | Path = ".") -> dict[str, str]:
-    """Describe this machine, for a table.
+    """Describe this machine, for a table; what cannot be found out reads "unknown" or "none".
 
     Parameters
     ----------
     path : str or Path
-        Where the run will write; free space is that of its disk. Need not exist yet.
-
-    Returns
-    -------
-    dict of str to str
-        What and how much. What cannot be found out reads "unknown" or "none".
+        Where the run will write, which need not exist yet; free space is that of its disk.
     """
     import psutil
     import torch
@@ -203,22 +165,22 @@ def hardware_report(path: str | Path = ".") -> dict[str, str]:
     flags = cpu_flags()
     known = ("avx2", "avx512f", "avx512_f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "feat_bf16")
     memory = psutil.virtual_memory()
+    total = _memory_limit(memory.total)
+    physical = psutil.cpu_count(logical=False) or "unknown"
     precision = choose_precision()
     return {
         "Python": platform.python_version(),
         "platform": platform.platform(),
         "CPU": _cpu_name(),
-        "CPU cores": f"{_usable_cores()} usable, "
-        f"{psutil.cpu_count(logical=False) or 'unknown'} physical, "
+        "CPU cores": f"{_usable_cores()} usable, {physical} physical, "
         f"{psutil.cpu_count() or 'unknown'} logical",
         "CPU flags": ", ".join(flag for flag in known if flag in flags) or "unknown",
-        "memory": f"{_gigabytes(_memory_limit(memory.total))}, "
-        f"{_gigabytes(min(memory.available, _memory_limit(memory.total)))} available",
+        "memory": f"{_gigabytes(total)}, {_gigabytes(min(memory.available, total))} available",
         "GPU": _gpus(),
         "GPU driver": next(iter(_nvidia_smi("driver_version")), "none"),
         "PyTorch": torch.__version__,
         "CUDA of PyTorch": torch.version.cuda or "none",
-        "free disk": _gigabytes(shutil.disk_usage(_existing(path)).free),
+        "free disk": _gigabytes(_free_disk(path)),
         "precision": precision.name,
         "because": precision.reason,
     }
@@ -231,10 +193,6 @@ def this_hardware(path: str | Path = ".") -> Hardware:
     ----------
     path : str or Path
         Where the run will write; need not exist yet.
-
-    Returns
-    -------
-    Hardware
     """
     import psutil
     import torch
@@ -246,9 +204,8 @@ def this_hardware(path: str | Path = ".") -> Hardware:
     else:
         name, memory = _cpu_name(), _memory_limit(psutil.virtual_memory().total)
     precision = choose_precision().name
-    free = shutil.disk_usage(_existing(path)).free
     speed = max(matmul_tflops(precision, seconds=0.3) for _ in range(3))  # others may work here too
-    return Hardware(name, memory, precision, speed, free, is_gpu)
+    return Hardware(name, memory, precision, speed, _free_disk(path), is_gpu)
 
 
 def machine_name() -> str:
@@ -263,15 +220,12 @@ def machine_name() -> str:
 def peak_memory(reset: bool = False) -> int:
     """Return the most memory that this process has used so far, in bytes.
 
+    On a GPU that is what PyTorch has reserved there, elsewhere resident memory.
+
     Parameters
     ----------
     reset : bool
         Count from now on. Possible on a GPU and on Linux; elsewhere the count goes on.
-
-    Returns
-    -------
-    int
-        What PyTorch has reserved on the GPU, if it uses one; else resident memory.
     """
     import torch
 
@@ -285,11 +239,10 @@ def peak_memory(reset: bool = False) -> int:
     for line in _read("/proc/self/status").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    import psutil
+    if platform.system() == "Windows":
+        import psutil
 
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return memory.peak_wset
+        return psutil.Process().memory_info().peak_wset
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
@@ -298,8 +251,8 @@ def peak_memory(reset: bool = False) -> int:
 def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -> float:
     """Measure how fast this machine multiplies two square matrices.
 
-    The number is an upper bound for training, which spends time on much else. What tells is the
-    ratio between two precisions.
+    That is an upper bound for training, which spends time on much else. What tells is the ratio
+    between two precisions.
 
     Parameters
     ----------
@@ -314,22 +267,15 @@ def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -
     -------
     float
         10^12 floating-point operations a second, on the GPU if there is one.
-
-    Raises
-    ------
-    ValueError
-        If the precision is none of the three.
     """
     import torch
 
     types = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision_name not in types:
         raise ValueError(f"precision {precision_name!r} is none of float32, bf16, fp16")
-    device, synchronize = "cpu", lambda: None
-    if torch.cuda.is_available():
-        device, synchronize = "cuda", torch.cuda.synchronize
-    elif torch.backends.mps.is_available():
-        device, synchronize = "mps", torch.mps.synchronize
+    mps = torch.backends.mps.is_available()
+    device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    synchronize = getattr(torch, device).synchronize
     left, right = (torch.randn(size, size, device=device).to(types[precision_name]) for _ in "ab")
 
     def measure(products: int) -> float:
@@ -347,22 +293,29 @@ def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -
     return products * 2 * size**3 / elapsed / 1e12
 
 
-def _existing(path: str | Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
+def _free_disk(path: str | Path) -> int:
+    """Return the bytes that are free where a folder is or will be."""
     folder = Path(path).absolute()
-    return next((part for part in (folder, *folder.parents) if part.exists()), Path.cwd())
+    existing = next((part for part in (folder, *folder.parents) if part.exists()), Path.cwd())
+    return shutil.disk_usage(existing).free
+
+
+def _cuda_gpus() -> list[str]:
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        gpu, (free, _) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
+        memory = f"{_gigabytes(gpu.total_memory)}, {_gigabytes(free)} free"
+        gpus.append(f"{gpu.name}, {memory}, compute capability {gpu.major}.{gpu.minor}")
+    return gpus
 
 
 def _gpus() -> str:
     import torch
 
     if torch.cuda.is_available():
-        gpus = []
-        for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
-            name = torch.cuda.get_device_name(index)
-            gpus.append(f"{name} ({_gigabytes(total)}, {_gigabytes(free)} free)")
-        return "; ".join(gpus)
+        return "; ".join(_cuda_gpus())
     if torch.backends.mps.is_available():
         return "Apple (MPS), shares the memory"
     if gpus := _nvidia_smi("name"):
@@ -379,14 +332,13 @@ def _output(*command: str) -> str:
     """Return what a command prints; nothing if it is missing, fails or hangs."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.debug("%s: %s", command[0], error)
+    except (OSError, subprocess.SubprocessError):
         return ""
     return run.stdout.strip()
 
 
 def _cpuinfo(field: str) -> str:
-    """Return the first value of a field in ``/proc/cpuinfo``; nothing if there is none."""
+    """Return the first value of a field in ``/proc/cpuinfo``, if there is one."""
     for line in _read("/proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")
         if name.strip() == field:

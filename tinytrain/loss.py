@@ -1,10 +1,10 @@
 """The loss of a language model, without ever holding all of its logits.
 
-A model scores every word of its vocabulary at every position. With Qwen2.5's 151,665 words the
-float32 scores of a batch of 16 x 512 tokens take 5 GB, and the loss and its gradient as much again
-each: far more than the model. But the loss needs only one number a position, so here a few
-positions at a time are scored, and their gradients are computed while the scores are at hand. The
-price is that the gradient of the output matrix exists while the rest of the backward pass runs.
+A model has a logit for every token of its vocabulary at every position. With Qwen2.5's 151,665
+tokens the float32 logits of a batch of 16 x 512 positions take 5 GB, and the loss and its gradient
+as much again each: far more than the model. But the loss needs only one value a position, so here
+logits are computed for a few positions at a time, and turned into their gradient at once. The price
+is that the gradient of the output matrix exists while the rest of the backward pass runs.
 
 The idea is known from Liger Kernel (Hsu et al., 2024, arXiv:2410.10989); this is the same in plain
 PyTorch, for any device.
@@ -22,46 +22,44 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IGNORED = -100  # a label that does not count, as everywhere in PyTorch
-
-
-# Scores that become gradients at once, in float32, where nothing is compiled: 16 MB, which may stay
+_IGNORED_LABEL = -100  # as everywhere in PyTorch
+# Logits that become gradients at once, in float32, where nothing is compiled: 16 MB, which may stay
 # in the cache of a processor or a GPU.
-_AT_ONCE = 2**22
+_LOGITS_AT_ONCE = 2**22
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients on the way forward; backward only hands them over."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, total, rows, dtype, aside, learns, compiled):
+    def forward(ctx, hidden, weight, labels, total, rows, dtype, deferred, needs_grad, compiled):
         narrow = weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if learns else None
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
         # In the type of the products, as autocast would make it; but fp16 may overflow in a sum.
         sum_dtype = torch.float32 if dtype == torch.float16 else dtype
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if learns else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_grad else None
         rows = min(rows, max(len(hidden), 1))
-        few = rows if compiled else min(rows, max(_AT_ONCE // len(weight), 1))
-        # Made once: to get and clear fresh memory for each slice would take longer than to fill it.
-        scores = hidden.new_empty((rows, len(weight)), dtype=dtype)
-        work = None if compiled else scores.new_empty((few, len(weight)), dtype=torch.float32)
+        few = rows if compiled else min(rows, max(_LOGITS_AT_ONCE // len(weight), 1))
+        # Allocated once: fresh memory for each slice would take longer than filling it.
+        buffer = hidden.new_empty((rows, len(weight)), dtype=dtype)
+        work = None if compiled else buffer.new_empty((few, len(weight)), dtype=torch.float32)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows].to(dtype)
             label = labels[start : start + rows, None]
-            logits = torch.mm(part, narrow.T, out=scores[: len(part)])
+            logits = torch.mm(part, narrow.T, out=buffer[: len(part)])
             for first in range(0, len(part), few):
                 piece = logits[first : first + few], label[first : first + few]
-                loss += _compiled()(*piece) if compiled else _to_gradient(*piece, work, learns)
-            if learns:
+                loss += _compiled()(*piece) if compiled else _to_gradient(*piece, work, needs_grad)
+            if needs_grad:
                 grad_hidden[start : start + rows] = logits @ narrow
                 if dtype == sum_dtype:
                     grad_weight.addmm_(logits.T, part)
                 else:
                     grad_weight += logits.T @ part
-        if learns:
+        if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.total, ctx.weight_dtype, ctx.aside = total, weight.dtype, aside
+        ctx.total, ctx.weight_dtype, ctx.deferred = total, weight.dtype, deferred
         return loss / total
 
     @staticmethod
@@ -71,8 +69,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Only here divided by the number of positions: before, fp16 could not hold the result.
         factor = factor / ctx.total
         grad_hidden = grad_hidden.mul_(factor)
-        if ctx.aside is not None:
-            ctx.aside.append((grad_weight, factor))
+        if ctx.deferred is not None:
+            ctx.deferred.append((grad_weight, factor))
             return grad_hidden, *[None] * 8
         return grad_hidden, grad_weight.to(ctx.weight_dtype).mul_(factor), *[None] * 7
 
@@ -80,23 +78,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _TiedEmbedding(torch.autograd.Function):
     """Looks up rows of a table that the loss uses too, and hands over one gradient for both.
 
-    Left to itself, PyTorch would make a second table for the few rows that were read, and a third
-    one to add the two. Here the loss puts its gradient aside until the backward pass ends here, in
-    the short type of the products, and the rows are added in place.
+    PyTorch would make a second table for the few rows that were read, and a third one to add the
+    two. Here the loss defers its gradient, in the 16-bit type of the products, until the backward
+    pass ends here, and the rows are added in place.
     """
 
     @staticmethod
-    def forward(ctx, ids, table, padding_idx, aside):
+    def forward(ctx, ids, table, padding_idx, deferred):
         ctx.save_for_backward(ids, table)
-        ctx.padding_idx, ctx.aside = padding_idx, aside
+        ctx.padding_idx, ctx.deferred = padding_idx, deferred
         return F.embedding(ids, table)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_rows):
         ids, table = ctx.saved_tensors
-        if ctx.aside:
-            narrow, factor = ctx.aside.pop()
+        if ctx.deferred:
+            narrow, factor = ctx.deferred.pop()
             grad_table = narrow.to(table.dtype).mul_(factor)
             del narrow
         else:  # nothing was learned from the loss
@@ -110,36 +108,36 @@ class _TiedEmbedding(torch.autograd.Function):
 
 
 def _to_gradient(
-    logits: torch.Tensor, label: torch.Tensor, work: torch.Tensor, learns: bool
+    logits: torch.Tensor, label: torch.Tensor, work: torch.Tensor, needs_grad: bool
 ) -> torch.Tensor:
     """Return the summed loss of some positions, and make their logits into its gradient."""
-    counts = (label != IGNORED).float()
+    counts = (label != _IGNORED_LABEL).float()
     label = label.clamp(min=0)
     powers = work[: len(logits)].copy_(logits)
     right = powers.gather(-1, label)
     highest = powers.amax(-1, keepdim=True)
     sums = powers.sub_(highest).exp_().sum(-1, keepdim=True)
-    if learns:
-        # The gradient of a position's loss: its probabilities, less 1 for the right word.
+    if needs_grad:
+        # The gradient of a position's loss: its probabilities, less 1 for the right token.
         logits.copy_(powers.mul_(counts / sums).scatter_add_(-1, label, -counts))
     return ((highest + sums.log() - right) * counts).sum()
 
 
 def _to_gradient_at_once(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """Do the same in the way that torch.compile can turn into loops without memory of their own."""
-    counts = (label != IGNORED).float()
+    """Do the same in a form that torch.compile turns into loops without memory of their own."""
+    counts = (label != _IGNORED_LABEL).float()
     label = label.clamp(min=0)
     right = logits.gather(-1, label).float()
     highest = logits.amax(-1, keepdim=True).float()
     level = highest + (logits.float() - highest).exp().sum(-1, keepdim=True).log()
-    words = torch.arange(logits.shape[-1], device=logits.device)
-    logits.copy_(((logits.float() - level).exp() - (words == label).float()) * counts)
+    tokens = torch.arange(logits.shape[-1], device=logits.device)
+    logits.copy_(((logits.float() - level).exp() - (tokens == label).float()) * counts)
     return ((level - right) * counts).sum()
 
 
 @functools.cache
 def _compiled() -> Any:
-    torch._dynamo.config.suppress_errors = True  # where compiling fails, it runs as it stands
+    torch._dynamo.config.suppress_errors = True  # where compiling fails, it runs as it is
     return torch.compile(_to_gradient_at_once, dynamic=True)
 
 
@@ -158,11 +156,11 @@ def linear_cross_entropy(
     Parameters
     ----------
     hidden : torch.Tensor
-        What the model knows at each position, of shape (positions, width).
+        The last hidden state, of shape (positions, width).
     weight : torch.Tensor
-        The output matrix, of shape (words, width).
+        The output matrix, of shape (vocabulary size, width).
     labels : torch.Tensor
-        The right word at each position, int64 of shape (positions,); -100 where none counts.
+        The right token at each position, int64 of shape (positions,); -100 where none counts.
     total : torch.Tensor or float, optional
         What the sum of all losses is divided by; by default the number of labels that count.
     rows : int
@@ -174,7 +172,7 @@ def linear_cross_entropy(
     Returns
     -------
     torch.Tensor
-        A float32 number in nats; NaN if no label counts, as in PyTorch.
+        A float32 scalar in nats; NaN if no label counts, as in PyTorch.
 
     Raises
     ------
@@ -190,31 +188,27 @@ def linear_cross_entropy(
     if rows < 1:
         raise ValueError(f"rows={rows} must be at least 1")
     if hidden.ndim != 2 or labels.shape != hidden.shape[:1] or weight.shape[1] != hidden.shape[1]:
-        shapes = (tuple(tensor.shape) for tensor in (hidden, weight, labels))
-        raise ValueError(
-            "the shapes do not fit: (positions, width) {}, (words, width) {}, (positions,) {}; "
-            "a batch is flattened first".format(*shapes)
-        )
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden, weight, labels))
+        raise ValueError(f"hidden, weight and labels do not fit: {shapes}; flatten a batch first")
     return _apply(hidden, weight, labels, total, rows, compiled=compiled)
 
 
-def _apply(hidden, weight, labels, total, rows, aside=None, compiled=False) -> torch.Tensor:
-    """Compute the loss; its gradient for the weight is put aside if there is a list for it."""
+def _apply(hidden, weight, labels, total, rows, deferred=None, compiled=False) -> torch.Tensor:
+    """Compute the loss; its gradient for the weight goes into ``deferred`` if that is a list."""
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     if total is None:
-        total = (labels != IGNORED).sum()
-    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    options = rows, dtype, aside, learns, compiled and learns
+        total = (labels != _IGNORED_LABEL).sum()
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    options = rows, dtype, deferred, needs_grad, compiled and needs_grad
     with torch.autocast(device, enabled=False):
         return _LinearCrossEntropy.apply(hidden, weight, labels, total, *options)
 
 
 def _is_plain(table: torch.nn.Module) -> bool:
-    """Tell whether the table's gradient may be handed over in one piece, here and for this one."""
+    """Tell whether the table's gradient may be handed over in one piece: it is not sharded."""
     weight = table.weight
-    # Not where the weights are parts of something else, as when they are sharded over GPUs.
     plain = type(table) is torch.nn.Embedding and type(weight) is torch.nn.Parameter
     return plain and weight.is_leaf and weight.device.type in ("cpu", "cuda")
 
@@ -222,18 +216,16 @@ def _is_plain(table: torch.nn.Module) -> bool:
 def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = False) -> None:
     """Let a causal language model compute its training loss by `linear_cross_entropy`.
 
-    The model is changed in place. Its weights, its configuration and what is saved stay as they
-    were; without labels, for example in generation, it works as before. With labels its output
-    holds the loss and no logits.
+    The model is changed in place; its weights, its configuration and what is saved stay as they
+    were. With labels its output holds the loss and no logits; without, for example in generation,
+    it works as before.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         One with the parts ``model`` and ``lm_head`` (without bias), such as Qwen2 or Llama.
-    rows : int
-        See `linear_cross_entropy`.
-    compiled : bool
-        Likewise.
+    rows, compiled
+        As for `linear_cross_entropy`.
 
     Raises
     ------
@@ -260,18 +252,17 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = F
         if labels is None:
             return kind.forward(self, input_ids, *args, **kwargs)
         kwargs["use_cache"] = False  # nothing is generated: keys and values need not be kept
-        table, aside = self.model.embed_tokens, None
+        table, deferred = self.model.embed_tokens, None
         tied = self.lm_head.weight is table.weight and table.weight.requires_grad
         if tied and torch.is_grad_enabled() and input_ids is not None and _is_plain(table):
-            aside = []
-            embedded = _TiedEmbedding.apply(input_ids, table.weight, table.padding_idx, aside)
+            deferred = []
+            embedded = _TiedEmbedding.apply(input_ids, table.weight, table.padding_idx, deferred)
             input_ids, kwargs["inputs_embeds"] = None, embedded
         hidden = self.model(input_ids, *args, **kwargs).last_hidden_state
-        hidden = hidden[:, :-1].flatten(0, 1)  # each position foretells the next
+        hidden = hidden[:, :-1].flatten(0, 1)  # each position predicts the next token
         labels = labels[:, 1:].flatten()
-        loss = _apply(
-            hidden, self.lm_head.weight, labels, num_items_in_batch, rows, aside, compiled
-        )
+        weight = self.lm_head.weight
+        loss = _apply(hidden, weight, labels, num_items_in_batch, rows, deferred, compiled)
         return CausalLMOutputWithPast(loss=loss)
 
     # The same name: it is written into the saved configuration.

@@ -1,14 +1,14 @@
 """Muon for the matrices, AdamW for the rest: one optimiser, which the Trainer saves like any other.
 
-AdamW scales each number of a gradient by itself. But most numbers of a language model stand in
-matrices, and the gradient of a matrix has few directions that are large and many that are small
-and go unheard. Muon makes all of them equally long: the step is the nearest orthogonal matrix to
-the averaged gradient. At the same number of tokens that learns more; the price is some products of
-matrices each step, whatever the batch, and one running average in place of AdamW's two.
+AdamW scales each element of a gradient by itself. But most parameters of a language model are in
+matrices, whose gradient has a few large directions that drown the many small ones. Muon makes all
+of them equally long: the step is the nearest orthogonal matrix to the averaged gradient. From the
+same tokens that learns more; the price is some matrix products each step, whatever the batch, and
+it keeps one running average instead of AdamW's two.
 
-The embedding is a table of words and no matrix in this sense, and norms and biases are vectors:
+The embedding is a table of tokens and no matrix in this sense, and norms and biases are vectors:
 these stay with AdamW. ``torch.optim.Muon`` is the same rule, matrix by matrix and always in bf16;
-here matrices of one shape go together, in the type one chooses.
+here matrices of one shape go together, in the type you choose.
 """
 
 from __future__ import annotations
@@ -25,47 +25,18 @@ if TYPE_CHECKING:
 
 # Of a polynomial that, applied again and again, drives all singular values to about 1, the small
 # ones fastest (Jordan et al., 2024).
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-AT_ONCE = 16 * 2**20  # numbers orthogonalized together; more saves no time, only costs memory
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ELEMENTS_AT_ONCE = 16 * 2**20  # more saves no time, only costs memory
 
 
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def _orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Return matrices with the same directions as the given ones, all about equally long.
 
     By a Newton-Schulz iteration: of ``U S V^T`` it makes about ``U V^T``, with singular values
-    between 0.7 and 1.2, without ever computing U, S and V.
-
-    Parameters
-    ----------
-    matrices : torch.Tensor
-        One or several, of shape (..., rows, columns). The work is done in their dtype.
-    steps : int
-        Rounds of the iteration.
-
-    Returns
-    -------
-    torch.Tensor
-        Of the same shape and dtype.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than two dimensions.
-
-    References
-    ----------
-    K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
-    https://kellerjordan.github.io/posts/muon/
-
-    Examples
-    --------
-    >>> far_apart = torch.diag(torch.tensor([10.0, 1.0, 0.1]))
-    >>> torch.linalg.svdvals(orthogonalize(far_apart)) > 0.6
-    tensor([True, True, True])
+    between 0.7 and 1.2, without computing U, S and V (K. Jordan et al., "Muon: An optimizer for
+    hidden layers in neural networks", 2024, https://kellerjordan.github.io/posts/muon/).
     """
-    if matrices.ndim < 2:
-        raise ValueError(f"a matrix has two dimensions, not {matrices.ndim}")
-    a, b, c = COEFFICIENTS
+    a, b, c = _COEFFICIENTS
     upright = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if upright else matrices  # the products of the short side are the small ones
     shape = x.shape
@@ -83,7 +54,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class MuonAdamW(torch.optim.AdamW):
     """AdamW, except for parameter groups with ``muon=True``, whose matrices Muon steps.
 
-    Both go by one learning rate: Muon's step is scaled so that its numbers are on average as large
+    Both use one learning rate: Muon's step is scaled so that its elements are on average as large
     as AdamW's usually are, 0.2 times the rate (Liu et al.).
 
     Parameters
@@ -128,7 +99,7 @@ class MuonAdamW(torch.optim.AdamW):
                 raise ValueError("Muon steps matrices: give vectors and the rest a group of AdamW")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one step, of AdamW and of Muon."""
+        """Make one step of AdamW and of Muon."""
         groups = self.param_groups
         try:
             self.param_groups = [group for group in groups if not group["muon"]]
@@ -142,7 +113,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _muon_step(self, group: dict[str, Any]) -> None:
-        for matrices in _of_one_shape(p for p in group["params"] if p.grad is not None):
+        for matrices in _batches_of_one_shape(p for p in group["params"] if p.grad is not None):
             averages = []
             for p in matrices:
                 state = self.state[p]
@@ -154,21 +125,21 @@ class MuonAdamW(torch.optim.AdamW):
                 average = state["momentum_buffer"]
                 average.lerp_(p.grad, 1 - group["momentum"])
                 # A look ahead (Nesterov): the average as it will be if the next gradient is this.
-                averages.append(_whole(p.grad.lerp(average, group["momentum"])))
+                averages.append(_full_matrix(p.grad.lerp(average, group["momentum"])))
             stacked = torch.stack(averages).to(self.dtype)
             length = 0.2 * math.sqrt(max(matrices[0].shape))
-            for p, direction in zip(matrices, orthogonalize(stacked), strict=True):
+            for p, direction in zip(matrices, _orthogonalize(stacked), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(_shared_as(p, direction), alpha=-group["lr"] * length)
+                p.add_(_shard_like(p, direction), alpha=-group["lr"] * length)
 
 
-def _whole(matrix: torch.Tensor) -> torch.Tensor:
-    """Return all of a matrix of which this process holds a part (FSDP)."""
+def _full_matrix(matrix: torch.Tensor) -> torch.Tensor:
+    """Return all of a matrix of which this rank holds a shard (FSDP)."""
     return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
 
 
-def _shared_as(p: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a matrix, if it holds only a part of the weights."""
+def _shard_like(p: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Return this rank's shard of a matrix, if the weights are sharded."""
     if not isinstance(p, DTensor):
         return matrix
     everywhere = [Replicate()] * p.device_mesh.ndim
@@ -176,14 +147,14 @@ def _shared_as(p: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return matrix.redistribute(placements=p.placements)
 
 
-def _of_one_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Return lists of equal matrices, none of more than `AT_ONCE` numbers (or of one matrix)."""
+def _batches_of_one_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return lists of equal matrices, none of more than `_ELEMENTS_AT_ONCE` (or of one matrix)."""
     shapes: dict[torch.Size, list[torch.Tensor]] = {}
     for p in params:
         shapes.setdefault(p.shape, []).append(p)
     lists = []
     for shape, same in shapes.items():
-        number = max(1, AT_ONCE // shape.numel())
+        number = max(1, _ELEMENTS_AT_ONCE // shape.numel())
         lists += [same[start : start + number] for start in range(0, len(same), number)]
     return lists
 

@@ -1,7 +1,7 @@
-"""Every number of a run, in one place, with its reason.
+"""Every hyperparameter of a run, in one place, with its reason.
 
 A `Recipe` is frozen: a run is described by one value that is written beside its results, and
-nothing changes it half-way. The price is that trying a number means ``dataclasses.replace``:
+nothing changes it half-way. The price is that trying a value means ``dataclasses.replace``:
 
 >>> from dataclasses import replace
 >>> hotter = replace(RECIPES["pocket"], learning_rate=5e-3)
@@ -13,8 +13,10 @@ better trained; the default with a GPU) and ``qwen-0.5b`` (the real 494M model).
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 # What you watch, and what makes a run fast or small, does not change what is learned.
 DISPLAY_AND_SPEED_FIELDS = frozenset(
@@ -25,7 +27,7 @@ DISPLAY_AND_SPEED_FIELDS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The numbers of one run; defaults are those of the guide where it gives one."""
+    """The hyperparameters of one run; defaults are those of the guide where it gives one."""
 
     name: str
 
@@ -37,8 +39,10 @@ class Recipe:
     drop_duplicates: bool = True  # held-out copies of training articles flatter the result
 
     # --- tokens -------------------------------------------------------------------------------
-    tokenizer: str = "qwen2.5"  # "qwen2.5" (151,665 words) or "own" (trained on the text)
-    vocab_size: int | None = None  # embedding rows; None: as many as the tokenizer has words
+    tokenizer: str = "qwen2.5"  # "qwen2.5" (151,665 tokens) or "own" (trained on the text)
+    vocab_size: int | None = (
+        None  # rows of the embedding; None: as many as the tokenizer has tokens
+    )
     context_length: int = 512  # tokens the model sees at once; memory grows with it
     packing: bool = True  # False keeps only full chunks of an article, as the guide does
 
@@ -48,6 +52,7 @@ class Recipe:
     num_hidden_layers: int = 12
     num_attention_heads: int = 8  # heads of 64, the size attention kernels are written for
     num_key_value_heads: int = 2  # as in Qwen2.5-0.5B: shared keys and values save memory
+    tie_word_embeddings: ClassVar[bool] = True  # one matrix reads tokens in and predicts them out
 
     # --- optimisation -------------------------------------------------------------------------
     optimizer: str = "adamw"  # the guide's; or "muon" for the matrices, with AdamW for the rest
@@ -56,13 +61,13 @@ class Recipe:
     warmup_steps: int = 200  # Adam's averages are noise at first, so start gently
     weight_decay: float = 0.1
     adam_beta2: float = 0.999  # memory of Adam's squared gradients: 1 / (1 - beta2) steps
-    batch_size: int = 16  # blocks that pass through the device at once
-    gradient_accumulation: int = 8  # batches added up before one step of the optimiser
+    batch_size: int = 16  # per-device batch: blocks that pass through a device at once
+    gradient_accumulation: int = 8  # batches whose gradients add up to one optimiser step
     epochs: float = 1.0
     max_steps: int = -1  # stop after so many optimiser steps; -1: the epochs decide
     seed: int = 42  # initial weights and the order of the blocks
     precision: str | None = None  # None: the best that the hardware computes itself
-    loss_rows: int | None = None  # positions scored at once for the loss; None: all, as the guide
+    loss_rows: int | None = None  # positions whose logits exist at once; None: all, as the guide
     attention: str = "sdpa"  # PyTorch's fused one; "eager": plain products, for short contexts
     compile: bool = False  # fuse the layers' small operations; takes a while at the start
     halve_batch: bool = True  # if the GPU's memory is too small: half the batch, twice as often
@@ -73,7 +78,7 @@ class Recipe:
     save_steps: int = 500
     save_total_limit: int = 2  # checkpoints kept; one is three times the size of the model
     eval_blocks: int | None = None  # held-out blocks per evaluation while training; None: all
-    sample_steps: int = 500  # how often the model writes a few words
+    sample_steps: int = 500  # how often the model writes a sample
 
     @property
     def tokens_per_step(self) -> int:
@@ -83,8 +88,8 @@ class Recipe:
 
 SEED = Recipe(name="seed", drop_duplicates=False, packing=False)
 
-# The numbers of "wiki" and "qwen-0.5b" come from what learned most in "pocket" on real text, each
-# changed by itself (`python -m benchmarks.learning --choices`; what came of it stands in
+# The hyperparameters of "wiki" and "qwen-0.5b" are those that learned most in "pocket" on real
+# text, each changed by itself (`python -m benchmarks.learning --choices`; the results are in
 # benchmarks/NOTES.md). One rule carries them over: the learning rate goes down as the width goes up
 # (Yang et al., "Tensor Programs V", 2022, arXiv:2203.03466), 8e-3 x 256 / width. At width 512 half
 # and twice that learned less in 280 steps; a long run has not been measured.
@@ -93,7 +98,7 @@ WIKI = replace(
     name="wiki",
     drop_duplicates=True,
     packing=True,  # the guide's chunks lose every article that is shorter
-    vocab_size=32_768,  # most of Qwen2.5's words are of other languages and never occur
+    vocab_size=32_768,  # most of Qwen2.5's tokens are of other languages and never occur
     optimizer="muon",  # learned more in equal time than AdamW at its best rate
     learning_rate=4e-3,  # 8e-3 x 256 / 512; 200 times the guide's
     lr_scheduler="linear",  # to 0, 1% better than a cosine (see Bergsma et al., arXiv:2502.15938)
@@ -112,7 +117,7 @@ QWEN = replace(
     num_hidden_layers=24,
     num_attention_heads=14,
     learning_rate=2.3e-3,  # 8e-3 x 256 / 896
-    loss_rows=512,  # nearly five times the words, so fewer positions
+    loss_rows=512,  # nearly five times the vocabulary, so fewer positions
     batch_size=4,  # activations of 24 layers: 0.7 GB a block
     gradient_accumulation=16,  # the same 32,768 tokens a step
 )
@@ -121,7 +126,7 @@ POCKET = Recipe(
     name="pocket",
     corpus="encyclopedia",
     tokenizer="own",
-    vocab_size=4096,  # with 151,665 words nearly all of a small model would be embeddings
+    vocab_size=4096,  # with 151,665 tokens nearly all of a small model would be embeddings
     context_length=256,  # an article of the built-in text fits in
     hidden_size=256,
     intermediate_size=768,
@@ -209,3 +214,37 @@ def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
             )
         recipe = replace(recipe, max_steps=int(steps))
     return recipe
+
+
+def with_width(recipe: Recipe, hidden_size: int) -> Recipe:
+    """Return a recipe of another width: heads of the same size, an MLP of the same proportion.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Whose proportions to keep.
+    hidden_size : int
+        The new width, a multiple of the size of a head.
+
+    Returns
+    -------
+    Recipe
+        With fewer key/value heads where they would not divide the heads evenly. Its learning rate
+        is the old one, though a wider model wants a lower one.
+
+    Raises
+    ------
+    ValueError
+        If the width is no multiple of the size of a head.
+    """
+    head = recipe.hidden_size // recipe.num_attention_heads
+    if hidden_size < head or hidden_size % head:
+        raise ValueError(f"hidden_size {hidden_size} is no multiple of {head}, the size of a head")
+    heads = hidden_size // head
+    return replace(
+        recipe,
+        hidden_size=hidden_size,
+        intermediate_size=recipe.intermediate_size * hidden_size // recipe.hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=math.gcd(heads, recipe.num_key_value_heads),
+    )

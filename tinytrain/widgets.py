@@ -27,7 +27,7 @@ def memory_explorer(recipe: Recipe, hardware: Any = None, tokens: int | None = N
     """Show what a model's sizes cost: parameters, memory by component, and time on several cards.
 
     Without a browser: ``plot_memory(recipe, hardware)`` and ``estimate(recipe, hardware).row()`` of
-    `tinytrain.modeling`, for a recipe changed with ``dataclasses.replace``.
+    `tinytrain.costs`, for a recipe changed with ``dataclasses.replace``.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def memory_explorer(recipe: Recipe, hardware: Any = None, tokens: int | None = N
     hardware : tinytrain.hardware.Hardware, optional
         This machine; by default it is measured, which takes a second.
     tokens : int, optional
-        As for `tinytrain.modeling.estimate`.
+        As for `tinytrain.costs.estimate`.
 
     Returns
     -------
@@ -44,8 +44,9 @@ def memory_explorer(recipe: Recipe, hardware: Any = None, tokens: int | None = N
     """
     import ipywidgets as ipw
 
+    from tinytrain.costs import estimate, plot_memory
     from tinytrain.hardware import KNOWN_GPUS, this_hardware
-    from tinytrain.modeling import estimate, plot_memory, with_width
+    from tinytrain.recipes import with_width
 
     here = hardware or this_hardware()
     head = recipe.hidden_size // recipe.num_attention_heads

@@ -1,0 +1,301 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from tinytrain.costs import (
+    best_plan,
+    count_parameters,
+    estimate,
+    flops_per_token,
+    plan_sizes,
+    plot_memory,
+    plot_parameters,
+    plot_plans,
+    predicted_loss,
+)
+from tinytrain.hardware import KNOWN_GPUS, Hardware
+from tinytrain.modeling import QWEN2_5_0_5B, build_model, compile_layers, recipe_config
+from tinytrain.optimizer import muon_adamw
+from tinytrain.recipes import RECIPES
+
+T4, A100 = KNOWN_GPUS[0], KNOWN_GPUS[3]
+CPU = Hardware("a laptop", 16 * 10**9, "float32", 0.1, is_gpu=False)
+GUIDE, REAL = recipe_config(RECIPES["seed"]), Qwen2Config(**QWEN2_5_0_5B)
+
+
+def small_config(**changes):
+    """Return the guide's shape with fewer dimensions."""
+    sizes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 256}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 12}
+    return Qwen2Config(**{"tie_word_embeddings": True} | sizes | heads | changes)
+
+
+def memory_of(config=None, hardware=A100, **changes):
+    return estimate(replace(RECIPES["seed"], **changes), hardware, config).memory
+
+
+def parameters_of(config):
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    counts = dict.fromkeys(("embeddings", "attention", "mlp", "norms", "lm_head"), 0)
+    parts = {"embed_tokens": "embeddings", "self_attn": "attention", "norm": "norms"}
+    for name, weight in model.named_parameters():
+        found = [part for key, part in parts.items() if key in name]
+        component = found[0] if found else "mlp" if ".mlp." in name else "lm_head"
+        counts[component] += weight.numel()
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("config", "total"),
+    [
+        (GUIDE, 123_287_552),
+        (REAL, 494_032_768),
+        (small_config(), None),
+        (small_config(tie_word_embeddings=False), None),
+        (small_config(num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=3), None),
+        (small_config(num_attention_heads=4, num_key_value_heads=4, intermediate_size=100), None),
+    ],
+)
+def test_counts_by_component_are_those_of_the_model(config, total):
+    counts = count_parameters(config)
+    assert total in (None, counts["total"])
+    assert counts.pop("total") == sum(counts.values())
+    assert counts == parameters_of(config)
+
+
+def kept_bytes(model, forward):
+    """Return the bytes that a forward pass keeps for the backward pass, weights left out."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept, alive = {}, []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)  # so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_activations_are_what_the_forward_pass_keeps(precision, kv_heads):
+    config = small_config(
+        hidden_size=256, num_attention_heads=4, num_key_value_heads=kv_heads, num_hidden_layers=3
+    )
+    batch, context = 4, 128
+    model = build_model(config)
+    ids = torch.randint(0, 500, (batch, context))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        kept = kept_bytes(model, lambda: model(input_ids=ids, labels=ids))
+    log_probabilities = 4 * batch * context * 500
+    memory = memory_of(config, batch_size=batch, context_length=context, precision=precision)
+    assert kept - log_probabilities == pytest.approx(memory["activations"], rel=0.01)
+
+
+def test_memory_of_the_guides_model():
+    memory = memory_of()
+    assert memory["weights"] == memory["gradients"] == 4 * 123_287_552
+    assert memory["optimizer"] == 8 * 123_287_552
+    assert memory["logits"] == 3 * 4 * 16 * 512 * 151_665
+    assert memory["total"] == sum(memory.values()) - memory["total"]
+    assert memory_of(precision="fp16") == memory
+    sliced = memory_of(loss_rows=512)
+    # A slice of logits in bf16, a part of it in float32, and the output matrix's gradient in bf16.
+    assert sliced["logits"] == 151_665 * (2 * 512 + 2 * 512) + 4 * 2**22
+    assert memory["total"] - sliced["total"] == memory["logits"] - sliced["logits"]
+    compiled = memory_of(loss_rows=512, compile=True)
+    assert compiled["logits"] == 151_665 * (2 * 512 + 2 * 512)
+    assert 0.4 < compiled["activations"] / memory["activations"] < 0.7
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(GUIDE)
+    in_layers = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+    assert memory["optimizer"] - memory_of(optimizer="muon")["optimizer"] == 4 * in_layers
+    assert memory_of(precision="float32")["activations"] > memory["activations"]
+
+
+def test_what_does_not_fit_together_has_no_estimate():
+    with pytest.raises(ValueError, match="float16"):
+        memory_of(precision="float16")
+    with pytest.raises(ValueError, match="512 is no multiple of num_attention_heads 7"):
+        memory_of(num_attention_heads=7)
+
+
+def test_what_is_computed_again_is_not_kept(caplog):
+    """And `estimate` knows how much that is."""
+    torch._logging._internal.warning_once.cache_clear()
+    config = small_config(num_hidden_layers=4)
+    ids = torch.randint(0, 500, (4, 128))
+    found = {}
+    for recompute in (False, True):
+        torch._dynamo.reset()
+        model = build_model(config)
+        compile_layers(model, recompute)
+        found[recompute] = kept_bytes(model, lambda: model.model(ids))  # noqa: B023
+        hardware = CPU if recompute else CPU._replace(is_gpu=True)
+        memory = memory_of(config, hardware, batch_size=4, context_length=128, compile=True)
+        # While a layer computes again, it holds what one of those that keep all would have kept.
+        again = found[False] / 4 if recompute else 0
+        assert found[recompute] + again == pytest.approx(memory["activations"], rel=0.25)
+    assert found[True] < 0.3 * found[False]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_are_those_that_pytorch_counts(tied):
+    config = small_config(tie_word_embeddings=tied, num_hidden_layers=3)
+    config._attn_implementation = "eager"  # plain products, which the counter sees
+    model = build_model(config)
+    ids = torch.randint(0, 500, (2, 32))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    flops = flops_per_token(config, context_length=32)
+    assert flops["total"] == sum(flops.values()) - flops["total"]
+    # The counter adds the few products that make the table of rotations.
+    assert flops["total"] * ids.numel() == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    if tied:
+        optimizer = muon_adamw(model, lr=1e-3)
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+        one_step = replace(RECIPES["seed"], max_steps=1)
+        adamw, muon = (
+            estimate(replace(one_step, optimizer=name), A100, config) for name in ("adamw", "muon")
+        )
+        assert muon.flops - adamw.flops == counter.get_total_flops()
+
+
+def test_an_estimate_adds_up():
+    seed, wiki = (estimate(RECIPES[name], A100, tokens=10**8) for name in ("seed", "wiki"))
+    assert seed.parameters["total"] == 123_287_552
+    assert seed.tokens % 65_536 == 0 and 0 <= seed.tokens - 10**8 < 65_536
+    # 6 operations for each parameter and token, and attention; then the evaluations.
+    assert 1.05 < seed.flops / (seed.tokens * 777.3e6) < 1.15
+    assert seed.seconds == pytest.approx(seed.flops / (0.4 * 312e12))
+    assert not estimate(RECIPES["seed"], T4).fits and estimate(RECIPES["wiki"], T4).fits
+    assert wiki.memory["total"] < seed.memory["total"] / 2
+    # Three checkpoints of weights and two averages, the model, and four bytes a token.
+    assert seed.disk == (3 * 3 + 1) * 4 * 123_287_552 + 4 * 10**8
+    assert not seed.probed and set(seed.row()) == set(wiki.row())
+    for free in (0, 10**6):
+        assert not estimate(RECIPES["wiki"], T4._replace(disk=free)).fits
+
+
+def test_a_probe_corrects_time_and_memory():
+    recipe = RECIPES["pocket"]
+    probed = estimate(recipe, A100, step_seconds=0.5, peak_memory=2 * 10**9)
+    assert probed.probed and probed.memory["total"] == 2 * 10**9
+    training = 0.5 * recipe.max_steps
+    assert training < probed.seconds < 1.1 * training  # with the evaluations in between
+    assert probed.row()["time"] == "5 min" and probed.row()["memory"] == "2.0 GB"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "time"), [(89, "89 s"), (90, "2 min"), (7200, "2.0 h"), (200_000, "2 days")]
+)
+def test_an_estimates_time_has_no_more_digits_than_it_is_worth(seconds, time):
+    assert replace(estimate(RECIPES["smoke"], T4), seconds=seconds).row()["time"] == time
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+
+def test_the_plot_shows_every_component_of_every_model():
+    figure = plot_parameters({"guide": GUIDE, "real": REAL})
+    axes = figure.axes[0]
+    *_, last = axes.containers  # the bars follow each other, so the last one ends at the total
+    ends = [bar.get_x() + bar.get_width() for bar in last]
+    assert ends == pytest.approx([123.287552, 494.032768])
+    assert {"123.3M", "494.0M", "63%"} <= {text.get_text() for text in axes.texts}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["guide", "real"]
+    untied = plot_parameters({"untied": small_config(tie_word_embeddings=False)})
+    assert "lm head" in [text.get_text() for text in untied.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_memory_bar_is_the_estimate_component_by_component(name):
+    axes = plot_memory(RECIPES[name], A100).axes[0]
+    bars = [container[0] for container in axes.containers]
+    memory = estimate(RECIPES[name], A100).memory
+    total = memory.pop("total") / 1e9
+    assert [bar.get_width() for bar in bars] == pytest.approx([n / 1e9 for n in memory.values()])
+    assert bars[-1].get_x() + bars[-1].get_width() == pytest.approx(total)
+    assert total < axes.get_xlim()[1]
+
+
+def test_the_memory_bar_tells_the_cards_that_are_too_small():
+    figure = plot_memory(RECIPES["seed"], A100)  # 20.9 GB in bf16
+    sizes = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
+    fits = {size: color == "#2e7d32" for size, color in sizes.items()}
+    assert fits == {"8 GB": 0, "16 GB": 0, "24 GB": 1, "40 GB": 1, "80 GB": 1}
+    assert "this machine 40 GB" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "123.3M parameters" in figure.get_suptitle() and "in bf16" in figure.get_suptitle()
+
+
+def test_the_plot_of_plans_marks_the_best_size():
+    budgets = {"1 hour": plan_sizes(1e16), "1 day": plan_sizes(24e16)}
+    [axes] = plot_plans(budgets).axes
+    marked = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1]
+    best = [best_plan(plans) for plans in budgets.values()]
+    assert marked == [plan.parameters for plan in best]
+    hour, day = (text.get_text() for text in axes.get_legend().get_texts())
+    assert hour.startswith("1 hour: ") and day.startswith(
+        f"1 day: {best[1].parameters / 1e6:,.0f}M"
+    )
+
+
+# --- planning -------------------------------------------------------------------------------------
+
+
+def test_the_law_says_what_chinchilla_found():
+    # 70B parameters and 1.4T tokens, for the operations of 280B and 300B (Gopher), which is worse.
+    assert predicted_loss(70e9, 1.4e12) < predicted_loss(280e9, 300e9)
+    assert predicted_loss(70e9, 1.4e12) == pytest.approx(1.94, abs=0.05)
+    # The best split of 10^22 operations is near twenty tokens a parameter.
+    ratios = [10 ** (x / 50) for x in range(-50, 200)]
+    best = min(ratios, key=lambda r: predicted_loss((1e22 / 6 / r) ** 0.5, (1e22 / 6 * r) ** 0.5))
+    assert 10 < best < 40
+
+
+def test_text_read_again_teaches_less():
+    once = predicted_loss(1e8, 1e9)
+    assert predicted_loss(1e8, 1e9, corpus_tokens=1e9) == once
+    four, new = predicted_loss(1e8, 4e9, corpus_tokens=1e9), predicted_loss(1e8, 4e9)
+    forty, many = (predicted_loss(1e8, n * 1e9, corpus_tokens=1e9) for n in (40, 4000))
+    assert new < four < once
+    assert (four - new) < 0.1 * (once - new)  # "up to four epochs are almost as good as new text"
+    assert forty - many < 0.1 * (once - many)  # and beyond forty nothing comes any more
+
+
+def test_a_plan_spends_its_budget():
+    for layers, plan in enumerate(plan_sizes(1e18, vocab_size=4096), start=1):
+        assert (plan.num_hidden_layers, plan.hidden_size) == (layers, 64 * layers)
+        config = small_config(
+            vocab_size=4096,
+            hidden_size=plan.hidden_size,
+            intermediate_size=4 * plan.hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=layers,
+            num_key_value_heads=1 + (layers % 2 == 0),
+        )
+        assert plan.parameters == count_parameters(config)["total"]
+        assert plan.tokens * flops_per_token(config, 512)["total"] == pytest.approx(1e18)
+        assert plan.tokens_per_parameter == pytest.approx(plan.tokens / plan.parameters)
+
+
+def test_more_to_spend_wants_a_larger_model_and_more_tokens():
+    small, large = best_plan(plan_sizes(1e17)), best_plan(plan_sizes(1e19))
+    assert small.parameters < large.parameters and small.tokens < large.tokens
+    assert large.row()["parameters"] == f"{large.parameters / 1e6:.0f}M"
+    assert 15 < large.tokens_per_parameter < 30
+    # A text too short for the budget: rather a larger model than reading it once more.
+    short = best_plan(plan_sizes(1e19, corpus_tokens=1e8))
+    assert short.parameters > large.parameters and short.epochs < large.tokens / 1e8
+    with pytest.raises(ValueError, match="budget of 0 operations"):
+        plan_sizes(0)
