@@ -53,11 +53,11 @@ def watched_trainer(recipe, folder: Path):
     write = partial(complete, tokenizer=tokenizer, max_new_tokens=10)
     prompts = steps.get_prompts(recipe)[:2]
     watching = [
-        callbacks.StopCallback(folder / "STOP"),
         callbacks.HistoryCallback(history, tokens),
         callbacks.VerboseTrainingCallback(tokens),
-        callbacks.LivePlotCallback(folder / "loss.png", config.vocab_size, tokens, history),
-        callbacks.SampleCallback(write, prompts, recipe.sample_steps),
+        callbacks.LivePlotCallback(folder / "loss.png", config.vocab_size, tokens),
+        callbacks.SampleCallback(write, prompts, recipe.sample_steps, folder / "samples.jsonl"),
+        callbacks.StopCallback(folder / "STOP"),
     ]
     arguments = training_arguments(
         recipe, folder / "checkpoints", choose_precision(recipe.precision).name
@@ -73,8 +73,8 @@ def measure(recipe, folder: Path) -> tuple[Counter, float, int]:
     """Train and return the seconds per callback, those of the whole run, and the redraws."""
     trainer, watching = watched_trainer(recipe, folder)
     drawings = []
-    draw = watching[3]._draw
-    watching[3]._draw = lambda: drawings.append(draw())
+    draw = watching[2]._draw
+    watching[2]._draw = lambda: drawings.append(draw())
     spent: Counter = Counter()
     for callback in [*watching, trainer.guard]:
         count_time(callback, spent)

@@ -57,13 +57,14 @@ def give_trouble():
     """Let the loss of this process become a number no more, in its fifth step."""
     from tinytrain.training import GuardedTrainer
 
-    compute_loss = GuardedTrainer.compute_loss
+    training_step = GuardedTrainer.training_step
 
     def poisoned(self, *args, **kwargs):
-        loss = compute_loss(self, *args, **kwargs)
-        return loss * float("nan") if self.state.global_step == 4 and self.is_in_train else loss
+        if self.state.global_step == 4:
+            self.model.lm_head.weight.data.fill_(float("nan"))
+        return training_step(self, *args, **kwargs)
 
-    GuardedTrainer.compute_loss = poisoned
+    GuardedTrainer.training_step = poisoned
 
 
 def free_port():

@@ -62,11 +62,11 @@ def run(folder, config, blocks, delay, recipe):
     tokens = recipe.tokens_per_step
     history = callbacks.HistoryCallback(folder / "history.jsonl", tokens)
     watching = [
-        callbacks.StopCallback(folder / "STOP"),
         history,
         callbacks.VerboseTrainingCallback(tokens),
-        callbacks.LivePlotCallback(folder / "loss.png", 1024, tokens, history.path, seconds=0.2),
+        callbacks.LivePlotCallback(folder / "loss.png", 1024, tokens, seconds=0.2),
         Slow(delay),
+        callbacks.StopCallback(folder / "STOP"),
     ]
     arguments = training_arguments(recipe, folder / "checkpoints", use_cpu=True)
     halves, make = (blocks["train"], blocks["test"]), steps.get_optimizer(recipe)

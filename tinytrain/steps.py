@@ -518,16 +518,15 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
         folder / "loss.png",
         model.config.vocab_size,
         tokens,
-        history.path,
-        callbacks.reference_curve(recipe),
+        reference_curve(recipe),
     )
     write = partial(evaluation.complete, tokenizer=tokenizer, max_new_tokens=10)
     watching = [
-        callbacks.StopCallback(folder / "STOP"),
         history,
         callbacks.VerboseTrainingCallback(tokens),
         plot,
         callbacks.SampleCallback(write, prompts[:2], recipe.sample_steps, folder / "samples.jsonl"),
+        callbacks.StopCallback(folder / "STOP"),
     ]
     held_out = blocks["test"]
     few = held_out.select(range(min(len(held_out), recipe.eval_blocks or len(held_out))))
@@ -977,3 +976,30 @@ def _sha256(path: Path) -> str:
 def _code(module: Any) -> str:
     """Return a fingerprint of a module's code: changed code may give another result."""
     return _sha256(Path(sys.modules[module.__name__].__file__))[:16]
+
+
+def reference_curve(recipe: Recipe) -> dict[str, Any] | None:
+    """Return what is normal for a recipe: the course of its loss with several other seeds.
+
+    ``python -m benchmarks.reference`` makes it, and notes the machine that it ran on.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The recipe of your run.
+
+    Returns
+    -------
+    dict or None
+        ``train`` and ``held_out``, each with lists of equal length: ``step``, and the ``low``,
+        ``mean`` and ``high`` of the loss of all ``seeds``. None if there is no reference for
+        these hyperparameters; the seed and fields for display and speed may differ.
+    """
+    path = Path(__file__).parent / "data" / "reference.json"
+    reference = json.loads(path.read_text(encoding="utf-8"))
+    same = all(
+        reference["recipe"].get(name) == value
+        for name, value in asdict(recipe).items()
+        if name not in DISPLAY_AND_SPEED_FIELDS and name != "seed"
+    )
+    return reference if same else None
