@@ -241,7 +241,7 @@ def test_a_loss_that_one_process_alone_sees_stops_all(runs):
     assert codes == [1, 1], written
     assert "step 5: the loss is nan; the step was not made" in written[0]
     # The first process names the blocks of the other one too: 4 and 4.
-    named = written[0].split("Its batch is blocks ")[1].split(" of the training half")[0]
+    named = written[0].split("Its batch is blocks ")[1].split(" of the training set")[0]
     assert len(named.split(", ")) == 8
 
 

@@ -79,13 +79,14 @@ class LossGuard(TrainerCallback):
         self.tokenizer = tokenizer
         self.find_checkpoint = find_checkpoint
         self.gradient_norm: torch.Tensor | None = None
+        self._recent: deque[float] = deque(maxlen=window)
         self._hook: RemovableHandle | None = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         """Begin with nothing to compare with, and watch the model."""
         self.close()  # an earlier run may have ended by an error
         self._dataset = train_dataloader.dataset if train_dataloader is not None else None
-        self._recent: deque[float] = deque(maxlen=self.window)
+        self._recent.clear()
         # Bounded, since a run that ends by an error leaves the hook in the model.
         micro_batches = args.gradient_accumulation_steps * max(args.n_gpu, 1)
         self._losses: deque[torch.Tensor] = deque(maxlen=micro_batches)
