@@ -159,7 +159,7 @@ HISTORY = [
 
 
 def test_plot_shows_the_curves_and_the_loss_of_a_uniform_guess():
-    figure = _plot_history(HISTORY)
+    figure = _plot_history(HISTORY).figure
     loss, rate = figure.axes
     raw, smoothed, held_out, uniform = loss.lines
     assert list(raw.get_ydata()) == [8, 7]
@@ -177,7 +177,7 @@ def test_plot_shows_the_curves_and_the_loss_of_a_uniform_guess():
     ticks = [label.get_text() for label in rate.get_xticklabels()]
     assert "2\n1.02k" in ticks  # steps, and tokens under them
     start = {"step": 0, "max_steps": 0, "seconds": 0.0}
-    assert _plot_history([start]).texts[0].get_text() == "step 0 of 0"
+    assert _plot_history([start]).figure.texts[0].get_text() == "step 0 of 0"
 
 
 def test_a_loss_that_is_not_finite_is_a_gap():
@@ -195,10 +195,10 @@ def test_ten_thousand_points_make_no_larger_picture_than_a_thousand(tmp_path):
     plot.on_train_begin(None, state, None)
     sizes, objects = [], []
     for last in (1000, 10_000):
-        for state.global_step in range(state.global_step + 1, last + 1):
-            loss = 9 - state.global_step / 2000 + state.global_step % 7 / 10
-            line = {"step": state.global_step, "loss": loss, "learning_rate": 0.1}
+        for step in range(state.global_step + 1, last + 1):
+            line = {"step": step, "loss": 9 - step / 2000 + step % 7 / 10, "learning_rate": 0.1}
             state.log_history.append(line)
+        state.global_step = last
         plot._draw()
         sizes.append(plot.path.stat().st_size)
         objects.append(len(plot._plot.figure.findobj()))
@@ -425,7 +425,7 @@ watching = [
     callbacks.HistoryCallback(run + "/history.jsonl", 512),
     callbacks.VerboseTrainingCallback(512, seconds=0),
     callbacks.LivePlotCallback(run + "/loss.png", 1024, 512, seconds=0.1),
-    callbacks.SampleCallback(lambda model, prompts: ["巴黎"], ["法国的首都是"], 10, run + "/samples"),
+    callbacks.SampleCallback(lambda model, prompts: ["巴黎"], ["法国的首都是"], 10, run + "/text"),
     callbacks.StopCallback(run + "/STOP"),
 ]
 arguments = training_arguments(RECIPES["smoke"], run + "/checkpoints", use_cpu=True)

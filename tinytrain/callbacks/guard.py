@@ -192,8 +192,8 @@ class LossGuard(TrainerCallback):
         Packed blocks follow each other as the documents do, so that the number of end-of-text
         tokens before a block is the number of its first document.
         """
-        if "input_ids" not in (getattr(self._dataset, "column_names", None) or ()):
-            return [], []  # not a datasets.Dataset of tokens
+        if not (hasattr(self._dataset, "with_format") and hasattr(self._dataset, "__len__")):
+            return [], []  # not a datasets.Dataset, or one that is streamed
         ids = self._dataset.with_format("numpy")
         wanted_rows = {tuple(row) for row in wanted.tolist()}
         end = self.tokenizer.eos_token_id if self.tokenizer is not None else None

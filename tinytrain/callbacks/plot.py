@@ -164,36 +164,22 @@ def replay(path: str | Path, follow: bool = False, seconds: float = 2.0) -> Figu
     seconds : float
         How often to look.
 
-    Returns
-    -------
-    matplotlib.figure.Figure
-
     Raises
     ------
     FileNotFoundError
         If no run has written a history there.
-
-    Examples
-    --------
-    >>> figure = replay("runs/pocket")  # doctest: +SKIP
     """
-    history = read_history(path)
-    figure = _plot_history(history)
-    if not follow:
-        return figure
-    output = NotebookOutput() if in_notebook() else None
+    output = NotebookOutput() if follow and in_notebook() else None
+    history: list[dict[str, Any]] = []
     with suppress(KeyboardInterrupt):
-        while True:
-            if output:
-                png = io.BytesIO()
-                figure.savefig(png, format="png")
-                output.show(figure.texts[0].get_text(), png.getvalue())
-            if "end" in history[-1]:
-                break
-            while len(now := read_history(path)) == len(history):
+        while not history or (follow and "end" not in history[-1]):
+            if history:
                 time.sleep(seconds)
-            history, figure = now, _plot_history(now)
-    return figure
+            if len(lines := read_history(path)) != len(history):
+                history, plot = lines, _plot_history(lines)
+                if output:
+                    output.show(plot.figure.texts[0].get_text(), plot.png())
+    return plot.figure
 
 
 def plot_runs(paths: Mapping[str, str | Path], x: str = "tokens") -> Figure:
@@ -207,10 +193,6 @@ def plot_runs(paths: Mapping[str, str | Path], x: str = "tokens") -> Figure:
         What to call each run, and its folder or ``history.jsonl``.
     x : {"tokens", "seconds", "step"}
         The horizontal axis.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
 
     Raises
     ------
@@ -394,7 +376,7 @@ class _LossPlot:
         return png.getvalue()
 
 
-def _plot_history(history: Sequence[Mapping[str, Any]]) -> Figure:
+def _plot_history(history: Sequence[Mapping[str, Any]]) -> _LossPlot:
     """Draw a whole history, whose first line holds its metadata."""
     first, last = history[0], history[-1]
     plot = _LossPlot(first.get("vocab_size"), first.get("tokens_per_step", 0))
@@ -404,7 +386,7 @@ def _plot_history(history: Sequence[Mapping[str, Any]]) -> Figure:
     headline = f"{name}step {last['step']:,} of {first['max_steps']:,}{end}"
     took = f"{format_seconds(last['seconds'])} of training"
     plot.update(headline, " · ".join([*plot.latest_losses(), took]), first["max_steps"])
-    return plot.figure
+    return plot
 
 
 def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:

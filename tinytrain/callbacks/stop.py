@@ -55,17 +55,14 @@ class StopCallback(TrainerCallback):
         self._restore_handlers()  # an earlier run may have ended by an error
         self.reason, self._acknowledged = None, False
         self._last_look = -math.inf
-        if self._watches_file(state) and self.stop_file.exists():
-            logger.info(f"{self.stop_file} is left from before and is removed")
-            self.stop_file.unlink()
+        self._watched = self.stop_file if state.is_world_process_zero else None
+        if self._watched and self._watched.exists():
+            logger.info(f"{self._watched} is left from before and is removed")
+            self._watched.unlink()
         # Python hears signals in its main thread only; elsewhere the file remains.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous_handlers[number] = signal.signal(number, self._handle_signal)
-
-    def _watches_file(self, state) -> bool:
-        """Tell whether this process is the one that looks for the stop file."""
-        return self.stop_file is not None and state.is_world_process_zero
 
     # A signal may arrive in the middle of writing a message: its handler must not write one.
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
@@ -106,26 +103,22 @@ class StopCallback(TrainerCallback):
         """Ask the Trainer for a checkpoint, an evaluation and the end."""
         now = time.monotonic()
         # Once a second only: a look at a network drive takes a while.
-        if self._watches_file(state) and now - self._last_look >= 1:
+        if self._watched and now - self._last_look >= 1:
             self._last_look = now
-            if self.stop_file.exists():
-                self.stop_file.unlink(missing_ok=True)
-                self.ask(f"the file {self.stop_file.name}")
-        if args.world_size > 1:
-            self._agree_with_other_ranks(args.device)
+            if self._watched.exists():
+                self._watched.unlink(missing_ok=True)
+                self.ask(f"the file {self._watched.name}")
+        if args.world_size > 1:  # the most urgent request counts for all ranks
+            urgency = 2 if self.reason == "SIGTERM" else 1 if self.reason else 0
+            highest = int(gather(torch.tensor(urgency, device=args.device)).max())
+            if highest > urgency:
+                self.reason = "SIGTERM" if highest == 2 else "another process"
         if self.reason and state.global_step < state.max_steps:
             self.on_substep_end(args, state, control)
             control.should_training_stop = True
             control.should_save = True
             control.should_log = True
             control.should_evaluate = self.reason != "SIGTERM" and args.eval_strategy != "no"
-
-    def _agree_with_other_ranks(self, device: torch.device) -> None:
-        """Adopt the most urgent request; all ranks call this after the same step."""
-        urgency = 2 if self.reason == "SIGTERM" else 1 if self.reason else 0
-        highest = int(gather(torch.tensor(urgency, device=device)).max())
-        if highest > urgency:
-            self.reason = "SIGTERM" if highest == 2 else "another process"
 
     def on_train_end(self, args, state, control, **kwargs):
         """Log what you can do now, and let a SIGTERM take its course."""
