@@ -14,12 +14,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerState
 
 from tinytrain import callbacks, steps
 from tinytrain.callbacks.plot import _LossPlot, _plot_history, _smooth
@@ -27,7 +22,7 @@ from tinytrain.common import setup_logging
 from tinytrain.evaluation import complete
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
-from tinytrain.training import build_trainer, collate, train, training_arguments
+from tinytrain.training import build_trainer, train, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +74,7 @@ def test_messages_keep_a_distance_and_losses_are_all_collected(caplog):
     assert verbose.train_loss == [2.0] * 30
 
 
-def test_history_holds_what_the_trainer_logged(run, smoke):
+def test_history_holds_what_the_trainer_logged_and_ends_with_the_run(run, smoke):
     folder, _, trainer = run
     history = callbacks.read_history(folder / "history.jsonl")
     for name, count in (("loss", 10), ("eval_loss", 2)):
@@ -87,22 +82,19 @@ def test_history_holds_what_the_trainer_logged(run, smoke):
         assert [(x["step"], x[name]) for x in history if name in x] == expected
         assert len(expected) == count
     assert history[-1]["tokens"] == 20 * smoke.recipe.tokens_per_step
+    assert history[-1]["end"] == "finished"
     seconds = [line["seconds"] for line in history]
     assert seconds == sorted(seconds)
-
-
-def test_an_evaluation_after_the_run_is_not_part_of_its_history(run):
-    folder, _, trainer = run
-    before = (folder / "history.jsonl").read_bytes()
     trainer.evaluate()
-    assert (folder / "history.jsonl").read_bytes() == before
-    assert callbacks.read_history(folder)[-1]["end"] == "finished"
+    assert callbacks.read_history(folder) == history
 
 
-def test_the_plot_is_kept_as_a_picture(run):
+def test_the_plot_is_kept_as_a_picture_and_is_the_only_display(run):
     picture = imread(run[0] / "loss.png")
     assert picture.shape[:2] == (480, 768)
     assert len({tuple(pixel) for pixel in picture.reshape(-1, 4)[::7]}) > 5  # it shows something
+    names = {type(callback).__name__ for callback in run[2].callback_handler.callbacks}
+    assert not names & {"ProgressCallback", "PrinterCallback", "NotebookProgressCallback"}
 
 
 def test_history_of_a_resumed_run_has_no_step_twice(tmp_path):
@@ -123,16 +115,12 @@ def test_history_of_a_resumed_run_has_no_step_twice(tmp_path):
 
 def test_a_run_from_the_start_replaces_the_history(tmp_path):
     path = tmp_path / "history.jsonl"
-    path.write_text('{"step": 10, "seconds": 1}\n')
-    history = callbacks.HistoryCallback(path, tokens_per_step=8)
+    path.write_text('{"step": 10, "loss": 2.0}\n{"step": 20, "lo')  # still being written
+    assert callbacks.read_history(path) == [{"step": 10, "loss": 2.0}]
+    history = callbacks.HistoryCallback(path, tokens_per_step=8, name="mine")
     history.on_train_begin(None, TrainerState(), None)
-    assert [line["step"] for line in callbacks.read_history(path)] == [0]
-
-
-def test_a_line_still_being_written_is_left_out(tmp_path):
-    path = tmp_path / "history.jsonl"
-    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert callbacks.read_history(path) == [{"step": 1, "loss": 2.0}]
+    (first,) = callbacks.read_history(path)
+    assert first["step"] == 0 and first["name"] == "mine"
 
 
 def test_smoothing_keeps_a_constant_and_follows_a_fall():
@@ -211,8 +199,9 @@ def test_drawing_waits_and_the_last_state_is_always_drawn(tmp_path, monkeypatch)
     drawings = []
     draw = plot._draw
     monkeypatch.setattr(plot, "_draw", lambda: drawings.append(plot._state.global_step) or draw())
-    state = TrainerState(max_steps=50)
+    state = TrainerState(max_steps=50, log_history=[{"step": 0, "loss": 3.0}])  # a resumed run's
     plot.on_train_begin(None, state, None)
+    assert list(plot._plot.figure.axes[0].lines[0].get_ydata()) == [3.0]
     for state.global_step in range(1, 51):
         plot.on_step_begin(None, state, None)
     assert drawings == [0]
@@ -417,7 +406,7 @@ from tinytrain.callbacks.plot import _LossPlot, _plot_history, _smooth
 from tinytrain.common import setup_logging
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
-from tinytrain.training import build_trainer, collate, train, training_arguments
+from tinytrain.training import build_trainer, train, training_arguments
 run = {run!r}
 setup_logging(run + "/training.log")
 blocks = load_from_disk(run + "/blocks")
@@ -512,8 +501,7 @@ def test_a_notebook_gets_one_picture_that_is_replaced(script, tmp_path):
 @pytest.fixture
 def heard():
     """Signals that arrive at the handlers from before the training."""
-    heard = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    heard, numbers = [], (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda number, _: heard.append(number)) for number in numbers]
     yield heard
     for number, handler in zip(numbers, before, strict=True):
@@ -531,18 +519,6 @@ class AtStep(TrainerCallback):
             self.action()
 
 
-def plain_trainer(smoke, folder, watching, **overrides):
-    arguments = {"max_steps": 4, "save_strategy": "no", "report_to": "none", "use_cpu": True}
-    return Trainer(
-        model=build_model(smoke.config),
-        args=TrainingArguments(str(folder), disable_tqdm=True, **arguments | overrides),
-        train_dataset=smoke.blocks["train"].select(range(40)),
-        eval_dataset=smoke.blocks["test"].select(range(4)),
-        data_collator=collate,
-        callbacks=watching,
-    )
-
-
 def raise_both(heard):
     heard.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -552,29 +528,30 @@ def raise_both(heard):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("evaluates", ["steps", "no"])
-def test_a_signal_ends_a_plain_trainer_in_good_order(smoke, tmp_path, heard, number, evaluates):
+def test_a_signal_ends_a_plain_trainer_in_good_order(
+    plain_trainer, tmp_path, heard, number, evaluates
+):
+    saved = []  # what there is when the signal takes its course
+    signal.signal(signal.SIGTERM, lambda *_: saved.extend(tmp_path.glob("*/model.safetensors")))
     stop = callbacks.StopCallback()
-    there = []  # what was saved when the signal took its course
-    signal.signal(signal.SIGTERM, lambda *_: there.extend(tmp_path.glob("*/model.safetensors")))
     watching = [AtStep(lambda: signal.raise_signal(number)), stop]
-    trainer = plain_trainer(smoke, tmp_path, watching, eval_strategy=evaluates)
+    trainer = plain_trainer(watching, eval_strategy=evaluates, eval_steps=10)
     trainer.train()
     assert trainer.state.global_step == 2
     assert [path.parent.name for path in tmp_path.glob("*/model.safetensors")] == ["checkpoint-2"]
     evaluated = any("eval_loss" in line for line in trainer.state.log_history)
     assert evaluated == (number == signal.SIGINT and evaluates == "steps")
-    assert len(there) == (number == signal.SIGTERM)
     stop.close()
-    assert len(there) == (number == signal.SIGTERM)  # once
+    assert len(saved) == (number == signal.SIGTERM)  # once
     signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     assert raise_both(heard)
 
 
-def test_signals_are_as_before_when_a_plain_trainer_has_finished_or_failed(smoke, tmp_path, heard):
+def test_signals_are_as_before_when_a_plain_trainer_has_finished_or_failed(plain_trainer, heard):
     stop = callbacks.StopCallback()
-    plain_trainer(smoke, tmp_path, [stop]).train()
+    plain_trainer([stop]).train()
     assert raise_both(heard)
-    trainer = plain_trainer(smoke, tmp_path, [stop, AtStep(lambda: 1 / 0)])
+    trainer = plain_trainer([stop, AtStep(lambda: 1 / 0)])
     for _ in range(2):  # the second begins where the first has left its handlers
         with pytest.raises(ZeroDivisionError):
             trainer.train()
@@ -584,51 +561,39 @@ def test_signals_are_as_before_when_a_plain_trainer_has_finished_or_failed(smoke
     # Another one that trains is not stopped by a callback that it does not have.
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    other = plain_trainer(smoke, tmp_path, [AtStep(lambda: signal.raise_signal(signal.SIGINT))])
+    other = plain_trainer([AtStep(lambda: signal.raise_signal(signal.SIGINT))])
     other.train()
     assert heard[-1] == signal.SIGINT and stop.reason is None and other.state.global_step == 4
     assert raise_both(heard)
 
 
-def test_a_second_interrupt_stops_a_plain_trainer_at_once(smoke, tmp_path, heard):
+def test_a_second_interrupt_stops_a_plain_trainer_at_once(plain_trainer, heard):
     def twice():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
     stop = callbacks.StopCallback()
     with pytest.raises(KeyboardInterrupt, match="a second time"):
-        plain_trainer(smoke, tmp_path, [AtStep(twice), stop]).train()
+        plain_trainer([AtStep(twice), stop]).train()
     assert raise_both(heard)
 
 
-def test_a_stop_file_from_before_does_not_stop_the_next_run(smoke, tmp_path, caplog):
+def test_a_stop_file_from_before_does_not_stop_the_next_run(plain_trainer, tmp_path, caplog):
     caplog.set_level("INFO", logger="tinytrain")
     (tmp_path / "STOP").touch()
     stop = callbacks.StopCallback(tmp_path / "STOP")
-    trainer = plain_trainer(smoke, tmp_path, [stop])
+    trainer = plain_trainer([stop])
     trainer.train()
     assert trainer.state.global_step == 4 and "left from before" in caplog.text
 
 
-def test_any_thread_may_ask_and_train_outside_the_main_one(smoke, tmp_path, heard):
+def test_any_thread_may_ask_and_train_outside_the_main_one(plain_trainer, heard):
     before = signal.getsignal(signal.SIGINT)
     stop = callbacks.StopCallback()
-    trainer = plain_trainer(smoke, tmp_path, [AtStep(lambda: stop.ask("a friend")), stop])
+    trainer = plain_trainer([AtStep(lambda: stop.ask("a friend")), stop])
     thread = threading.Thread(target=trainer.train)
     thread.start()
     while thread.is_alive():
         assert signal.getsignal(signal.SIGINT) == before
         thread.join(0.1)
     assert trainer.state.global_step == 2 and stop.reason == "a friend"
-
-
-def test_the_trainers_own_metrics_are_left_alone():
-    metrics = {"eval_loss": 1.0, "eval_runtime": 2.0}
-    callbacks.VerboseTrainingCallback(8).on_evaluate(None, TrainerState(), None, metrics=metrics)
-    assert json.dumps(metrics) == '{"eval_loss": 1.0, "eval_runtime": 2.0}'
-
-
-def test_our_callbacks_replace_the_trainers_displays(run):
-    names = {type(callback).__name__ for callback in run[2].callback_handler.callbacks}
-    assert isinstance(run[2], Trainer)
-    assert not names & {"ProgressCallback", "PrinterCallback", "NotebookProgressCallback"}

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from tinytrain.callbacks import LossError, LossGuard
 from tinytrain.loss import save_loss_memory
 from tinytrain.modeling import build_model
-from tinytrain.training import build_trainer, collate, train, training_arguments
+from tinytrain.training import build_trainer, train, training_arguments
 
 
 class Spoil(TrainerCallback):
@@ -43,19 +43,6 @@ class Weights(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.last = {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def plain_trainer(smoke, folder, callbacks, model=None, **overrides):
-    """A Trainer of transformers with what it does by default."""
-    arguments = {"max_steps": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True}
-    arguments |= {"save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": 2}
-    return Trainer(
-        model=model or build_model(smoke.config, seed=1),
-        args=TrainingArguments(str(folder), **arguments | overrides),
-        train_dataset=smoke.blocks["train"],
-        data_collator=collate,
-        callbacks=callbacks,
-    )
 
 
 @pytest.mark.parametrize(
@@ -109,14 +96,14 @@ def test_a_loss_gone_wrong_stops_the_run_before_it_does_harm(
 @pytest.mark.parametrize("accepts_loss_kwargs", [True, False])
 @pytest.mark.parametrize("overrides", [{}, {"bf16": True}, {"gradient_accumulation_steps": 3}])
 def test_in_a_plain_trainer_it_judges_the_loss_that_is_logged(
-    smoke, tmp_path, overrides, accepts_loss_kwargs
+    smoke, plain_trainer, overrides, accepts_loss_kwargs
 ):
     """Whether the model divides by the tokens of the step, or the Trainer by the micro-batches."""
     guard, model = LossGuard(), build_model(smoke.config, seed=1)
     model.accepts_loss_kwargs = accepts_loss_kwargs
     save_loss_memory(model, 64)
     few = smoke.blocks["train"].select(range(14))  # the last step of an epoch has fewer
-    trainer = plain_trainer(smoke, tmp_path, [guard], model, **overrides)
+    trainer = plain_trainer([guard], model, **overrides)
     trainer.train_dataset = few
     trainer.train()
     logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -125,39 +112,39 @@ def test_in_a_plain_trainer_it_judges_the_loss_that_is_logged(
 
 
 @pytest.mark.parametrize("change", ["change_loss", "change_gradient"])
-def test_in_a_plain_trainer_it_stops_the_run(smoke, tmp_path, change):
+def test_in_a_plain_trainer_it_stops_the_run(plain_trainer, change):
     spoil = Spoil(3, **{change: lambda value: value * math.nan})
-    trainer = plain_trainer(smoke, tmp_path, [spoil, LossGuard()])
+    trainer = plain_trainer([spoil, LossGuard()])
     with pytest.raises(LossError, match="step 3: .* The last good checkpoint does not exist yet"):
         trainer.train()
     assert len(trainer.model._forward_hooks) == (change == "change_loss")  # that of the test
 
 
-def test_rows_of_several_lengths_and_losses_that_the_trainer_computes(smoke, tmp_path):
+def test_rows_of_several_lengths_and_losses_that_the_trainer_computes(smoke, plain_trainer):
     """No packed blocks, no datasets.Dataset, and no loss from the model."""
     spoil = Spoil(2, change_gradient=lambda gradient: gradient * math.nan)
     guard = LossGuard(tokenizer=smoke.tokenizer)
     overrides = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    trainer = plain_trainer(smoke, tmp_path, [spoil, guard], **overrides)
+    trainer = plain_trainer([spoil, guard], **overrides)
     trainer.train_dataset = [{"input_ids": [5] * length} for length in (3, 4, 5, 6)]
     with pytest.raises(LossError, match="the gradient is not finite.*They begin") as caught:
         trainer.train()
     assert caught.value.documents == []
     guard = LossGuard()
-    plain_trainer(smoke, tmp_path, [guard], label_smoothing_factor=0.1).train()
+    plain_trainer([guard], label_smoothing_factor=0.1).train()
     assert not guard._recent
 
 
-def test_a_run_that_failed_leaves_nothing_that_grows(smoke, tmp_path):
+def test_a_run_that_failed_leaves_nothing_that_grows(plain_trainer):
     class Break(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             raise ZeroDivisionError
 
     guard = LossGuard()
-    trainer = plain_trainer(smoke, tmp_path, [guard, Break()])
+    trainer = plain_trainer([guard, Break()])
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    plain_trainer(smoke, tmp_path, [], trainer.model).train()
+    plain_trainer([], trainer.model).train()
     assert len(guard._batch) == 1
     trainer.remove_callback(Break)
     trainer.train()
