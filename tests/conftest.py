@@ -47,3 +47,26 @@ def smoke(tmp_path_factory):
             blocks=steps.get_blocks(recipe),
             config=steps.get_config(recipe),
         )
+
+
+@pytest.fixture
+def plain_trainer(smoke, tmp_path):
+    """Return a function that builds a Trainer of transformers, without ours around it."""
+    from transformers import Trainer, TrainingArguments
+
+    from tinytrain.modeling import build_model
+    from tinytrain.training import collate
+
+    def build(callbacks, model=None, **overrides):
+        arguments = {"max_steps": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+        arguments |= {"save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": 2}
+        return Trainer(
+            model=model or build_model(smoke.config, seed=1),
+            args=TrainingArguments(str(tmp_path), **arguments | overrides),
+            train_dataset=smoke.blocks["train"],
+            eval_dataset=smoke.blocks["test"].select(range(4)),
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+
+    return build

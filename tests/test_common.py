@@ -1,7 +1,9 @@
 import logging
 import re
 
-from tinytrain.common import setup_logging
+import pytest
+
+from tinytrain.common import format_seconds, setup_logging
 
 
 def test_the_format_is_the_guides_on_screen_and_in_the_file(tmp_path, capsys):
@@ -27,3 +29,11 @@ def test_the_log_goes_on_where_an_earlier_run_stopped(tmp_path):
         setup_logging(tmp_path / "training.log").info(message)
     text = (tmp_path / "training.log").read_text(encoding="utf-8")
     assert text.index("before") < text.index("after")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (75, "1 min 15 s"), (3599.7, "1 h 00 min"), (7300, "2 h 01 min")],
+)
+def test_durations_read_as_people_say_them(seconds, text):
+    assert format_seconds(seconds) == text

@@ -57,13 +57,14 @@ def give_trouble():
     """Let the loss of this process become a number no more, in its fifth step."""
     from tinytrain.training import GuardedTrainer
 
-    compute_loss = GuardedTrainer.compute_loss
+    training_step = GuardedTrainer.training_step
 
     def poisoned(self, *args, **kwargs):
-        loss = compute_loss(self, *args, **kwargs)
-        return loss * float("nan") if self.state.global_step == 4 and self.is_in_train else loss
+        if self.state.global_step == 4:
+            self.model.lm_head.weight.data.fill_(float("nan"))
+        return training_step(self, *args, **kwargs)
 
-    GuardedTrainer.compute_loss = poisoned
+    GuardedTrainer.training_step = poisoned
 
 
 def free_port():
@@ -240,7 +241,7 @@ def test_a_loss_that_one_process_alone_sees_stops_all(runs):
     assert codes == [1, 1], written
     assert "step 5: the loss is nan; the step was not made" in written[0]
     # The first process names the blocks of the other one too: 4 and 4.
-    named = written[0].split("Its batch is blocks ")[1].split(" of the training half")[0]
+    named = written[0].split("Its batch is blocks ")[1].split(" of the training set")[0]
     assert len(named.split(", ")) == 8
 
 

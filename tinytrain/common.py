@@ -16,10 +16,12 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +52,9 @@ class _StdoutHandler(logging.StreamHandler):
         if _displays and getattr(record, "progress", False):
             return
         self.stream = sys.stdout
-        super().emit(record)
+        # In a terminal a progress bar may occupy the last line: the message goes above it.
+        with tqdm.external_write_mode(sys.stdout) if sys.stdout.isatty() else nullcontext():
+            super().emit(record)
 
 
 def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO) -> logging.Logger:
@@ -110,13 +114,14 @@ def atomic_write(path: str | Path, content: str | bytes, sync: bool = False) -> 
     Parameters
     ----------
     path : str or Path
-        The file; its folder must exist.
+        The file; its folder is made.
     content : str or bytes
         Text is written as UTF-8, with line ends as they are.
     sync : bool
         Wait until the disk has it: a machine that loses power may lose what is only in memory.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Not the process id: in a container it is often the same at every start.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -135,6 +140,18 @@ def write_json(path: str | Path, values: Any, sync: bool = False) -> None:
     atomic_write(path, json.dumps(values, indent=1, ensure_ascii=False), sync)
 
 
+def write_json_lines(path: str | Path, lines: Iterable[Any]) -> None:
+    """Write a file of JSON lines, by `atomic_write`."""
+    atomic_write(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def append_json_line(path: str | Path, line: Any) -> None:
+    """Add a line to a file of JSON lines; its folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines; a last line that is still being written is left out."""
     lines = []
@@ -144,6 +161,58 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def read_history(path: str | Path) -> list[dict[str, Any]]:
+    """Read the history of a run, past or still going on.
+
+    Parameters
+    ----------
+    path : str or Path
+        The run's folder, or its ``history.jsonl``.
+
+    Returns
+    -------
+    list of dict
+        The lines that `tinytrain.callbacks.HistoryCallback` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "history.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: no run has written its history there yet")
+    return read_json_lines(path)
+
+
+def in_notebook() -> bool:
+    """Tell whether this code runs in a Jupyter or Colab kernel, which can show pictures."""
+    if "IPython" not in sys.modules:
+        return False
+    from IPython import get_ipython
+
+    return hasattr(get_ipython(), "kernel")
+
+
+class NotebookOutput:
+    """One output of a notebook's cell, which each later one replaces."""
+
+    def __init__(self):
+        self._handle = None
+
+    def show(self, text: str, png: bytes | None = None) -> None:
+        """Show a picture, or the text where there is none or it cannot be shown."""
+        from IPython.display import display
+
+        bundle = {"text/plain": text} | ({"image/png": png} if png else {})
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
 
 
 def format_seconds(seconds: float) -> str:

@@ -440,12 +440,6 @@ class GuardedTrainer(Trainer):
             self.optimizer = self.make_optimizer(model or self.model, self.args)
         return self.optimizer
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """Train on a micro-batch, and show its share of the loss."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.guard.see(inputs["input_ids"], loss)
-        return loss
-
     def _clip_grad_norm(self, model):
         """Tell the guard the norm that clipping needs, so that it need not measure it again."""
         self.guard.gradient_norm = super()._clip_grad_norm(model)
@@ -473,7 +467,7 @@ def build_trainer(
         Rows with ``input_ids`` of equal length.
     callbacks : iterable of transformers.TrainerCallback
         Called in this order. Of several processes, only the first calls those with an attribute
-        ``only_shows`` that is true; under FSDP none calls those with ``needs_whole_model``.
+        ``rank_zero_only`` that is true; under FSDP none calls those with ``needs_unsharded_model``.
     guard : LossGuard, optional
         By default one with its own defaults.
     make_optimizer : callable, optional
@@ -509,14 +503,14 @@ def build_trainer(
         train_dataset=train_blocks,
         eval_dataset=eval_blocks,
         data_collator=collate,
-        callbacks=[c for c in callbacks if first or not getattr(c, "only_shows", False)],
+        callbacks=[c for c in callbacks if first or not getattr(c, "rank_zero_only", False)],
         guard=guard or LossGuard(find_checkpoint=last_checkpoint),
         make_optimizer=make_optimizer,
     )
     for display in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
         trainer.remove_callback(display)
     for callback in list(trainer.callback_handler.callbacks):
-        if trainer.is_fsdp_enabled and getattr(callback, "needs_whole_model", False):
+        if trainer.is_fsdp_enabled and getattr(callback, "needs_unsharded_model", False):
             trainer.remove_callback(callback)
             logger.info("%s is left out: FSDP shares the model out", type(callback).__name__)
     return trainer

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather, reduce
+from accelerate.utils import gather, pad_across_processes, reduce
+from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 
 class LossError(RuntimeError):
@@ -44,8 +46,9 @@ class LossGuard(TrainerCallback):
 
     A loss spikes if it lies above the mean of the last `window` steps by more than `spike` of their
     standard deviations, and by more than one nat: the model has become, at one blow, e times less
-    sure of every token. While the loss falls steeply at the start the deviation is large and the
-    guard is patient; later it is small, and one nat decides.
+    sure of every token. While the loss falls steeply the deviation is large and the guard is
+    patient. It sees the ``loss`` that the model returns; where the Trainer computes another one
+    (``compute_loss_func``, label smoothing), it judges the gradients alone.
 
     Parameters
     ----------
@@ -55,6 +58,13 @@ class LossGuard(TrainerCallback):
         Steps to compare with; the first half of a window is not judged.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         To name the documents of the batch.
+    find_checkpoint : callable, optional
+        Takes the output folder and returns the newest complete checkpoint, or None.
+
+    Attributes
+    ----------
+    gradient_norm : torch.Tensor or None
+        Set it before a step, for example from clipping, and the guard does not measure it again.
     """
 
     def __init__(
@@ -68,26 +78,47 @@ class LossGuard(TrainerCallback):
         self.window = window
         self.tokenizer = tokenizer
         self.find_checkpoint = find_checkpoint
+        self.gradient_norm: torch.Tensor | None = None
+        self._recent: deque[float] = deque(maxlen=window)
+        self._hook: RemovableHandle | None = None
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        """Begin with nothing to compare with."""
-        self._blocks = train_dataloader.dataset if train_dataloader is not None else None
-        self._recent: deque[float] = deque(maxlen=self.window)
-        self._losses: list[torch.Tensor] = []
-        self._batch: list[torch.Tensor] = []
-        self.gradient_norm: torch.Tensor | None = None  # of this step, where it is known already
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        """Begin with nothing to compare with, and watch the model."""
+        self.close()  # an earlier run may have ended by an error
+        self._dataset = train_dataloader.dataset if train_dataloader is not None else None
+        self._recent.clear()
+        # Bounded, since a run that ends by an error leaves the hook in the model.
+        micro_batches = args.gradient_accumulation_steps * max(args.n_gpu, 1)
+        self._losses: deque[torch.Tensor] = deque(maxlen=micro_batches)
+        self._batch: deque[torch.Tensor] = deque(maxlen=micro_batches)
+        self._hook = model.register_forward_hook(self._record, with_kwargs=True)
 
-    def see(self, input_ids: torch.Tensor, loss: torch.Tensor) -> None:
-        """Take up the share that a micro-batch has in the loss of its step."""
-        self._batch.append(input_ids)
-        self._losses.append(loss)
+    @torch.compiler.disable
+    def _record(self, model: torch.nn.Module, args: tuple, kwargs: dict, outputs: Any) -> None:
+        """Keep the loss of a micro-batch, and its tokens."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else None
+        if loss is None or not model.training:
+            return
+        # With this the loss is a sum, divided by the tokens of the whole step on all processes.
+        self._is_share_of_step = kwargs.get("num_items_in_batch") is not None
+        self._losses.append(loss.detach().mean())  # a copy: the Trainer scales the loss in place
+        if "input_ids" in kwargs:
+            self._batch.append(kwargs["input_ids"])
+
+    def _step_loss(self, args: TrainingArguments) -> float | None:
+        """Return the mean loss of the step's tokens, over all micro-batches and processes."""
+        if not self._losses:
+            return None
+        losses = torch.stack([loss.to(args.device) for loss in self._losses])
+        if not self._is_share_of_step:
+            return float(reduce(losses.mean(), "mean"))
+        over_processes = "sum" if args.average_tokens_across_devices else "mean"
+        return float(reduce(losses.sum(), over_processes))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Judge the loss and the gradients of a step, the last moment that nothing is changed."""
-        # Each process sees the loss of its own blocks; that of the step is their mean.
-        loss = float(reduce(torch.stack(self._losses).sum(), "mean"))
-        batch, self._batch, self._losses = self._batch, [], []
-        trouble = self._trouble(loss)
+        loss = self._step_loss(args)
+        trouble = self._trouble(loss) if loss is not None else ""
         # In fp16 gradients overflow now and then; the Trainer then leaves the step out by itself.
         norm, self.gradient_norm = self.gradient_norm, None
         if not trouble and not args.fp16:
@@ -97,8 +128,22 @@ class LossGuard(TrainerCallback):
             if not math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
                 trouble = "the gradient is not finite"
         if trouble:
-            self._stop(trouble, loss, state.global_step + 1, batch, args)
-        self._recent.append(loss)
+            self.close()
+            raise self._error(trouble, loss, state.global_step + 1, args)
+        if loss is not None:
+            self._recent.append(loss)
+        self._losses.clear()
+        self._batch.clear()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Stop watching the model."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop watching the model."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _trouble(self, loss: float) -> str:
         if not math.isfinite(loss):
@@ -113,26 +158,33 @@ class LossGuard(TrainerCallback):
             f"standard deviation {spread:.2f})"
         )
 
-    def _stop(
-        self, trouble: str, loss: float, step: int, batch: list[torch.Tensor], args: Any
-    ) -> None:
-        blocks = torch.cat([ids.reshape(-1, ids.shape[-1]) for ids in batch])
-        blocks = gather(blocks.to(args.device).contiguous()).cpu()
-        rows, documents = self._find(blocks)
-        checkpoint = self.find_checkpoint(args.output_dir)
-        checkpoint = Path(checkpoint) if checkpoint else None
+    def _error(self, trouble: str, loss: float | None, step: int, args: Any) -> LossError:
         words = [f"step {step}: {trouble}; the step was not made."]
+        rows, documents, blocks = [], [], self._gather_blocks(args)
+        if len(blocks):
+            rows, documents = self._find(blocks)
         if rows:
             words.append(f"Its batch is blocks {_listed(rows)} of the training set")
             words[-1] += f", from documents {_listed(documents)}." if documents else "."
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and len(blocks):
             begins = [self.tokenizer.decode(block[:12]) for block in blocks[:4]]
             words.append(f"They begin {', '.join(repr(text) for text in begins)}.")
+        checkpoint = self.find_checkpoint(args.output_dir)
+        checkpoint = Path(checkpoint) if checkpoint else None
         good = f"is {checkpoint.name}" if checkpoint else "does not exist yet"
         words.append(
             f"The last good checkpoint {good}. Look at these documents, or halve the learning rate."
         )
-        raise LossError(" ".join(words), step, loss, documents, checkpoint)
+        loss = math.nan if loss is None else loss
+        return LossError(" ".join(words), step, loss, documents, checkpoint)
+
+    def _gather_blocks(self, args: TrainingArguments) -> torch.Tensor:
+        """Return the rows of the step's batch, of all processes, padded to one length."""
+        rows = [row.to(args.device) for ids in self._batch for row in ids]
+        if not rows:
+            return torch.empty(0)
+        blocks = pad_sequence(rows, batch_first=True)
+        return gather(pad_across_processes(blocks, dim=1)).cpu()
 
     def _find(self, wanted: torch.Tensor) -> tuple[list[int], list[int]]:
         """Return where blocks stand in the training set, and the documents they come from.
@@ -140,9 +192,9 @@ class LossGuard(TrainerCallback):
         Packed blocks follow each other as the documents do, so that the number of end-of-text
         tokens before a block is the number of its first document.
         """
-        if self._blocks is None:
-            return [], []
-        ids = self._blocks.with_format("numpy")
+        if not (hasattr(self._dataset, "with_format") and hasattr(self._dataset, "__len__")):
+            return [], []  # not a datasets.Dataset, or one that is streamed
+        ids = self._dataset.with_format("numpy")
         wanted_rows = {tuple(row) for row in wanted.tolist()}
         end = self.tokenizer.eos_token_id if self.tokenizer is not None else None
         rows, documents, ended = [], set(), 0

@@ -1,0 +1,410 @@
+"""Draws a training run: while it goes on, from its history, or several runs over one another.
+
+Never with pyplot, whose figures are shared by the whole process: a widget's event that arrives in
+the middle of a drawing would show a half-drawn one. A PNG is sent to one output that is replaced,
+so neither the notebook nor the browser grows with the number of points.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from tinytrain.common import (
+    NotebookOutput,
+    Speedometer,
+    atomic_write,
+    display_begins,
+    display_ends,
+    format_count,
+    format_seconds,
+    in_notebook,
+    new_axes,
+    read_history,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_TRAIN_COLOR, _HELD_OUT_COLOR = "#2f6fde", "#e4572e"
+
+
+class LivePlotCallback(TrainerCallback):
+    """Shows the run while it goes on: the loss plot, how far, how fast, how much memory.
+
+    In a notebook this is one picture that is replaced; in a terminal a progress bar; elsewhere only
+    the file is kept. Drawing stops the training, so it takes no more than one hundredth of the
+    run's time, setting up included; two fifths of that may be spent at once, since you watch the
+    beginning most. The last state is always drawn.
+
+    Parameters
+    ----------
+    path : str or Path
+        Where the latest drawing is kept, usually ``loss.png`` in the run's folder.
+    vocab_size : int, optional
+        Adds a dotted line at ln(vocab_size), the loss of a uniform guess.
+    tokens_per_step : int
+        Tokens that one optimiser step learns from.
+    reference : dict, optional
+        The loss of other ``seeds``, shown as a band: ``train`` holds ``step``, ``low``, ``high``.
+    seconds : float
+        The shortest time between two drawings.
+
+    Attributes
+    ----------
+    drawing_seconds : float
+        The time that drawing has taken so far.
+    """
+
+    rank_zero_only = True
+
+    def __init__(
+        self,
+        path: str | Path,
+        vocab_size: int | None = None,
+        tokens_per_step: int = 0,
+        reference: Mapping[str, Any] | None = None,
+        seconds: float = 1.5,
+    ):
+        self.path = Path(path)
+        self.vocab_size = vocab_size
+        self.tokens_per_step = tokens_per_step
+        self.reference = reference
+        self.seconds = seconds
+        self._state = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Open the one output that later drawings replace."""
+        self.close()  # an earlier run may have ended by an error
+        start = time.monotonic()
+        self._plot = _LossPlot(self.vocab_size, self.tokens_per_step, self.reference)
+        self._speed = Speedometer(self.tokens_per_step)
+        self._speed.start(state)
+        self._output = NotebookOutput() if in_notebook() else None
+        self._bar = None
+        if self._output is None and sys.stdout.isatty():
+            counts = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+            self._bar = tqdm(**counts, file=sys.stdout, dynamic_ncols=True)
+        if self._output is not None or self._bar is not None:
+            display_begins(self)
+        self.drawing_seconds = time.monotonic() - start
+        self._state = state
+        self._draw()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Draw if it is time: here the losses and the evaluation of the last step are known."""
+        if time.monotonic() - self._last_drawing >= self.seconds:
+            left = self._speed.seconds_left(state) or 0.0
+            if self.drawing_seconds <= 0.009 * (self._speed.seconds() + 0.4 * left):
+                self._draw()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Move the progress bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Draw the last state."""
+        self.close()
+
+    def close(self) -> None:
+        """Draw the last state if that has not been done: a training may end by an error."""
+        if self._state is None:
+            return
+        self._draw()
+        if self._bar is not None:
+            self._bar.close()
+        display_ends(self)
+        self._state = None
+
+    def _draw(self) -> None:
+        start = time.monotonic()
+        state, left = self._state, self._speed.seconds_left(self._state)
+        self._plot.add(state.log_history[self._plot.lines :])
+        headline = f"step {state.global_step:,} of {state.max_steps:,}"
+        if left:
+            headline += f", {format_seconds(left)} left"
+        elif state.global_step >= state.max_steps:
+            headline += ", done"
+        losses = self._plot.latest_losses()
+        speed = [] if left is None else [f"{self._speed.tokens_per_second(state):,.0f} tokens/s"]
+        seen = f"{format_count(state.global_step * self.tokens_per_step)} tokens seen"
+        details = " · ".join([*losses, seen, *speed, _memory_in_use()])
+        self._plot.update(headline, details, state.max_steps)
+        png = self._plot.png()
+        if self._output is not None:
+            self._output.show(f"{headline} · {details}", png)
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join([*losses, *speed]))
+        atomic_write(self.path, png)
+        self._last_drawing = time.monotonic()
+        self.drawing_seconds += self._last_drawing - start
+
+
+def replay(path: str | Path, follow: bool = False, seconds: float = 2.0) -> Figure:
+    """Draw a past or a running run from its history: after a refresh, or from another notebook.
+
+    Parameters
+    ----------
+    path : str or Path
+        The run's folder, or its ``history.jsonl``.
+    follow : bool
+        In a notebook, draw again whenever something was added, until the run ends or you interrupt
+        the cell: a run that was killed never says that it ends.
+    seconds : float
+        How often to look.
+
+    Raises
+    ------
+    FileNotFoundError
+        If no run has written a history there.
+    """
+    output = NotebookOutput() if follow and in_notebook() else None
+    history: list[dict[str, Any]] = []
+    with suppress(KeyboardInterrupt):
+        while not history or (follow and "end" not in history[-1]):
+            if history:
+                time.sleep(seconds)
+            if len(lines := read_history(path)) != len(history):
+                history, plot = lines, _plot_history(lines)
+                if output:
+                    output.show(plot.figure.texts[0].get_text(), plot.png())
+    return plot.figure
+
+
+def plot_runs(paths: Mapping[str, str | Path], x: str = "tokens") -> Figure:
+    """Draw several runs over one another: smoothed training loss as lines, held-out as points.
+
+    Runs with different tokenizers cannot be compared by their loss per token.
+
+    Parameters
+    ----------
+    paths : mapping of str to str or Path
+        What to call each run, and its folder or ``history.jsonl``.
+    x : {"tokens", "seconds", "step"}
+        The horizontal axis.
+
+    Raises
+    ------
+    ValueError
+        If ``x`` is none of the three.
+    FileNotFoundError
+        If a run has not written its history.
+
+    Examples
+    --------
+    >>> plot_runs({"guide": "runs/seed", "ours": "runs/wiki"}, x="seconds")  # doctest: +SKIP
+    """
+    labels = {"tokens": "tokens seen", "seconds": "seconds of training", "step": "step"}
+    if x not in labels:
+        raise ValueError(f"x={x!r} is none of {', '.join(labels)}")
+    figure, axes = new_axes(8, 4.5)
+    for name, path in paths.items():
+        history = read_history(path)
+        train = [line for line in history if "loss" in line]
+        smoothed = _smooth([line["loss"] for line in train])
+        (drawn,) = axes.plot([line[x] for line in train], smoothed, linewidth=2, label=name)
+        held_out = [(line[x], line["eval_loss"]) for line in history if "eval_loss" in line]
+        axes.plot(*zip(*held_out, strict=True), "o", color=drawn.get_color(), ms=5)
+    axes.plot([], [], "o", color="#888888", label="held-out")
+    axes.set(xlabel=labels[x], ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
+    axes.set_xlim(left=0)
+    axes.legend(edgecolor="none")
+    return figure
+
+
+def is_this_normal(history: Sequence[Mapping[str, Any]], reference: Mapping[str, Any]) -> str:
+    """Compare the latest training losses with those of other seeds, in a sentence.
+
+    Parameters
+    ----------
+    history : sequence of dict
+        What `tinytrain.callbacks.read_history` returns.
+    reference : dict
+        As for `LivePlotCallback`.
+
+    Returns
+    -------
+    str
+        A loss counts as normal within the band, widened by as much again on either side: a few
+        seeds do not show the whole range.
+    """
+    lines = [line for line in history if "loss" in line]
+    band = reference["train"]
+    if not lines or lines[-1]["step"] < band["step"][0]:
+        return "nothing to compare yet: no training loss has been logged"
+    step = lines[-1]["step"]
+    at = max(i for i, known in enumerate(band["step"]) if known <= step)
+    loss = _smooth([line["loss"] for line in lines])[-1]
+    low, high = _smooth(band["low"])[at], _smooth(band["high"])[at]
+    margin = high - low
+    if loss < low - margin:
+        verdict = "lower than usual: a better recipe, or text that was seen before?"
+    elif loss > high + margin:
+        verdict = "higher than usual: was something changed?"
+    else:
+        verdict = "normal"
+    seeds = len(reference["seeds"])
+    return f"step {step:,}: loss {loss:.2f}, {seeds} other seeds {low:.2f} to {high:.2f}: {verdict}"
+
+
+class _LossPlot:
+    """Losses above, the learning rate below; lines that are kept and moved, so that it is fast."""
+
+    def __init__(
+        self,
+        vocab_size: int | None = None,
+        tokens_per_step: int = 0,
+        reference: Mapping[str, Any] | None = None,
+    ):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.lines = 0  # of the history, that were added
+        self._points = {name: ([], []) for name in ("loss", "eval_loss", "learning_rate")}
+        self._background, self._background_limits = None, None
+        self.figure: Figure = Figure(figsize=(8, 5), dpi=96, facecolor="white")
+        FigureCanvasAgg(self.figure)
+        self._axes = self.figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        self.figure.subplots_adjust(left=0.1, right=0.97, top=0.87, bottom=0.13, hspace=0.1)
+        self._headline = self.figure.text(0.1, 0.955, "", fontsize=11, weight="bold")
+        self._details = self.figure.text(0.1, 0.91, "", fontsize=9, color="#444444")
+        loss, rate = self._axes
+        if reference:
+            band = reference["train"]
+            label = f"normal: {len(reference['seeds'])} other seeds"
+            low, high = _smooth(band["low"]), _smooth(band["high"])
+            loss.fill_between(band["step"], low, high, color="#f2b134", alpha=0.35, label=label)
+        (self._raw,) = loss.plot([], [], color=_TRAIN_COLOR, alpha=0.3, linewidth=1)
+        label = "train, smoothed"
+        (self._smoothed,) = loss.plot([], [], color=_TRAIN_COLOR, linewidth=2, label=label)
+        (self._held_out,) = loss.plot([], [], "o-", color=_HELD_OUT_COLOR, ms=5, label="held-out")
+        (self._rate,) = rate.plot([], [], color="#555555", linewidth=1.5)
+        if vocab_size:
+            uniform = math.log(vocab_size)
+            label = f"uniform guess: ln({vocab_size:,}) = {uniform:.2f}"
+            loss.axhline(uniform, color="#888888", linestyle=":", label=label)
+        self._label_axes(tokens_per_step)
+
+    def _label_axes(self, tokens_per_step: int) -> None:
+        loss, rate = self._axes
+        for axis in self._axes:
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        loss.set_ylabel("loss (nats per token)")
+        loss.legend(loc="upper right", bbox_to_anchor=(1, 0.93), fontsize=9, edgecolor="none")
+        rate.set_ylabel("learning rate", fontsize=8)
+        rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        rate.set_xlabel("step", fontsize=9)
+        if tokens_per_step:
+            rate.set_xlabel("step, and tokens seen", fontsize=9)
+            rate.xaxis.set_major_formatter(
+                lambda step, _: f"{step:g}\n{format_count(step * tokens_per_step)}"
+            )
+
+    def add(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines of the history; a value that is not finite becomes a gap."""
+        self.lines += len(history)
+        for line in history:
+            for name in self._points.keys() & line.keys():
+                steps, values = self._points[name]
+                steps.append(line["step"])
+                values.append(line[name] if math.isfinite(line[name]) else math.nan)
+
+    def latest_losses(self) -> list[str]:
+        """Return the latest training and held-out loss, for reading."""
+        names = (("loss", "train"), ("eval_loss", "held-out"))
+        latest = [(label, self._points[name][1]) for name, label in names]
+        return [f"{label} {values[-1]:.3f}" for label, values in latest if values]
+
+    def update(self, headline: str, details: str, max_steps: int) -> None:
+        """Move the lines to the points added so far."""
+        steps, losses = self._points["loss"]
+        self._raw.set_data(steps, losses)
+        self._smoothed.set_data(steps, _smooth(losses))
+        self._held_out.set_data(*self._points["eval_loss"])
+        steps, rates = self._points["learning_rate"]
+        self._rate.set_data(steps, rates)
+        # Limits that seldom change, so that the background seldom does.
+        loss, rate = self._axes
+        loss.relim()
+        loss.autoscale_view()
+        low, high = loss.get_ylim()
+        loss.set_ylim(math.floor(low), math.ceil(high))
+        rate.set_ylim(0, 1.1 * max(rates, default=0) or 1)
+        rate.set_xlim(0, max(max_steps, 1))
+        self._headline.set_text(headline)
+        self._details.set_text(details)
+
+    def png(self) -> bytes:
+        """Return the plot as a PNG image.
+
+        Axes, labels and legend take most of the time and rarely change: they are drawn once and
+        kept as a background, before which only the moving parts are drawn again.
+        """
+        from PIL import Image
+
+        canvas = self.figure.canvas
+        lines = [self._raw, self._smoothed, self._held_out, self._rate]
+        moving = [*lines, self._headline, self._details]
+        limits = [(*axis.get_xlim(), *axis.get_ylim()) for axis in self._axes]
+        if limits != self._background_limits:
+            for artist in moving:
+                artist.set_animated(True)  # left out of the next drawing
+            canvas.draw()
+            for artist in moving:
+                artist.set_animated(False)
+            self._background = canvas.copy_from_bbox(self.figure.bbox)
+            self._background_limits = limits
+        canvas.restore_region(self._background)
+        for artist in moving:
+            artist.draw(canvas.get_renderer())
+        png = io.BytesIO()
+        image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        image.save(png, format="PNG", compress_level=3)
+        return png.getvalue()
+
+
+def _plot_history(history: Sequence[Mapping[str, Any]]) -> _LossPlot:
+    """Draw a whole history, whose first line holds its metadata."""
+    first, last = history[0], history[-1]
+    plot = _LossPlot(first.get("vocab_size"), first.get("tokens_per_step", 0))
+    plot.add(history)
+    name = f"{first['name']}: " if "name" in first else ""
+    end = f", {last['end']}" if "end" in last else ""
+    headline = f"{name}step {last['step']:,} of {first['max_steps']:,}{end}"
+    took = f"{format_seconds(last['seconds'])} of training"
+    plot.update(headline, " · ".join([*plot.latest_losses(), took]), first["max_steps"])
+    return plot
+
+
+def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    """Return the exponential moving average, unbiased at its start; NaN is left out of it."""
+    import pandas as pd
+
+    return pd.Series(values, dtype=float).ewm(alpha=1 - weight).mean().tolist()
+
+
+def _memory_in_use() -> str:
+    """Return the memory of this process, in GB (1e9 bytes).
+
+    On a GPU it is the most that PyTorch has had reserved so far, which decides whether a run
+    fits; elsewhere the resident memory of the process now.
+    """
+    import psutil
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return f"{torch.cuda.max_memory_reserved() / 1e9:.1f} GB of GPU memory"
+    return f"{psutil.Process().memory_info().rss / 1e9:.1f} GB of memory"

@@ -1,0 +1,135 @@
+"""Ends a training run in good order when you ask for it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate.utils import gather
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+
+class StopCallback(TrainerCallback):
+    """Ends a run in good order when asked: after the current step, with a checkpoint.
+
+    The interrupt (■ in a notebook, or Ctrl-C) and a stop file end the run with a checkpoint, an
+    evaluation and a last drawing, and what follows the training runs; a second interrupt stops at
+    once. After SIGTERM, with which a cloud machine announces its end, there is time for a
+    checkpoint only; then the signal takes its usual course and ends the process. With several
+    processes, a request to one of them stops all after the same step.
+
+    Name it last among the callbacks: after SIGTERM the process ends in this one's ``on_train_end``.
+
+    Parameters
+    ----------
+    stop_file : str or Path, optional
+        ``touch`` it from anywhere, in Colab through the file browser. One that is left from before
+        is removed when the training begins.
+
+    Attributes
+    ----------
+    reason : str or None
+        Who asked, once somebody has.
+    """
+
+    def __init__(self, stop_file: str | Path | None = None):
+        self.stop_file = Path(stop_file) if stop_file else None
+        self.reason: str | None = None
+        self._previous_handlers: dict[int, Any] = {}
+
+    def ask(self, reason: str = "a call of ask()") -> None:
+        """Ask for the end; may be called from any thread."""
+        self.reason = self.reason or reason
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Listen to signals."""
+        self._restore_handlers()  # an earlier run may have ended by an error
+        self.reason, self._acknowledged = None, False
+        self._last_look = -math.inf
+        self._watched = self.stop_file if state.is_world_process_zero else None
+        if self._watched and self._watched.exists():
+            logger.info(f"{self._watched} is left from before and is removed")
+            self._watched.unlink()
+        # Python hears signals in its main thread only; elsewhere the file remains.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous_handlers[number] = signal.signal(number, self._handle_signal)
+
+    # A signal may arrive in the middle of writing a message: its handler must not write one.
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_training(frame):  # a run that ended by an error has no on_train_end
+            self._restore_handlers()
+            signal.raise_signal(number)
+        elif number == signal.SIGTERM:
+            self.reason = "SIGTERM"
+        elif self.reason:
+            raise KeyboardInterrupt("interrupted a second time: stopped at once")
+        else:
+            self.ask("the interrupt")
+
+    def _is_training(self, frame: FrameType | None) -> bool:
+        """Tell whether the signal came inside ``train()`` of a Trainer with this callback."""
+        while frame is not None:
+            if frame.f_code.co_name == "train":
+                handler = getattr(frame.f_locals.get("self"), "callback_handler", None)
+                if handler is not None and self in handler.callbacks:
+                    return True
+            frame = frame.f_back
+        return False
+
+    def _restore_handlers(self) -> None:
+        while self._previous_handlers:
+            number, handler = self._previous_handlers.popitem()
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        """Log that the request was heard: a step may take a while."""
+        if self.reason and not self._acknowledged:
+            self._acknowledged = True
+            logger.info(f"{self.reason}: the run will stop after this step")
+
+    on_prediction_step = on_substep_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask the Trainer for a checkpoint, an evaluation and the end."""
+        now = time.monotonic()
+        # Once a second only: a look at a network drive takes a while.
+        if self._watched and now - self._last_look >= 1:
+            self._last_look = now
+            if self._watched.exists():
+                self._watched.unlink(missing_ok=True)
+                self.ask(f"the file {self._watched.name}")
+        if args.world_size > 1:  # the most urgent request counts for all ranks
+            urgency = 2 if self.reason == "SIGTERM" else 1 if self.reason else 0
+            highest = int(gather(torch.tensor(urgency, device=args.device)).max())
+            if highest > urgency:
+                self.reason = "SIGTERM" if highest == 2 else "another process"
+        if self.reason and state.global_step < state.max_steps:
+            self.on_substep_end(args, state, control)
+            control.should_training_stop = True
+            control.should_save = True
+            control.should_log = True
+            control.should_evaluate = self.reason != "SIGTERM" and args.eval_strategy != "no"
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Log what you can do now, and let a SIGTERM take its course."""
+        if self.reason and state.global_step < state.max_steps:
+            stopped = f"stopped at step {state.global_step} by {self.reason}"
+            logger.info(f"{stopped}; a checkpoint is saved, the same call goes on from it")
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening, and let a SIGTERM take its course."""
+        self._restore_handlers()
+        if self.reason == "SIGTERM":
+            self.reason = None
+            signal.raise_signal(signal.SIGTERM)
