@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks import ROOT, save
 from tinytrain import callbacks, steps
-from tinytrain.evaluation import complete
+from tinytrain.generation import complete
 from tinytrain.hardware import choose_precision
 from tinytrain.recipes import RECIPES
 from tinytrain.training import build_trainer, train, training_arguments

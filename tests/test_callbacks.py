@@ -25,7 +25,7 @@ from transformers import (
 
 from tinytrain import callbacks
 from tinytrain.common import setup_logging
-from tinytrain.evaluation import complete
+from tinytrain.generation import complete
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
 from tinytrain.training import build_trainer, train, training_arguments

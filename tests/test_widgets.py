@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tinytrain import widgets
-from tinytrain.evaluation import complete, generate
+from tinytrain.generation import complete, generate
 from tinytrain.hardware import KNOWN_GPUS, Hardware
 from tinytrain.modeling import build_model, estimate, plot_memory, qwen2_config, with_width
 from tinytrain.recipes import RECIPES

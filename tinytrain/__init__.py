@@ -10,12 +10,13 @@ notebook              module                         what it is about
 03_tokenization       ``tinytrain.tokenization``     tokenizers, chunks and packing
 04_model_config       ``tinytrain.modeling``         configuration and exact counts
 05_train_bf16         ``tinytrain.training``         the Trainer, watched while it runs
-06_evaluate           ``tinytrain.evaluation``       measure a model, let it write
+06_evaluate           ``tinytrain.evaluation``       how well a model predicts text
 07_scale_out          ``tinytrain.__main__``         the same from a shell, in many processes
 ====================  =============================  ==============================
 
 Notebook 05 also uses ``tinytrain.callbacks`` (what one sees, and how one stops it) and
-``tinytrain.loss`` (a large vocabulary in little memory), notebook 06 ``tinytrain.export``.
+``tinytrain.loss`` (a large vocabulary in little memory), notebook 06 ``tinytrain.generation`` and
+``tinytrain.export``.
 ``tinytrain.recipes`` holds every number of a run. ``tinytrain.steps`` joins the modules: one
 function a step, which keeps its result on disk. ``tinytrain.widgets`` lays sliders over some of
 their functions.

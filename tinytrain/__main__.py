@@ -98,7 +98,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """Measure a trained model on the held-out documents, and with questions if there are any."""
     from tqdm import tqdm
 
-    from tinytrain import evaluation
+    from tinytrain import evaluation, generation
 
     model, tokenizer = load_model(options)
     texts = list(steps.get_split(options.recipe)["test"]["text"])
@@ -111,18 +111,18 @@ def evaluate(options: argparse.Namespace) -> None:
     for name in ("bits_per_character", "perplexity", "accuracy"):
         print(f"{name.replace('_', ' '):20} {getattr(measures, name)}")
     if questions := steps.get_questions(options.recipe):
-        answers = evaluation.answer_questions(model, tokenizer, questions)
+        answers = generation.answer_questions(model, tokenizer, questions)
         right = evaluation.share(sum(answer.right for answer in answers), len(answers))
         print(f"{'questions right':20} {right}, of {len(answers):,}")
 
 
 def generate(options: argparse.Namespace) -> None:
     """Let a trained model continue a text, shown as it is written."""
-    from tinytrain import evaluation
+    from tinytrain import generation
 
     model, tokenizer = load_model(options)
     begins = iter([options.prompt])  # shown with the first piece: nothing is wrong then
-    evaluation.generate(
+    generation.generate(
         model,
         tokenizer,
         options.prompt,

@@ -478,7 +478,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
 
     import torch
 
-    from tinytrain import callbacks, evaluation, training
+    from tinytrain import callbacks, evaluation, generation, training
     from tinytrain.common import setup_logging
 
     first, processes = this_process() == 0, int(os.environ.get("WORLD_SIZE", 1))
@@ -521,7 +521,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
         history.path,
         callbacks.reference_curve(recipe),
     )
-    write = partial(evaluation.complete, tokenizer=tokenizer, max_new_tokens=10)
+    write = partial(generation.complete, tokenizer=tokenizer, max_new_tokens=10)
     watching = [
         callbacks.StopCallback(folder / "STOP"),
         history,
@@ -552,7 +552,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
             losses = [line["loss"] for line in callbacks.read_history(folder) if "loss" in line]
             rate = tokenization.tokens_per_character(tokenizer, get_split(recipe)["test"]["text"])
             saved, _ = load_trained(recipe)
-            completions = evaluation.complete(saved, tokenizer, prompts, 12)
+            completions = generation.complete(saved, tokenizer, prompts, 12)
             result |= {
                 "parameters": saved.num_parameters(),
                 "precision": precision,
@@ -595,9 +595,9 @@ def _choose_precision(recipe: Recipe, processes: int) -> str:
 
 
 def _answer(model: Any, tokenizer: Any, questions: list[Any]) -> float:
-    from tinytrain import evaluation
+    from tinytrain import generation
 
-    return evaluation.accuracy(evaluation.answer_questions(model, tokenizer, questions))
+    return generation.accuracy(generation.answer_questions(model, tokenizer, questions))
 
 
 def get_trained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
