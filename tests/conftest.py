@@ -9,6 +9,8 @@ import pytest
 # Nothing here may reach out for a hub or write into a home folder's history of experiments.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+HOSTILE = "<script>alert(1)</script> &lt;b&gt; & 'q' \"<img src=x>\n"  # must never become HTML
+
 
 @pytest.fixture(autouse=True)
 def no_choice_from_outside(monkeypatch):
@@ -47,3 +49,23 @@ def smoke(tmp_path_factory):
             blocks=steps.get_blocks(recipe),
             config=steps.get_config(recipe),
         )
+
+
+@pytest.fixture(scope="session")
+def taught(smoke):
+    """A model that has learned three texts by heart, and to stop after them."""
+    import torch
+
+    from tinytrain.modeling import build_model
+
+    model = build_model(smoke.config, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    texts = ("法国的首都是巴黎。", "日本的首都是东京。", f"网页{HOSTILE}")
+    ids = [[*smoke.tokenizer(text)["input_ids"], smoke.tokenizer.eos_token_id] for text in texts]
+    for _ in range(60):
+        for row in ids:
+            batch = torch.tensor([row])
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model

@@ -42,16 +42,15 @@ def complete(
     """
     if not all(prompts):
         raise ValueError("a prompt is empty: the model needs at least one character to go on from")
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     # Shortest first: a batch then holds prompts of similar length, and little padding.
-    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
-    continuations = {}
-    for start in range(0, len(order), _BATCH_SIZE):
-        batch = order[start : start + _BATCH_SIZE]
-        rows = [ids[index] for index in batch]
-        texts = _continue(model, tokenizer, rows, max_new_tokens=max_new_tokens, do_sample=False)
-        continuations |= dict(zip(batch, texts, strict=True))
-    return [continuations[index] for index in range(len(ids))]
+    ordered = sorted(dict.fromkeys(prompts), key=len)
+    texts: dict[str, str] = {}
+    for start in range(0, len(ordered), _BATCH_SIZE):
+        batch = ordered[start : start + _BATCH_SIZE]
+        rows = [tokenizer(prompt)["input_ids"] for prompt in batch]
+        written = _continue(model, tokenizer, rows, max_new_tokens, do_sample=False)
+        texts.update(zip(batch, written, strict=True))
+    return [texts[prompt] for prompt in prompts]
 
 
 def generate(
@@ -113,7 +112,7 @@ def generate(
             model,
             tokenizer,
             [ids],
-            max_new_tokens=min(max_new_tokens, context - len(ids)),
+            min(max_new_tokens, context - len(ids)),
             do_sample=temperature > 0,
             **(sampling if temperature > 0 else {}),
             repetition_penalty=float(repetition_penalty),
@@ -209,6 +208,7 @@ def _continue(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[list[int]],
+    max_new_tokens: int,
     **options: Any,
 ) -> list[str]:
     """Continue rows of token ids with the options of ``model.generate``; return the new text."""
@@ -222,6 +222,7 @@ def _continue(
         output = model.generate(
             input_ids=torch.tensor(padded, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
             **options,
