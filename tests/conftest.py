@@ -9,8 +9,6 @@ import pytest
 # Nothing here may reach out for a hub or write into a home folder's history of experiments.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-HOSTILE = "<script>alert(1)</script> &lt;b&gt; & 'q' \"<img src=x>\n"  # must never become HTML
-
 
 @pytest.fixture(autouse=True)
 def no_choice_from_outside(monkeypatch):
@@ -52,7 +50,13 @@ def smoke(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def taught(smoke):
+def hostile():
+    """Text that must never become HTML."""
+    return "<script>x</script>&lt;'\"&\n</div>"
+
+
+@pytest.fixture(scope="session")
+def taught(smoke, hostile):
     """A model that has learned three texts by heart, and to stop after them."""
     import torch
 
@@ -60,7 +64,7 @@ def taught(smoke):
 
     model = build_model(smoke.config, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    texts = ("法国的首都是巴黎。", "日本的首都是东京。", f"网页{HOSTILE}")
+    texts = ("法国的首都是巴黎。", "日本的首都是东京。", f"网页{hostile}")
     ids = [[*smoke.tokenizer(text)["input_ids"], smoke.tokenizer.eos_token_id] for text in texts]
     for _ in range(60):
         for row in ids:

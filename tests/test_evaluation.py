@@ -1,8 +1,8 @@
+import html
 import itertools
 import math
 import re
 from collections import Counter
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -237,23 +237,10 @@ def test_pieces_make_up_the_text_and_its_loss(taught, smoke):
     assert token_losses(taught, smoke.tokenizer, "") == []
 
 
-class Text(HTMLParser):
-    def __init__(self, source):
-        super().__init__()
-        self.text, self.tags, self.styles = "", set(), []
-        self.feed(source)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.styles.append(dict(attrs)["style"])
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_coloured_text_is_escaped_and_redder_where_it_surprised():
     hostile = "<script>alert('1')</script>&amp;\"<img onerror=x>"
-    shown = Text(colour_losses([(hostile, 0.0), ("巴黎", 4.0), ("东京", 100.0), ("x", -1e-6)]))
-    assert shown.text == hostile + "巴黎东京x" and shown.tags == {"div", "span"}
-    reds = [int(re.search(r"rgb\(255,(\d+),", style)[1]) for style in shown.styles[1:]]
+    shown = colour_losses([(hostile, 0.0), ("巴黎", 4.0), ("东京", 100.0), ("x", -1e-6)])
+    assert set(re.findall(r"<(\w+)", shown)) == {"div", "span"}
+    assert html.unescape(re.sub(r"<[^>]*>", "", shown)) == hostile + "巴黎东京x"
+    reds = [int(number) for number in re.findall(r"rgb\(255,(\d+),", shown)]
     assert reds[0] == reds[3] == 255 > reds[1] > reds[2] > 0
