@@ -70,3 +70,29 @@ def plain_trainer(smoke, tmp_path):
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def hostile():
+    """Text that must never become HTML."""
+    return "<script>x</script>&lt;'\"&\n</div>"
+
+
+@pytest.fixture(scope="session")
+def taught(smoke, hostile):
+    """A model that has learned three texts by heart, and to stop after them."""
+    import torch
+
+    from tinytrain.modeling import build_model
+
+    model = build_model(smoke.config, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    texts = ("法国的首都是巴黎。", "日本的首都是东京。", f"网页{hostile}")
+    ids = [[*smoke.tokenizer(text)["input_ids"], smoke.tokenizer.eos_token_id] for text in texts]
+    for _ in range(60):
+        for row in ids:
+            batch = torch.tensor([row])
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerState
 from tinytrain import callbacks, steps
 from tinytrain.callbacks.plot import _LossPlot, _plot_history, _smooth
 from tinytrain.common import setup_logging
-from tinytrain.evaluation import complete
+from tinytrain.generation import complete
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
 from tinytrain.training import build_trainer, train, training_arguments

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinytrain import steps
 from tinytrain.encyclopedia import build_encyclopedia
-from tinytrain.evaluation import complete
+from tinytrain.generation import complete
 from tinytrain.modeling import build_model, expected_initial_loss, initial_loss
 from tinytrain.recipes import RECIPES
 from tinytrain.training import build_trainer, open_run, training_arguments

@@ -1,28 +1,24 @@
 """The explorers: real widgets without a browser, their states set as a front end sets them."""
 
+import copy
 import io
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import ipywidgets as ipw
 import pytest
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from tinytrain import widgets
 from tinytrain.costs import estimate, plot_memory
-from tinytrain.evaluation import complete, generate
+from tinytrain.generation import complete, generate
 from tinytrain.hardware import KNOWN_GPUS, Hardware
-from tinytrain.modeling import build_model, qwen2_config
 from tinytrain.recipes import RECIPES, with_width
 from tinytrain.tokenization import show_tokens, train_tokenizer
 from tinytrain.training import plot_learning_rate
 
 HERE = Hardware("a <b>laptop</b>", 12 * 10**9, "float32", 0.1)
-HOSTILE = (
-    "<script>alert(1)</script> <img src=x onerror=\"alert('2')\"> &lt;b&gt; & 'quoted'\n</div>"
-)
-HARMLESS = {"div", "span", "small", "br", "p", "b", "table", "tr", "th", "td"}
+HARMLESS = {"div", "span", "small", "br", "p", "b", "table", "thead", "tbody", "tr", "th", "td"}
 
 
 def parts(widget):
@@ -36,14 +32,15 @@ def control(explorer, description):
     return found
 
 
-def move(explorer, description, value):
-    """Do what the message of a browser does."""
-    widget = control(explorer, description)
-    if isinstance(widget, ipw.Dropdown | ipw.SelectionSlider):
-        values = [option[1] if isinstance(option, tuple) else option for option in widget.options]
-        widget.set_state({"index": values.index(value)})
-    else:
-        widget.set_state({"value": value})
+def move(explorer, values):
+    """Do what the messages of a browser do, for controls by their descriptions."""
+    for description, value in values.items():
+        widget = control(explorer, description)
+        if isinstance(widget, ipw.Dropdown | ipw.SelectionSlider):
+            options = [each[1] if isinstance(each, tuple) else each for each in widget.options]
+            widget.set_state({"index": options.index(value)})
+        else:
+            widget.set_state({"value": value})
 
 
 def picture(explorer):
@@ -80,7 +77,7 @@ def page(explorer):
     pages = [Page(text) for text in shown]
     for each in pages:
         assert each.tags <= HARMLESS
-        assert each.attributes <= {"style", "title"}
+        assert each.attributes <= {"style", "title", "class", "border"}
     return "\n".join(each.text for each in pages)
 
 
@@ -88,19 +85,17 @@ def page(explorer):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_memory_explorer_begins_with_the_recipe(name):
+def test_explorers_begin_with_the_recipe(name):
     explorer = widgets.memory_explorer(RECIPES[name], HERE)
     assert picture(explorer) == png(plot_memory(RECIPES[name], HERE))
+    explorer = widgets.learning_rate_explorer(RECIPES[name], 777)
+    assert picture(explorer) == png(plot_learning_rate(RECIPES[name], 777))
 
 
 def test_sliders_change_memory_and_time_as_the_plain_calls_do():
     explorer = widgets.memory_explorer(RECIPES["wiki"], HERE)
-    move(explorer, "layers", 6)
-    move(explorer, "width", 256)
-    move(explorer, "vocabulary", 8192)
-    move(explorer, "context", 1024)
-    move(explorer, "batch", 4)
-    move(explorer, "the loss in slices", False)
+    sizes = {"layers": 6, "vocabulary": 8192, "context": 1024, "batch": 4}
+    move(explorer, sizes | {"width": 256, "the loss in slices": False})
     recipe = replace(
         with_width(RECIPES["wiki"], 256),
         num_hidden_layers=6,
@@ -110,64 +105,47 @@ def test_sliders_change_memory_and_time_as_the_plain_calls_do():
         loss_rows=None,
     )
     assert picture(explorer) == png(plot_memory(recipe, HERE))
-    shown = page(explorer)
+    shown = "".join(page(explorer).split())
     for card in (HERE, *KNOWN_GPUS):
         row = estimate(recipe, card).row()
-        assert "".join(row[name] for name in ("on", "memory", "fits", "time")) in shown
-    move(explorer, "the loss in slices", True)
+        cells = "".join(row[name] for name in ("on", "memory", "fits", "time"))
+        assert "".join(cells.split()) in shown
+    move(explorer, {"the loss in slices": True})
     assert picture(explorer) == png(
         plot_memory(replace(recipe, loss_rows=RECIPES["wiki"].loss_rows), HERE)
     )
 
 
-def test_every_width_of_the_slider_is_a_model():
+@pytest.mark.parametrize("share_of_slider", [0, 0.3, 1])
+def test_widths_of_the_slider_are_models(share_of_slider):
     explorer = widgets.memory_explorer(RECIPES["qwen-0.5b"], HERE)
-    width = control(explorer, "width")
-    seen = set()
-    for value in range(width.min, width.max + 1, width.step):
-        move(explorer, "width", value)
-        seen.add(picture(explorer))
-    assert len(seen) == 32 and HERE.name in page(explorer)
-
-
-def test_the_length_of_the_text_decides_the_time():
-    pages = [
-        page(widgets.memory_explorer(RECIPES["wiki"], HERE, n)) for n in (None, 10**6, 120 * 10**6)
-    ]
-    assert pages[0] == pages[2] != pages[1]
+    before, slider = picture(explorer), control(explorer, "width")
+    steps = round(share_of_slider * (slider.max - slider.min) / slider.step)
+    move(explorer, {"width": slider.min + steps * slider.step})
+    assert picture(explorer) != before and HERE.name in page(explorer)
 
 
 # Tokens
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    texts = [HOSTILE, "法国的首都是巴黎。日本的首都是东京。"] * 3
-    return train_tokenizer(texts, vocab_size=300)
-
-
-def test_the_tokens_of_a_typed_text_appear_for_each_tokenizer(tokenizer):
-    tokenizers = {
-        "own": tokenizer,
-        "bytes": train_tokenizer(["aa"] * 3, vocab_size=258),
-    }
-    explorer = widgets.token_explorer(tokenizers, "法国")
-    assert f"own: {count_tokens(tokenizer, '法国')}" in page(explorer)
+def test_the_tokens_of_a_typed_text_appear_for_each_tokenizer(smoke):
+    byte_level = train_tokenizer(["aa"] * 3, vocab_size=258)
+    explorer = widgets.token_explorer({"own": smoke.tokenizer, "bytes": byte_level}, "法国")
     assert "bytes: 6 tokens, 3.00 a character" in page(explorer)
-    move(explorer, "text", "日本的首都")
+    move(explorer, {"text": "日本的首都"})
     shown = page(explorer)
-    for tokenizer in tokenizers.values():
+    for tokenizer in (smoke.tokenizer, byte_level):
         assert "".join(f"{p}{i}" for p, i in show_tokens(tokenizer, "日本的首都")) in shown
-    move(explorer, "text", "")
+    move(explorer, {"text": ""})
     assert "own: 0 tokens" in page(explorer)
 
 
-def test_nothing_typed_and_no_name_becomes_html(tokenizer):
-    explorer = widgets.token_explorer({HOSTILE: tokenizer}, "")
-    move(explorer, "text", HOSTILE)
+def test_nothing_typed_and_no_name_becomes_html(smoke, hostile):
+    explorer = widgets.token_explorer({hostile: smoke.tokenizer}, "")
+    move(explorer, {"text": hostile})
     shown = page(explorer)
-    assert HOSTILE in shown  # the name
-    for piece, _ in show_tokens(tokenizer, HOSTILE):
+    assert hostile in shown  # the name
+    for piece, _ in show_tokens(smoke.tokenizer, hostile):
         assert piece.replace(" ", "·").replace("\n", "⏎") in shown
 
 
@@ -183,18 +161,9 @@ def test_a_tokenizer_that_cannot_be_shown_is_a_line():
 # Learning rate
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_learning_rate_explorer_begins_with_the_recipe(name):
-    explorer = widgets.learning_rate_explorer(RECIPES[name], 777)
-    assert picture(explorer) == png(plot_learning_rate(RECIPES[name], 777))
-
-
 def test_controls_change_the_schedule_as_the_plain_call_does():
     explorer = widgets.learning_rate_explorer(RECIPES["pocket"], 600)
-    move(explorer, "schedule", "linear")
-    move(explorer, "peak", 1e-3)
-    move(explorer, "warm-up", 30)
-    move(explorer, "steps", 2000)
+    move(explorer, {"schedule": "linear", "peak": 1e-3, "warm-up": 30, "steps": 2000})
     changes = {"lr_scheduler": "linear", "learning_rate": 1e-3, "warmup_steps": 30}
     recipe = replace(RECIPES["pocket"], **changes)
     assert picture(explorer) == png(plot_learning_rate(recipe, 2000))
@@ -204,7 +173,7 @@ def test_a_schedule_that_cannot_be_foretold_is_a_line_until_another_is_chosen():
     recipe = replace(RECIPES["pocket"], lr_scheduler="<i>none</i>")
     explorer = widgets.learning_rate_explorer(recipe, 600)
     assert "<i>none</i>" in page(explorer) and picture(explorer) == b""
-    move(explorer, "schedule", "cosine")
+    move(explorer, {"schedule": "cosine"})
     assert page(explorer).strip() == ""
     assert picture(explorer) == png(plot_learning_rate(RECIPES["pocket"], 600))
 
@@ -212,62 +181,34 @@ def test_a_schedule_that_cannot_be_foretold_is_a_line_until_another_is_chosen():
 # Playground
 
 
-@pytest.fixture(scope="module")
-def taught(tokenizer):
-    """A model that has learned two texts by heart, one of them no friend of ours."""
-    config = qwen2_config(
-        len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        context_length=128,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = build_model(config, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rows = []
-    for text in ("法国的首都是巴黎。", "日本" + HOSTILE):
-        ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
-        rows.append(torch.tensor([ids]))
-    for _ in range(80):
-        for row in rows:
-            model(input_ids=row, labels=row).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return model
-
-
 @pytest.fixture
-def playground(taught, tokenizer):
-    return widgets.playground(taught, tokenizer, "法国")
+def playground(taught, smoke):
+    return widgets.playground(taught, smoke.tokenizer, "法国")
 
 
 def button(explorer):
     return control(explorer, "Write")
 
 
-def test_a_click_writes_what_the_plain_call_writes(playground, taught, tokenizer):
-    move(playground, "temperature", 0.0)
+def test_a_click_writes_what_the_plain_call_writes(playground, taught, smoke):
+    move(playground, {"temperature": 0.0})
     button(playground).click()
-    (greedy,) = complete(taught, tokenizer, ["法国"])
+    (greedy,) = complete(taught, smoke.tokenizer, ["法国"])
     assert greedy == "的首都是巴黎。" and page(playground).strip() == "法国的首都是巴黎。"
 
-    knobs = {"temperature": 2.0, "top-k (0: all)": 50, "top-p": 0.9, "repetition penalty": 1.5}
-    for description, value in (knobs | {"length (tokens)": 20, "seed": 7}).items():
-        move(playground, description, value)
+    moved = {"temperature": 2.0, "top-k (0: all)": 50, "top-p": 0.9, "repetition penalty": 1.5}
+    move(playground, moved | {"length (tokens)": 20, "seed": 7})
     button(playground).click()
     arguments = {"temperature": 2.0, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.5}
-    plain = generate(taught, tokenizer, "法国", max_new_tokens=20, seed=7, **arguments)
+    plain = generate(taught, smoke.tokenizer, "法国", max_new_tokens=20, seed=7, **arguments)
     assert page(playground).strip() == f"法国{plain}".strip()
-    move(playground, "seed", 8)
+    move(playground, {"seed": 8})
     button(playground).click()
     assert page(playground).strip() != f"法国{plain}".strip()
 
 
 def test_text_appears_while_it_is_written_and_the_button_waits(playground):
-    move(playground, "temperature", 0.0)
+    move(playground, {"temperature": 0.0})
     seen = []
     for widget in parts(playground):
         if isinstance(widget, ipw.HTML):
@@ -280,33 +221,31 @@ def test_text_appears_while_it_is_written_and_the_button_waits(playground):
     assert len(set(texts)) > 2
     for earlier, later in zip(texts, texts[1:], strict=False):
         assert later.startswith(earlier)
-    assert all(disabled for _, disabled in seen)
-    assert not button(playground).disabled
+    assert all(disabled for _, disabled in seen) and not button(playground).disabled
 
 
-def test_neither_the_prompt_nor_what_is_written_becomes_html(playground):
-    move(playground, "prompt", "日本")
-    move(playground, "temperature", 0.0)
-    move(playground, "length (tokens)", 120)
+def test_neither_the_prompt_nor_what_is_written_becomes_html(playground, hostile):
+    move(playground, {"prompt": "网页"})
+    move(playground, {"temperature": 0.0})
     button(playground).click()
-    assert page(playground).strip() == "日本" + HOSTILE
-    move(playground, "prompt", HOSTILE)
+    assert page(playground).strip() == f"网页{hostile}"
+    move(playground, {"prompt": hostile})
     button(playground).click()
-    assert HOSTILE in page(playground)
+    assert page(playground).strip().startswith(hostile)
 
 
 def test_an_empty_prompt_is_a_line_and_the_next_click_works(playground):
-    move(playground, "prompt", "")
+    move(playground, {"prompt": ""})
     button(playground).click()
     assert "prompt is empty" in page(playground) and not button(playground).disabled
-    move(playground, "prompt", "法国")
+    move(playground, {"prompt": "法国"})
     button(playground).click()
     assert "prompt is empty" not in page(playground) and "法国" in page(playground)
 
 
-def test_any_other_failure_is_a_line_too(taught):
-    stranger = train_tokenizer(["北京是中国的首都。" * 2, HOSTILE * 2], vocab_size=400)
-    assert max(stranger("中国的首都")["input_ids"]) >= taught.config.vocab_size
+def test_any_other_failure_is_a_line_too(taught, smoke):
+    stranger = copy.deepcopy(smoke.tokenizer)
+    stranger.add_tokens("中国的首都")  # a token that the model does not have
     playground = widgets.playground(taught, stranger, "中国的首都")
     button(playground).click()
     assert "Error: " in page(playground) and not button(playground).disabled

@@ -1,107 +1,91 @@
 """Sliders and boxes over functions of the other modules: move one, and see what changes.
 
-Nothing is computed here. Each explorer shows what one plain call returns, and that call stands in
-its docstring, for those who read without a browser and for programs. Pictures are replaced in
-place, since a drawing that comes and goes flickers; where drawing takes longer than a slider
-moves, it waits until the slider is let go. Only what ipywidgets 7 (Colab) and 8 share is used.
-Whatever text comes from outside, a model's too, is escaped before it becomes HTML.
+Nothing is computed here. Each explorer shows what one plain call returns; its docstring names that
+call, for readers without a browser and for programs. Pictures are replaced in place, since a
+drawing that comes and goes flickers, and a slider reports its value when you let it go. Only what
+ipywidgets 7 (Colab) and 8 share is used. All text from outside, a model's too, is escaped before
+it becomes HTML.
 """
 
 from __future__ import annotations
 
 import html
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import ipywidgets as ipw
 
 from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
-    from ipywidgets import HTML, VBox, Widget
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+    from tinytrain.hardware import Hardware
 
-def memory_explorer(recipe: Recipe, hardware: Any = None, tokens: int | None = None) -> VBox:
+
+def memory_explorer(recipe: Recipe, hardware: Hardware) -> ipw.VBox:
     """Show what a model's sizes cost: parameters, memory by component, and time on several cards.
 
-    Without a browser: ``plot_memory(recipe, hardware)`` and ``estimate(recipe, hardware).row()`` of
-    `tinytrain.costs`, for a recipe changed with ``dataclasses.replace``.
+    Without a browser: ``plot_memory(recipe, hardware)`` and ``estimate(recipe, hardware).row()``,
+    for a recipe changed with ``dataclasses.replace``.
 
     Parameters
     ----------
     recipe : Recipe
-        Where the sliders stand at first, and all that they do not change.
-    hardware : tinytrain.hardware.Hardware, optional
-        This machine; by default it is measured, which takes a second.
-    tokens : int, optional
-        As for `tinytrain.costs.estimate`.
-
-    Returns
-    -------
-    ipywidgets.VBox
+        Where the sliders begin, and all that they do not change.
+    hardware : tinytrain.hardware.Hardware
+        This machine, from ``this_hardware()``.
     """
-    import ipywidgets as ipw
+    import pandas as pd
 
     from tinytrain.costs import estimate, plot_memory
-    from tinytrain.hardware import KNOWN_GPUS, this_hardware
+    from tinytrain.hardware import KNOWN_GPUS
     from tinytrain.recipes import with_width
 
-    here = hardware or this_hardware()
     head = recipe.hidden_size // recipe.num_attention_heads
-    words = recipe.vocab_size or 151_665
+    vocab_size = recipe.vocab_size or 151_665
     controls = {
-        "num_hidden_layers": _slider(
-            ipw.IntSlider, "layers", recipe.num_hidden_layers, min=1, max=48
-        ),
-        "hidden_size": _slider(
-            ipw.IntSlider, "width", recipe.hidden_size, min=head, max=32 * head, step=head
-        ),
-        "vocab_size": _choice("vocabulary", words, [*(2**n for n in range(10, 18)), 151_665]),
+        "num_hidden_layers": _slider("layers", recipe.num_hidden_layers, min=1, max=48),
+        "hidden_size": _slider("width", recipe.hidden_size, min=head, max=32 * head, step=head),
+        "vocab_size": _choice("vocabulary", vocab_size, [*(2**n for n in range(10, 18)), 151_665]),
         "context_length": _choice("context", recipe.context_length, (2**n for n in range(5, 14))),
         "batch_size": _choice("batch", recipe.batch_size, (2**n for n in range(8))),
         "loss_rows": ipw.Checkbox(
-            description="the loss in slices", value=bool(recipe.loss_rows), indent=False
+            bool(recipe.loss_rows), description="the loss in slices", indent=False
         ),
     }
     picture, table = ipw.Image(format="png"), ipw.HTML()
 
-    def show(hidden_size: int, loss_rows: bool, **sizes: int) -> None:
-        rows = (recipe.loss_rows or 512) if loss_rows else None
-        changed = replace(with_width(recipe, hidden_size), loss_rows=rows, **sizes)
-        picture.value = _png(plot_memory(changed, here))
-        costs = [estimate(changed, card, tokens=tokens).row() for card in (here, *KNOWN_GPUS)]
-        table.value = _table(costs, ("on", "memory", "fits", "time"))
+    def show(hidden_size: int, loss_rows: bool, **sizes: Any) -> None:
+        sizes["loss_rows"] = (recipe.loss_rows or 512) if loss_rows else None
+        changed = replace(with_width(recipe, hidden_size), **sizes)
+        picture.value = _png(plot_memory(changed, hardware))
+        costs = [estimate(changed, card).row() for card in (hardware, *KNOWN_GPUS)]
+        rows = pd.DataFrame(costs)[["on", "memory", "fits", "time"]]
+        table.value = rows.to_html(index=False, border=0, justify="left", col_space=110)
 
-    problem = _whenever_moved(controls, show)
-    return ipw.VBox([_in_rows(controls.values()), problem, picture, table])
+    return _explorer(controls, show, picture, table)
 
 
 def token_explorer(
     tokenizers: Mapping[str, PreTrainedTokenizerFast], text: str = "法国的首都是巴黎。"
-) -> VBox:
-    """Show what becomes of a text in several tokenizers, while it is typed.
+) -> ipw.VBox:
+    """Show what becomes of a text in several tokenizers, while you type it.
 
-    Without a browser: ``show_tokens(tokenizer, text)`` of `tinytrain.tokenization`, or
-    ``HTML(colour_tokens(tokenizer, text))``.
+    Without a browser: ``HTML(colour_tokens(tokenizer, text))`` of `tinytrain.tokenization`.
 
     Parameters
     ----------
     tokenizers : mapping of str to transformers.PreTrainedTokenizerFast
-        By the name that stands above the tokens; of a byte-level kind.
+        Byte-level tokenizers by name.
     text : str
-        What stands in the box at first.
-
-    Returns
-    -------
-    ipywidgets.VBox
+        What the box holds at first.
     """
-    import ipywidgets as ipw
-
     from tinytrain.tokenization import colour_tokens, count_tokens
 
-    box = ipw.Textarea(description="text", value=text, rows=3, layout=ipw.Layout(width="98%"))
     shown = ipw.HTML()
 
     def show(text: str) -> None:
@@ -111,28 +95,21 @@ def token_explorer(
             for name, tokenizer in tokenizers.items()
         )
 
-    problem = _whenever_moved({"text": box}, show)
-    return ipw.VBox([box, problem, shown])
+    return _explorer({"text": _text_box("text", text)}, show, shown)
 
 
-def learning_rate_explorer(recipe: Recipe, steps: int) -> VBox:
-    """Show how the learning rate goes over a run.
+def learning_rate_explorer(recipe: Recipe, steps: int) -> ipw.VBox:
+    """Show the learning rate over a run.
 
     Without a browser: ``plot_learning_rate(recipe, steps)`` of `tinytrain.training`.
 
     Parameters
     ----------
     recipe : Recipe
-        Where the controls stand at first.
+        Where the controls begin.
     steps : int
         Steps of the run, from `tinytrain.training.total_steps`.
-
-    Returns
-    -------
-    ipywidgets.VBox
     """
-    import ipywidgets as ipw
-
     from tinytrain.training import plot_learning_rate
 
     kinds = ["cosine", "linear", "constant_with_warmup", "inverse_sqrt"]
@@ -152,7 +129,7 @@ def learning_rate_explorer(recipe: Recipe, steps: int) -> VBox:
             continuous_update=False,
             **_LOOK,
         ),
-        "warmup_steps": _slider(ipw.IntSlider, "warm-up", recipe.warmup_steps, min=0, max=1000),
+        "warmup_steps": _slider("warm-up", recipe.warmup_steps, min=0, max=1000),
         "steps": _choice("steps", steps, lengths),
     }
     picture = ipw.Image(format="png")
@@ -160,46 +137,33 @@ def learning_rate_explorer(recipe: Recipe, steps: int) -> VBox:
     def show(steps: int, **changes: Any) -> None:
         picture.value = _png(plot_learning_rate(replace(recipe, **changes), steps))
 
-    problem = _whenever_moved(controls, show)
-    return ipw.VBox([_in_rows(controls.values()), problem, picture])
+    return _explorer(controls, show, picture)
 
 
 def playground(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str = "", seed: int = 0
-) -> VBox:
-    """Let the model go on from a prompt, with the knobs of sampling at hand.
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str = ""
+) -> ipw.VBox:
+    """Let the model continue a prompt, with the parameters of sampling on sliders.
 
-    Without a browser: ``generate(model, tokenizer, prompt, ...)`` of `tinytrain.evaluation`.
+    Without a browser: ``generate(model, tokenizer, prompt, ...)`` of `tinytrain.generation`.
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        A causal language model.
-    tokenizer : transformers.PreTrainedTokenizerBase
-        Its tokenizer.
+    model, tokenizer
+        A causal language model of transformers and its tokenizer.
     prompt : str
-        What stands in the box at first.
-    seed : int
-        The seed at first; the same one writes the same text again.
-
-    Returns
-    -------
-    ipywidgets.VBox
+        What the box holds at first.
     """
-    import ipywidgets as ipw
+    from tinytrain.generation import generate
 
-    from tinytrain.evaluation import generate
-
-    box = ipw.Textarea(description="prompt", value=prompt, rows=2, layout=ipw.Layout(width="98%"))
-    knobs = {
-        "temperature": _slider(ipw.FloatSlider, "temperature", 0.8, min=0, max=2, step=0.05),
-        "top_k": _slider(ipw.IntSlider, "top-k (0: all)", 0, min=0, max=200),
-        "top_p": _slider(ipw.FloatSlider, "top-p", 0.95, min=0.05, max=1, step=0.05),
-        "repetition_penalty": _slider(
-            ipw.FloatSlider, "repetition penalty", 1.0, min=1, max=2, step=0.05
-        ),
-        "max_new_tokens": _slider(ipw.IntSlider, "length (tokens)", 60, min=1, max=500),
-        "seed": ipw.IntText(description="seed", value=seed, **_LOOK),
+    box = _text_box("prompt", prompt)
+    controls = {
+        "temperature": _slider("temperature", 0.8, min=0, max=2, step=0.05),
+        "top_k": _slider("top-k (0: all)", 0, min=0, max=200),
+        "top_p": _slider("top-p", 0.95, min=0.05, max=1, step=0.05),
+        "repetition_penalty": _slider("repetition penalty", 1.0, min=1, max=2, step=0.05),
+        "max_new_tokens": _slider("length (tokens)", 60, min=1, max=500),
+        "seed": ipw.IntText(description="seed", value=0, **_LOOK),
     }
     button = ipw.Button(description="Write", icon="pencil", button_style="primary")
     problem, shown = ipw.HTML(), ipw.HTML()
@@ -209,54 +173,55 @@ def playground(
 
         def show(piece: str) -> None:
             pieces.append(piece)
-            shown.value = _continued(begin, "".join(pieces))
+            text = f"<b>{html.escape(begin)}</b>{html.escape(''.join(pieces))}"
+            shown.value = f'<div style="white-space:pre-wrap;line-height:1.5">{text}</div>'
 
         button.disabled, problem.value, shown.value = True, "", ""
         try:
-            values = {name: knob.value for name, knob in knobs.items()}
-            shown.value = _continued(
-                begin, generate(model, tokenizer, begin, on_text=show, **values)
-            )
+            values = {name: control.value for name, control in controls.items()}
+            generate(model, tokenizer, begin, on_text=show, **values)
+            show("")  # the prompt at least, if the model stopped at once
         except Exception as error:  # a traceback would end in a log that nobody sees
-            problem.value = _line(error)
+            problem.value = _error_line(error)
         finally:
             button.disabled = False
 
     button.on_click(write)
-    return ipw.VBox([box, _in_rows(knobs.values()), button, problem, shown])
+    return ipw.VBox([box, _in_rows(controls.values()), button, problem, shown])
 
 
 # Two controls fit in a row even beside the open side bar of a small screen.
 _LOOK = {"style": {"description_width": "120px"}, "layout": {"width": "325px"}}
 
 
-def _slider(kind: type[Widget], description: str, value: float, **range_: Any) -> Widget:
-    """Return a slider that tells its value when it is let go, long enough to hold the first one."""
-    range_["max"] = max(range_["max"], value)
-    return kind(description=description, value=value, continuous_update=False, **_LOOK, **range_)
+def _slider(description: str, value: float, **limits: Any) -> ipw.Widget:
+    """Return a slider over integers or floats, as its value is, long enough to hold that value."""
+    kind = ipw.FloatSlider if isinstance(value, float) else ipw.IntSlider
+    limits["max"] = max(limits["max"], value)
+    return kind(description=description, value=value, continuous_update=False, **_LOOK, **limits)
 
 
-def _choice(description: str, value: int, options: Iterable[int]) -> Widget:
+def _choice(description: str, value: int, options: Iterable[int]) -> ipw.Widget:
     """Return a slider over some numbers, the given one among them."""
-    import ipywidgets as ipw
-
     numbers = [(f"{number:,}", number) for number in sorted({*options, value})]
     return ipw.SelectionSlider(
         description=description, options=numbers, value=value, continuous_update=False, **_LOOK
     )
 
 
-def _in_rows(controls: Iterable[Widget]) -> Widget:
+def _text_box(description: str, text: str) -> ipw.Widget:
+    return ipw.Textarea(description=description, value=text, rows=3, layout={"width": "98%"})
+
+
+def _in_rows(controls: Iterable[ipw.Widget]) -> ipw.Widget:
     """Return the controls side by side, as many in a row as there is room for."""
-    import ipywidgets as ipw
-
-    return ipw.Box(list(controls), layout=ipw.Layout(flex_flow="row wrap"))
+    return ipw.Box(list(controls), layout={"flex_flow": "row wrap"})
 
 
-def _whenever_moved(controls: Mapping[str, Widget], show: Callable[..., None]) -> HTML:
-    """Call show with the controls' values, now and after each change; return a line for errors."""
-    import ipywidgets as ipw
-
+def _explorer(
+    controls: Mapping[str, ipw.Widget], show: Callable[..., None], *outputs: ipw.Widget
+) -> ipw.VBox:
+    """Call ``show`` with the controls' values, now and after each change; errors become a line."""
     problem = ipw.HTML()
 
     def update(_: Any = None) -> None:
@@ -264,12 +229,12 @@ def _whenever_moved(controls: Mapping[str, Widget], show: Callable[..., None]) -
             show(**{name: control.value for name, control in controls.items()})
             problem.value = ""
         except ValueError as error:
-            problem.value = _line(error)
+            problem.value = _error_line(error)
 
     for control in controls.values():
         control.observe(update, names="value")
     update()
-    return problem
+    return ipw.VBox([_in_rows(controls.values()), problem, *outputs])
 
 
 def _png(figure: Figure) -> bytes:
@@ -278,28 +243,8 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _line(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     """Return what went wrong as a line of HTML."""
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    words = html.escape(f"{kind}{error}")
-    return f'<span style="color:var(--jp-error-color1, #d32f2f)">{words}</span>'
-
-
-def _continued(prompt: str, text: str) -> str:
-    """Return a prompt and what a model made of it as HTML that keeps the line ends."""
-    return (
-        '<div style="white-space:pre-wrap;line-height:1.5">'
-        f"<b>{html.escape(prompt)}</b>{html.escape(text)}</div>"
-    )
-
-
-def _table(rows: Iterable[Mapping[str, str]], columns: Sequence[str]) -> str:
-    """Return some columns of a table as HTML."""
-
-    def line(tag: str, cells: Iterable[str]) -> str:
-        style = 'style="padding:1px 14px 1px 0;text-align:left"'
-        return "".join(f"<{tag} {style}>{html.escape(text)}</{tag}>" for text in cells)
-
-    lines = [line("th", columns), *(line("td", (row[name] for name in columns)) for row in rows)]
-    table = "".join(f"<tr>{cells}</tr>" for cells in lines)
-    return f'<table style="line-height:1.4">{table}</table>'
+    message = html.escape(f"{kind}{error}")
+    return f'<span style="color:var(--jp-error-color1, #d32f2f)">{message}</span>'

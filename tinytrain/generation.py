@@ -1,0 +1,257 @@
+"""Let a model write: greedily, by sampling, token by token, and as answers to questions.
+
+A completion says much to a reader and proves little. A few hundred questions with one right answer
+count what the model has learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tinytrain.common import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_BATCH_SIZE = 64  # prompts that `complete` continues at once
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 40,
+) -> list[str]:
+    """Continue each prompt greedily, and return the continuations without the prompts.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A causal language model of transformers, which stops at its tokenizer's end-of-text token.
+    prompts : sequence of str
+        Beginnings, none of them empty.
+    max_new_tokens : int
+        Where to stop if the model does not.
+
+    Raises
+    ------
+    ValueError
+        If a prompt is empty.
+    """
+    if not all(prompts):
+        raise ValueError("a prompt is empty: the model needs at least one character to go on from")
+    # Shortest first: a batch then holds prompts of similar length, and little padding.
+    ordered = sorted(dict.fromkeys(prompts), key=len)
+    texts: dict[str, str] = {}
+    for start in range(0, len(ordered), _BATCH_SIZE):
+        batch = ordered[start : start + _BATCH_SIZE]
+        rows = [tokenizer(prompt)["input_ids"] for prompt in batch]
+        written = _continue(model, tokenizer, rows, max_new_tokens, do_sample=False)
+        texts.update(zip(batch, written, strict=True))
+    return [texts[prompt] for prompt in prompts]
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """Continue one prompt, sampling each token, and return the continuation.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As for `complete`.
+    prompt : str
+        The beginning. If it is longer than the model's context, its last part is used.
+    max_new_tokens : int
+        Where to stop if the model does not; it also stops where its context is full.
+    temperature : float
+        Below 1, likely tokens become likelier; above 1, rare ones do. 0 is greedy.
+    top_k : int
+        Sample only from this many of the likeliest tokens; 0 samples from all.
+    top_p : float
+        Sample only from the likeliest tokens that together have this probability.
+    repetition_penalty : float
+        Above 1, makes every token that is already in the text less likely.
+    seed : int, optional
+        The same seed writes the same text; torch's random state is left as it was.
+    on_text : callable, optional
+        Receives each piece of text as it is written: ``partial(print, end="", flush=True)``.
+
+    Raises
+    ------
+    ValueError
+        If the prompt is empty or a sampling parameter is out of its range.
+
+    References
+    ----------
+    Holtzman et al., "The curious case of neural text degeneration", 2020, arXiv:1904.09751
+    (top-p); Keskar et al., "CTRL", 2019, arXiv:1909.05858 (repetition penalty).
+    """
+    import torch
+
+    _check_sampling(prompt, temperature, top_k, top_p, repetition_penalty)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    ids = tokenizer(prompt)["input_ids"][-(context - 1) :]
+    sampling = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        [text] = _continue(
+            model,
+            tokenizer,
+            [ids],
+            min(max_new_tokens, context - len(ids)),
+            do_sample=temperature > 0,
+            **(sampling if temperature > 0 else {}),
+            repetition_penalty=float(repetition_penalty),
+            streamer=_streamer(tokenizer, on_text) if on_text else None,
+        )
+    return text
+
+
+def next_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    number: int = 8,
+) -> list[tuple[str, float]]:
+    """Return the likeliest next tokens, with the probabilities that `generate` samples from.
+
+    Tokens that cannot be sampled are left out.
+
+    Parameters
+    ----------
+    model, tokenizer, prompt, temperature, top_k, top_p
+        As for `generate`, but the temperature must be above 0.
+    number : int
+        Tokens to return at most.
+
+    Raises
+    ------
+    ValueError
+        If the prompt is empty or a sampling parameter is out of its range.
+    """
+    import torch
+    from transformers import generation
+
+    _check_sampling(prompt, temperature, top_k, top_p)
+    if temperature == 0:
+        raise ValueError("temperature 0 always takes the first token; use one above 0 here")
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
+    with evaluating(model):
+        logits = model(input_ids=ids).logits[:, -1].float()
+    logits = generation.TemperatureLogitsWarper(float(temperature))(ids, logits)
+    if top_k:
+        logits = generation.TopKLogitsWarper(top_k)(ids, logits)
+    if top_p < 1:
+        logits = generation.TopPLogitsWarper(top_p)(ids, logits)
+    probabilities, tokens = logits.softmax(-1)[0].topk(min(number, logits.shape[-1]))
+    pairs = zip(tokens.tolist(), probabilities.tolist(), strict=True)
+    return [(tokenizer.decode([token]), probability) for token, probability in pairs if probability]
+
+
+class Answer(NamedTuple):
+    """One question, the expected answer, and what the model wrote."""
+
+    prompt: str
+    expected: str
+    written: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the model's text begins with the expected answer."""
+        return self.written.startswith(self.expected)
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[tuple[str, ...]],
+) -> list[Answer]:
+    """Let the model complete cloze questions, whose first two fields are prompt and answer.
+
+    Examples
+    --------
+    >>> answers = answer_questions(model, tokenizer, [("法国的首都是", "巴黎")])  # doctest: +SKIP
+    >>> answers[0].right  # doctest: +SKIP
+    True
+    """
+    prompts = [question[0] for question in questions]
+    expected = [question[1] for question in questions]
+    longest = max((len(tokenizer(answer)["input_ids"]) for answer in expected), default=0)
+    # Two tokens more than the longest answer: the model may cut the same characters differently.
+    written = complete(model, tokenizer, prompts, max_new_tokens=longest + 2)
+    return [Answer(*row) for row in zip(prompts, expected, written, strict=True)]
+
+
+def accuracy(answers: Sequence[Answer]) -> float:
+    """Return the share of right answers, between 0 and 1 (nan if there are none)."""
+    return sum(answer.right for answer in answers) / len(answers) if answers else math.nan
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    max_new_tokens: int,
+    **options: Any,
+) -> list[str]:
+    """Continue rows of token ids with the options of ``model.generate``; return the new text."""
+    import torch
+
+    width = max(map(len, rows))
+    # Padding goes on the left, so that every prompt ends where its continuation begins.
+    padded = [[tokenizer.eos_token_id] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    with evaluating(model):
+        output = model.generate(
+            input_ids=torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+            **options,
+        )
+    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+
+
+def _check_sampling(
+    prompt: str, temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0
+) -> None:
+    checks = (
+        (prompt, "the prompt is empty: the model needs at least one character to go on from"),
+        (temperature >= 0, f"temperature {temperature} is below 0; 0 is greedy, 1 changes nothing"),
+        (top_k >= 0, f"top_k {top_k} is below 0; 0 samples from all tokens"),
+        (0 < top_p <= 1, f"top_p {top_p} is not between 0 and 1; 1 samples from all tokens"),
+        (repetition_penalty > 0, f"repetition_penalty {repetition_penalty} is not above 0"),
+    )
+    for passed, message in checks:
+        if not passed:
+            raise ValueError(message)
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> Any:
+    """Return a streamer of transformers that hands each finished piece of text to a function."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
