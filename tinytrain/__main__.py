@@ -139,7 +139,7 @@ def generate(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a trained model as a folder to share, with a model card; GGUF and upload if asked."""
-    from tinytrain.export import upload
+    from tinytrain.hub import upload
 
     _show_no_bars()
     setup_logging()

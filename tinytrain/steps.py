@@ -788,7 +788,7 @@ def get_about(recipe: Recipe) -> dict[str, Any]:
         "text": recipe.corpus,
         "documents": (len(split["train"]), len(split["test"])),
         "tokenizer": own if recipe.tokenizer == "own" else kinds[_is_reduced(recipe)],
-        "words": len(tokenizer),
+        "vocab_size": len(tokenizer),
         "recipe": {name: value for name, value in asdict(recipe).items() if name not in left_out},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
@@ -814,8 +814,10 @@ def export_run(
     ----------
     recipe : Recipe
         The recipe of a run whose model notebook 05 has saved.
-    dtype, gguf
+    dtype
         As in `tinytrain.export.export_model`.
+    gguf : bool
+        Add ``model.gguf``; see `tinytrain.gguf_file.write_gguf`.
     whole_vocabulary : bool
         For a reduced Qwen2.5 vocabulary: give the model all words again, so that it works with
         Qwen2.5's own tokenizer; see `tinytrain.modeling.expand_vocabulary`. Goes to
@@ -846,18 +848,24 @@ def export_run(
         model, tokenizer = _with_whole_vocabulary(recipe, model, tokenizer)
         facts |= {
             "tokenizer": "Qwen2.5's, whole; trained with a part of it",
-            "words": len(tokenizer),
+            "vocab_size": len(tokenizer),
         }
         facts["parameters"] = model.num_parameters()
-    return export.export_model(
+    if gguf:
+        from tinytrain.gguf_file import write_gguf  # a missing package is told before the export
+
+        facts["gguf"] = "model.gguf"
+    folder = export.export_model(
         model,
         tokenizer,
         run / ("export-whole" if whole_vocabulary else "export"),
         facts,
         dtype=dtype,
-        gguf=gguf,
         files=(run / "loss.png", run / "history.jsonl"),
     )
+    if gguf:
+        write_gguf(folder, facts["name"])
+    return folder
 
 
 def _with_whole_vocabulary(recipe: Recipe, model: Any, reduced: Any) -> tuple[Any, Any]:
