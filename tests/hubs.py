@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
             return True
         self.reply(403, {"error": "not yours", "Message": "not yours"})
 
-    def batch(self, name, body, query, wrap=lambda answer: answer):
+    def batch(self, name, body, query):
         hub, objects = self.server, []
         for wanted in json.loads(body)["objects"]:
             blob = {"oid": wanted["oid"], "size": wanted["size"]}
@@ -146,7 +146,8 @@ class Handler(BaseHTTPRequestHandler):
                 blob["actions"] = {"upload": {"href": f"{hub.endpoint}/blob/{wanted['oid']}"}}
             objects.append(blob)
         if self.may_write(name):
-            self.reply(200, wrap({"transfer": "basic", "objects": objects}))
+            answer = {"transfer": "basic", "objects": objects}
+            self.reply(200, {**answer, "Code": 200, "Data": answer})  # for either client
 
     def blob(self, oid, body, query):
         assert hashlib.sha256(body).hexdigest() == oid
@@ -188,18 +189,17 @@ class Handler(BaseHTTPRequestHandler):
                 stored = hub.blobs.get(value["oid"])
                 files[value["path"]] = stored or InXet(value["oid"], value["size"])
         hub.commits += 1
-        commit = {"commitUrl": f"{hub.endpoint}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40}
-        self.reply(200, commit)
+        address = f"{hub.endpoint}/{name}/commit/{'0' * 40}"
+        self.reply(200, {"commitUrl": address, "commitOid": "0" * 40})
 
     def hf_info(self, name, body, query):
         siblings = [{"rfilename": file} for file in self.server.repositories[name]["files"]]
         self.reply(200, {"id": name, "sha": "0" * 40, "siblings": siblings})
 
     def hf_tree(self, name, body, query):
-        files = self.server.repositories[name]["files"]
-        oid = {path: hashlib.sha1(path.encode()).hexdigest() for path in files}
-        rows = [{"type": "file", "path": p, "size": len(files[p]), "oid": oid[p]} for p in files]
-        self.reply(200, rows)
+        files = self.server.repositories[name]["files"].items()
+        rows = [{"path": path, "size": len(c), "oid": sha256(c)[:40]} for path, c in files]
+        self.reply(200, [{"type": "file", **row} for row in rows])
 
     def hf_file(self, name, file, body, query):
         content = self.server.repositories[name]["files"][file]
@@ -228,6 +228,9 @@ class Handler(BaseHTTPRequestHandler):
 
     # --- ModelScope ---
 
+    def ms_reply(self, data):
+        self.reply(200, {"Code": 200, "Success": True, "Data": data})
+
     def ms_create(self, body, query):
         asked = json.loads(body)
         name = f"{asked['Path']}/{asked['Name']}"
@@ -236,10 +239,7 @@ class Handler(BaseHTTPRequestHandler):
         facts = {"private": asked["Visibility"] == 1, "license": asked["License"]}
         if self.server.create(name, **facts):
             return self.reply(400, {"Code": 10010101001, "Message": "exists", "Success": False})
-        self.reply(200, {"Code": 200, "Success": True, "Data": {"Id": 1, "Name": asked["Name"]}})
-
-    def ms_batch(self, name, body, query):
-        self.batch(name, body, query, lambda answer: {"Code": 200, "Data": answer})
+        self.ms_reply({"Id": 1, "Name": asked["Name"]})
 
     def ms_commit(self, name, body, query):
         if not self.may_write(name):
@@ -254,15 +254,12 @@ class Handler(BaseHTTPRequestHandler):
             assert len(content) == action["size"]
             hub.repositories[name]["files"][action["path"]] = content
         hub.commits += 1
-        self.reply(200, {"Code": 200, "Success": True, "Data": {"CommitId": "0" * 40}})
+        self.ms_reply({"CommitId": "0" * 40})
 
     def ms_list(self, name, body, query):
-        files = [
-            {"Path": path, "Name": path, "Type": "blob", "Size": len(content),
-             "Sha256": sha256(content), "Revision": "master"}
-            for path, content in self.server.repositories[name]["files"].items()
-        ]  # fmt: skip
-        self.reply(200, {"Code": 200, "Success": True, "Data": {"Files": files}})
+        files = self.server.repositories[name]["files"].items()
+        rows = [{"Path": p, "Name": p, "Size": len(c), "Sha256": sha256(c)} for p, c in files]
+        self.ms_reply({"Files": [{"Type": "blob", "Revision": "master", **row} for row in rows]})
 
     def ms_file(self, name, body, query):
         files = self.server.repositories[name]["files"]
@@ -281,7 +278,7 @@ ROUTES = [
     ("GET", "/api/models/([^/]+/[^/]+)(?:/revision/.+)?", Handler.hf_info),
     ("GET HEAD", "/(.+)/resolve/[^/]+/(.+)", Handler.hf_file),
     ("POST", "/api/v1/models", Handler.ms_create),
-    ("POST", "/api/v1/repos/models/(.+)/info/lfs/objects/batch", Handler.ms_batch),
+    ("POST", "/api/v1/repos/models/(.+)/info/lfs/objects/batch", Handler.batch),
     ("POST", "/api/v1/repos/models/(.+)/commit/master", Handler.ms_commit),
     ("GET", MS_NAME + "/repo/(?:files|tree)", Handler.ms_list),
     ("GET HEAD", MS_NAME + "/repo", Handler.ms_file),
