@@ -10,7 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gguf import GGUFReader
 from hubs import metadata
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -110,13 +113,9 @@ def elsewhere(patched, exported, tmp_path_factory):
     (lines,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
     result = tmp_path_factory.mktemp("elsewhere") / "result.safetensors"
     job = json.dumps([[*TEXTS, APART], patched.config._attn_implementation, lines])
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", ELSEWHERE, job, str(result)],
-        **{"cwd": exported, "capture_output": True, "encoding": "utf-8"},
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )
-    assert done.returncode == 0, done.stderr
-    return load_file(result), done.stdout
+    command = [sys.executable, "-X", "utf8", "-P", "-c", ELSEWHERE, job, str(result)]
+    shown = subprocess.check_output(command, cwd=exported, encoding="utf-8")
+    return load_file(result), shown
 
 
 @pytest.mark.parametrize(
@@ -217,8 +216,6 @@ def test_what_cannot_be_exported_touches_nothing(patched, smoke, tmp_path):
 
 
 def test_the_cards_metadata_are_what_the_hubs_read(exported):
-    from huggingface_hub import ModelCard
-
     card = ModelCard.load(exported / "README.md")
     data = metadata(str(card))
     assert data["license"] == "mit" and data["language"] == "zh" and "datasets" not in data
@@ -287,8 +284,6 @@ def test_what_a_run_wrote_cannot_break_the_card():
         }
     )
     assert metadata(card)["license"] == "unknown"
-    from markdown_it import MarkdownIt
-
     body = card.split("\n---\n", 1)[1]
     tokens = MarkdownIt("commonmark").enable("table").parse(body)
     headings = [tokens[n + 1].content for n, t in enumerate(tokens) if t.type == "heading_open"]
@@ -346,11 +341,9 @@ def test_a_run_is_exported_with_its_facts(run, smoke):
     for word in words:
         assert word in card, word
     assert str(run) not in card
-    exported, trained = (
-        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, run / "model")
-    )
-    assert exported.keys() == trained.keys()
-    assert all(torch.equal(exported[name], trained[name]) for name in trained)
+    weights, trained = (load_file(path / "model.safetensors") for path in (folder, run / "model"))
+    assert weights.keys() == trained.keys()
+    assert all(torch.equal(weights[name], trained[name]) for name in trained)
 
 
 def test_what_an_export_lacks_is_said(run, smoke, tmp_path, monkeypatch):
@@ -391,8 +384,6 @@ def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
 
 
 def test_gguf_says_what_llama_cpp_needs(exported, smoke):
-    from gguf import GGUFReader
-
     fields = GGUFReader(exported / "model.gguf").fields
     got = {name: field.contents() for name, field in fields.items()}
     assert got["general.architecture"] == "qwen2" and got["general.name"] == "tiny"
@@ -410,8 +401,6 @@ def test_gguf_says_what_llama_cpp_needs(exported, smoke):
     ("vocabulary", "dtype"), [("own", "float32"), ("reduced", "bfloat16"), ("whole", "float32")]
 )
 def test_llama_cpps_own_converter_writes_the_same(smoke, tmp_path, vocabulary, dtype):
-    from gguf import GGUFReader
-
     texts = smoke.split["train"]["text"]
     whole = tokenization.qwen_tokenizer()
     tokenizer = {
