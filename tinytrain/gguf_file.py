@@ -1,0 +1,156 @@
+"""Write an exported model as GGUF, the format of llama.cpp, Ollama and LM Studio.
+
+llama.cpp's own converter is in no package to depend on (only in the source archive of
+llama-cpp-python), and it knows a tokenizer by the ids that it gives to a fixed text: one trained
+here, or a reduced one, it rejects. So the file is written with GGML's package ``gguf``, which that
+converter uses too; `make gguf` compares both results value by value. The module is not called
+``gguf``: copied into a folder, it would hide the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+try:
+    import gguf
+except ImportError as error:
+    raise ModuleNotFoundError(
+        "a GGUF file is written with GGML's package gguf: pip install gguf"
+    ) from error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def write_gguf(folder: str | Path, name: str = "") -> Path:
+    """Write ``model.gguf`` into the folder of an exported Qwen2 model.
+
+    Parameters
+    ----------
+    folder : str or Path
+        From `tinytrain.export.export_model`.
+    name : str
+        What programs show as the model's name.
+
+    Returns
+    -------
+    Path
+        The file: the folder's weights, vectors as float32, matrices in the folder's format.
+
+    Raises
+    ------
+    ValueError
+        If it is not a Qwen2 model, or its tokenizer cuts texts differently from Qwen2's, which
+        llama.cpp could not do.
+
+    Notes
+    -----
+    GGUF cannot name the tokenizer's Unicode normalisation (NFC): a text that writes letters and
+    accents apart becomes other tokens there. Chinese is not concerned.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    folder = Path(folder)
+    path = folder / "model.gguf"
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "qwen2":
+        raise ValueError(f"write_gguf is for Qwen2 models, and {folder} holds {config.model_type}")
+    _check_pre_tokenizer(folder)
+
+    temporary = folder / f"model.gguf.{secrets.token_hex(4)}.tmp"
+    writer = gguf.GGUFWriter(temporary, "qwen2")
+    try:
+        with contextlib.closing(writer):
+            writer.add_type(gguf.GGUFType.MODEL)
+            if name:
+                writer.add_name(name)
+            _add_sizes(writer, config)
+            generation = GenerationConfig.from_pretrained(folder)
+            writer.add_sampling_temp(generation.temperature)
+            writer.add_sampling_top_p(generation.top_p)
+            _add_tokenizer(writer, AutoTokenizer.from_pretrained(folder), config.vocab_size)
+            gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer)
+            _add_weights(writer, folder, config.num_hidden_layers)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _check_pre_tokenizer(folder: Path) -> None:
+    """Raise unless texts are cut into Qwen2's pieces before any merging."""
+    from transformers import Qwen2Tokenizer
+
+    # From the file: transformers gives every tokenizer of a Qwen2 model Qwen2's rule.
+    saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    rule = json.loads(Qwen2Tokenizer().backend_tokenizer.to_str())["pre_tokenizer"]
+    if saved["pre_tokenizer"] != rule:
+        raise ValueError(
+            f"the tokenizer in {folder} cuts texts differently from Qwen2's, the rule that the "
+            "file would name: take one of tinytrain.tokenization"
+        )
+
+
+def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    bf16 = str(config.dtype).removeprefix("torch.") == "bfloat16"
+    kind = gguf.LlamaFileType
+    writer.add_file_type(kind.MOSTLY_BF16 if bf16 else kind.ALL_F32)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int
+) -> None:
+    """Add the tokens; the model may have more rows than the tokenizer has tokens."""
+    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    kind = gguf.TokenType
+
+    def type_of(number: int) -> int:
+        if number not in tokens:
+            return kind.UNUSED
+        if number not in added:
+            return kind.NORMAL
+        # As llama.cpp's converter sees it: <|fim_prefix|> too steers, whatever Qwen calls it.
+        steers = added[number].special or re.fullmatch(r"<\|.*\|>", tokens[number])
+        return kind.CONTROL if steers else kind.USER_DEFINED
+
+    writer.add_tokenizer_model("gpt2")  # byte-level byte-pair encoding
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([tokens.get(n, f"[PAD{n}]") for n in range(vocab_size)])
+    writer.add_token_types([type_of(n) for n in range(vocab_size)])
+    writer.add_add_bos_token(False)
+
+
+def _add_weights(writer: gguf.GGUFWriter, folder: Path, layers: int) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, layers)
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, weight in load_file(file).items():
+            values = weight.float().numpy()
+            # llama.cpp wants vectors, which are few, in float32.
+            narrow = weight.dtype == torch.bfloat16 and weight.ndim > 1
+            kind = gguf.GGMLQuantizationType.BF16 if narrow else None
+            if narrow:
+                values = gguf.quantize(values, kind)  # exact: they were bfloat16 before
+            gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(gguf_name, values, raw_dtype=kind)
