@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tinytrain import export, gguf_file, modeling, qwen, runs, steps, tokenization
+from tinytrain import export, gguf_file, modeling, qwen, steps, tokenization
 from tinytrain.hardware import machine_name
 from tinytrain.loss import save_loss_memory
 

@@ -93,20 +93,17 @@ def watch(
     from tinytrain.checkpoints import last_checkpoint
 
     tokens = tokens_per_step or recipe.tokens_per_step
-    history = callbacks.HistoryCallback(
-        folder / "history.jsonl", tokens, vocab_size=vocab_size, name=recipe.name
-    )
+    metadata = {"vocab_size": vocab_size, "name": recipe.name}
+    reference = steps.reference_curve(recipe)
     write = partial(generation.complete, tokenizer=tokenizer, max_new_tokens=10)
-    prompts = steps.get_prompts(recipe)[:2]
+    prompts, every = steps.get_prompts(recipe)[:2], recipe.sample_steps
     return [
-        callbacks.StopCallback(folder / "STOP"),
-        history,
-        callbacks.VerboseTrainingCallback(tokens),
-        callbacks.LivePlotCallback(
-            folder / "loss.png", vocab_size, tokens, history.path, steps.reference_curve(recipe)
-        ),
-        callbacks.SampleCallback(write, prompts, recipe.sample_steps, folder / "samples.jsonl"),
         callbacks.LossGuard(tokenizer=tokenizer, find_checkpoint=last_checkpoint),
+        callbacks.HistoryCallback(folder / "history.jsonl", tokens, **metadata),
+        callbacks.VerboseTrainingCallback(tokens),
+        callbacks.LivePlotCallback(folder / "loss.png", vocab_size, tokens, reference),
+        callbacks.SampleCallback(write, prompts, every, folder / "samples.jsonl"),
+        callbacks.StopCallback(folder / "STOP"),
     ]
 
 
@@ -494,8 +491,10 @@ def export_run(
     ----------
     recipe : Recipe
         The recipe of a run whose model notebook 05 has saved.
-    dtype, gguf
-        As in `tinytrain.export.export_model`.
+    dtype : {"float32", "bfloat16"}
+        Number format of the weights.
+    gguf : bool
+        Add ``model.gguf``; see `tinytrain.gguf_file.write_gguf`.
     whole_vocabulary : bool
         For a reduced Qwen2.5 vocabulary: give the model all tokens again, so that it works with
         Qwen2.5's own tokenizer; see `tinytrain.modeling.expand_vocabulary`. Goes to
@@ -529,15 +528,18 @@ def export_run(
             "vocab_size": len(tokenizer),
             "parameters": model.num_parameters(),
         }
-    return export.export_model(
-        model,
-        tokenizer,
-        run / ("export-whole" if whole_vocabulary else "export"),
-        facts,
-        dtype=dtype,
-        gguf=gguf,
-        files=(run / "loss.png", run / "history.jsonl"),
-    )
+    if gguf:
+        from tinytrain.gguf_file import (
+            write_gguf,  # a missing package is reported before the export
+        )
+
+        facts["gguf"] = "model.gguf"
+    folder = run / ("export-whole" if whole_vocabulary else "export")
+    files = (run / "loss.png", run / "history.jsonl")
+    export.export_model(model, tokenizer, folder, facts, dtype, files)
+    if gguf:
+        write_gguf(folder, facts["name"])
+    return folder
 
 
 def _with_whole_vocabulary(recipe: Recipe, model: Any, reduced: Any) -> tuple[Any, Any]:
