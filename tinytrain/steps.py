@@ -97,7 +97,9 @@ def get_text(recipe: Recipe, source: str = "modelscope") -> Path:
         If the corpus is a path and nothing is there.
     """
     if recipe.corpus == "encyclopedia":
-        inputs = {"seed": recipe.split_seed, "code": _code(encyclopedia)}
+        data = Path(encyclopedia.__file__).parent / "data"
+        tables = [_sha256(data / name)[:16] for name in ("encyclopedia.json", "phrases.json")]
+        inputs = {"seed": recipe.split_seed, "code": _code(encyclopedia), "tables": tables}
         folder = _keep(run_folder(recipe) / "text", inputs, _write_encyclopedia)
         return folder / "encyclopedia.json"
     if recipe.corpus == "wikipedia":
