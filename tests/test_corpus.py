@@ -21,10 +21,7 @@ from hypothesis import strategies as st
 
 from tinytrain import corpus
 from tinytrain.corpus import (
-    count_sources,
     describe,
-    drop_duplicates,
-    find_duplicates,
     load_documents,
     plot_lengths,
     plot_sources,
@@ -414,85 +411,6 @@ def test_one_document_cannot_be_split(count):
         split_documents(Dataset.from_dict({"text": ["a"] * count}))
 
 
-# --- duplicates -----------------------------------------------------------------------------------
-
-
-def random_text(rng, length):
-    return "".join(map(chr, rng.integers(0x4E00, 0x4E00 + 3000, length)))
-
-
-def pieces(text):
-    letters = "".join(filter(str.isalnum, text))
-    return {letters[i : i + 5] for i in range(len(letters) - 4)}
-
-
-def test_duplicates_are_the_ones_that_comparing_all_pairs_finds():
-    rng = np.random.default_rng(0)
-    train = [random_text(rng, 300) for _ in range(120)]
-    test = [random_text(rng, 300) for _ in range(20)]
-    for row in range(100):  # more and more characters changed, so that some pairs fall below
-        text = list(train[row])
-        for place in rng.integers(0, 300, row // 5):
-            text[place] = "，" if place % 2 else "换"
-        test.append("".join(text))
-
-    found = {(d.test, d.train): d.similarity for d in find_duplicates(halves(train, test))}
-    train_pieces = [pieces(text) for text in train]
-    expected = {}
-    for i, a in enumerate(map(pieces, test)):
-        for j, b in enumerate(train_pieces):
-            if (similarity := len(a & b) / len(a | b)) >= 0.8:
-                expected[i, j] = similarity
-    assert 25 < len(expected) < 100
-    assert found.items() <= expected.items()
-    assert len(found) >= 0.9 * len(expected)
-    clear = {pair for pair, similarity in expected.items() if similarity >= 0.9}
-    assert clear <= found.keys()
-
-
-def test_exact_duplicates_win_over_near_ones():
-    poem = "白日依山尽黄河入海流欲穷千里目更上一层楼" * 3
-    other = "红豆生南国春来发几枝愿君多采撷此物最相思" * 3
-    train = [other, poem + "。", poem, poem]
-    test = ["举头望明月", poem, poem.replace("楼", "楼，"), "。！", "a", poem]
-    found = find_duplicates(halves(train, test))
-    assert [tuple(d) for d in found] == [
-        (1, 2, 1.0, "exact"),
-        (2, 1, 1.0, "near"),
-        (5, 2, 1.0, "exact"),
-    ]
-
-
-def test_short_and_unmarked_texts_are_compared_too():
-    found = find_duplicates(halves(["？", "短 文", "ABC"], ["短文", "abc", "？", "！", "短"]))
-    assert [(d.test, d.train, d.kind) for d in found] == [
-        (0, 1, "near"),
-        (1, 2, "near"),
-        (2, 0, "exact"),
-    ]
-
-
-@pytest.mark.parametrize("threshold", [0, -1, 1.5])
-def test_a_threshold_that_means_nothing(threshold):
-    with pytest.raises(ValueError, match="threshold"):
-        find_duplicates(halves(["a"], ["b"]), threshold=threshold)
-
-
-def test_only_held_out_copies_are_dropped():
-    split = halves(["甲", "乙", "丙"], ["乙", "丁", "丙"])
-    clean = drop_duplicates(split, find_duplicates(split))
-    assert clean["train"]["text"][:] == ["甲", "乙", "丙"]
-    assert clean["test"]["text"][:] == ["丁"]
-    assert find_duplicates(clean) == []
-    assert drop_duplicates(clean, [])["test"]["text"][:] == ["丁"]
-
-
-def test_the_held_out_half_never_ends_up_empty():
-    split = halves(["甲", "乙"], ["乙", "甲"])
-    with pytest.raises(ValueError, match="all 2 held-out documents .*test_size"):
-        drop_duplicates(split, find_duplicates(split))
-
-
 # --- description and plots ------------------------------------------------------------------------
 
 
@@ -510,8 +428,8 @@ def test_describe_counts_characters_not_bytes():
 def test_sources_are_grouped_and_the_rest_is_counted():
     sources = ["史记/本纪", "史记/世家", "https://a.org/1", "https://a.org/2", "史记", "x", "y"]
     documents = Dataset.from_dict({"source": sources})
-    assert count_sources(documents, top=2) == {"史记": 3, "a.org": 2, "others": 2}
-    assert count_sources(documents) == {"史记": 3, "a.org": 2, "x": 1, "y": 1}
+    assert corpus._count_sources(documents, top=2) == {"史记": 3, "a.org": 2, "others": 2}
+    assert corpus._count_sources(documents, top=10) == {"史记": 3, "a.org": 2, "x": 1, "y": 1}
 
 
 def test_plots_draw_without_pyplot_and_without_warnings(tmp_path):

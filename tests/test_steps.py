@@ -96,11 +96,11 @@ def test_duplicates_are_dropped_or_only_counted(mine):
     text = path.read_text(encoding="utf-8")
     path.write_text(text + "\n" + text, encoding="utf-8")  # each document twice
     kept = steps.get_split(replace(mine, drop_duplicates=False))
-    twins = steps.get_duplicates(replace(mine, drop_duplicates=False))
+    duplicates = steps.get_duplicates(replace(mine, drop_duplicates=False))
     assert len(kept["train"]) + len(kept["test"]) == 160
-    assert twins and twins[0]["held_out"] == twins[0]["train"]
+    assert duplicates and duplicates[0]["held_out"] == duplicates[0]["train"]
     dropped = steps.get_split(mine)
-    assert len(dropped["test"]) == len(kept["test"]) - len(twins)
+    assert len(dropped["test"]) == len(kept["test"]) - len(duplicates)
     assert len(dropped["train"]) == len(kept["train"])
 
 

@@ -14,7 +14,8 @@ notebook              module                         what it is about
 07_scale_out          ``tinytrain.__main__``         the same from a shell, in many processes
 ====================  =============================  ==============================
 
-Notebook 05 also uses ``tinytrain.callbacks`` (what one sees, and how one stops it) and
+Notebook 02 also uses ``tinytrain.duplicates`` (held-out documents that were seen in training),
+notebook 05 ``tinytrain.callbacks`` (what one sees, and how one stops it) and
 ``tinytrain.loss`` (a large vocabulary in little memory), notebook 06 ``tinytrain.export``.
 ``tinytrain.recipes`` holds every number of a run. ``tinytrain.steps`` joins the modules: one
 function a step, which keeps its result on disk. ``tinytrain.widgets`` lays sliders over some of

@@ -56,11 +56,11 @@ def data(options: argparse.Namespace) -> None:
     """Get the text and split it into documents to learn from and held-out ones."""
     setup_logging()
     split = steps.get_split(options.recipe)
-    twins = len(steps.get_duplicates(options.recipe))
+    duplicates = len(steps.get_duplicates(options.recipe))
     print(_shown(steps.get_text(options.recipe)))
     print(f"{len(split['train']):,} documents to learn from, {len(split['test']):,} held out")
     dropped = "left out" if options.recipe.drop_duplicates else "kept"
-    print(f"{twins:,} held-out twins of others found and {dropped}")
+    print(f"{duplicates:,} held-out documents are in the training set too, and {dropped}")
 
 
 def tokenize(options: argparse.Namespace) -> None:

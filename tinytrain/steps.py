@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinytrain import corpus, encyclopedia, export, hub, modeling, tokenization
+from tinytrain import corpus, duplicates, encyclopedia, export, hub, modeling, tokenization
 from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, Recipe
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def get_split(recipe: Recipe) -> DatasetDict:
         if recipe.max_documents is not None and recipe.max_documents < len(documents):
             documents = documents.select(range(recipe.max_documents))
         split = corpus.split_documents(documents, recipe.test_size, recipe.split_seed)
-        duplicates = corpus.find_duplicates(split)
+        found = duplicates.find_duplicates(split)
         rows = [
             {
                 "kind": pair.kind,
@@ -151,11 +151,11 @@ def get_split(recipe: Recipe) -> DatasetDict:
                 "held_out": split["test"][pair.test]["text"][:200],
                 "train": split["train"][pair.train]["text"][:200],
             }
-            for pair in duplicates
+            for pair in found
         ]
         _write_json(folder / "duplicates.json", rows)
         if recipe.drop_duplicates:
-            split = corpus.drop_duplicates(split, duplicates)
+            split = duplicates.drop_duplicates(split, found)
         split.save_to_disk(str(folder / "split"))
         del documents, split  # an open file cannot be deleted everywhere
         shutil.rmtree(folder / "documents", ignore_errors=True)
@@ -165,7 +165,7 @@ def get_split(recipe: Recipe) -> DatasetDict:
 
 
 def get_duplicates(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return what `get_split` found in both halves: kind, similarity and how both texts begin."""
+    """Return what `get_split` found in both sets: kind, similarity and how both texts begin."""
     get_split(recipe)
     path = run_folder(recipe) / "split" / "duplicates.json"
     return json.loads(path.read_text(encoding="utf-8"))
@@ -174,7 +174,7 @@ def get_duplicates(recipe: Recipe) -> list[dict[str, Any]]:
 def _split_inputs(recipe: Recipe, path: Path) -> dict[str, Any]:
     names = ("max_documents", "test_size", "split_seed", "drop_duplicates")
     numbers = {name: getattr(recipe, name) for name in names}
-    return {"text": _text_hash(path), **numbers, "code": _code(corpus)}
+    return {"text": _text_hash(path), **numbers, "code": _code(corpus) + _code(duplicates)}
 
 
 def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
