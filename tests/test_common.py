@@ -1,9 +1,10 @@
 import logging
 import re
+from unittest.mock import Mock
 
 import pytest
 
-from tinytrain.common import format_seconds, setup_logging
+from tinytrain.common import atomic_write, format_seconds, setup_logging
 
 
 def test_the_format_is_the_guides_on_screen_and_in_the_file(tmp_path, capsys):
@@ -37,3 +38,13 @@ def test_the_log_goes_on_where_an_earlier_run_stopped(tmp_path):
 )
 def test_durations_read_as_people_say_them(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "text.json"
+    path.write_text("old", encoding="utf-8")
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        atomic_write(path, "new")
+    assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]

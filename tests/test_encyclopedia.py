@@ -19,7 +19,7 @@ from babel.numbers import get_territory_currencies
 
 from tinytrain.encyclopedia import build_encyclopedia, cloze_questions, write_encyclopedia
 
-# Changes with every edit of the table or the phrasings, and must change with nothing else.
+# Changes with every edit of facts or phrases, and must change with nothing else.
 SHA256 = "234961b54fc181b52195bc9425b167ca48cf5bce38d692251cd893b5147a1014"
 
 
@@ -41,11 +41,10 @@ def facts():
 
 def test_default_seed_gives_the_pinned_bytes_whatever_the_hash_seed(tmp_path):
     code = "import sys; from tinytrain.encyclopedia import *; write_encyclopedia(sys.argv[1])"
-    for hash_seed in ("0", "1"):
-        path = tmp_path / hash_seed / "encyclopedia.json"
-        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
-        subprocess.run([sys.executable, "-c", code, str(path)], env=environment, check=True)
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    path = tmp_path / "encyclopedia.json"
+    subprocess.run([sys.executable, "-c", code, str(path)], env=environment, check=True)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
 
 
 def test_another_seed_gives_another_text(articles):
@@ -57,24 +56,10 @@ def test_another_seed_gives_another_text(articles):
 def test_written_file_is_the_guides_format_one_article_a_line(tmp_path, articles):
     path = write_encyclopedia(tmp_path / "new" / "folder" / "text.json")
     data = path.read_bytes()
-    assert json.loads(data) == articles
+    assert hashlib.sha256(data).hexdigest() == SHA256 and json.loads(data) == articles
     assert b"\r" not in data and b"\\u" not in data
     assert data.count(b"\n") == len(articles) + 2
     assert [p.name for p in path.parent.iterdir()] == ["text.json"]
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "text.json"
-    path.write_text("old", encoding="utf-8")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_encyclopedia(path)
-    assert path.read_text(encoding="utf-8") == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_as_path_is_refused_by_name(tmp_path):
@@ -143,60 +128,26 @@ def test_questions_facts_stand_in_other_words_too(articles, facts):
         assert sum(q.prompt not in s for s in other) >= 5, q
 
 
-@pytest.mark.parametrize(
-    "fact",
-    [
-        "法国的首都是巴黎。",
-        "日本的货币是日元。",
-        "加拿大的首都是渥太华。",
-        "澳大利亚的首都是堪培拉。",
-        "巴西的首都是巴西利亚。",
-        "巴西的官方语言是葡萄牙语。",
-        "埃及位于非洲。",
-        "蒙古是一个内陆国家。",
-        "广东省的省会是广州。",
-        "新疆维吾尔自治区的首府是乌鲁木齐。",
-        "山东省的简称是“鲁”。",
-        "铁的元素符号是Fe。",
-        "金的原子序数是79。",
-        "常温常压下，汞的单质是液态的。",
-        "木星是太阳系中最大的行星。",
-        "唐朝的建立者是李渊。",
-        "明朝建立于公元1368年。",
-        "冬至的下一个节气是小寒。",
-        "中秋节的日期是农历八月十五。",
-        "公历四月有30天。",
-        "力的国际单位是牛顿。",
-        "地支午对应的生肖是马。",
-        "尼罗河最后流入地中海。",
-        "泰山位于山东省。",
-        "莫高窟位于甘肃敦煌。",
-        "《红楼梦》的作者是曹雪芹。",
-        "发现青蒿素的人是屠呦呦。",
-        "成语“卧薪尝胆”的主人公是勾践。",
-        "鲸属于哺乳动物。",
-    ],
-)
-def test_well_known_facts_are_told(text, fact):
-    assert fact in text
+WELL_KNOWN_FACTS = """
+法国的首都是巴黎。 日本的货币是日元。 加拿大的首都是渥太华。 澳大利亚的首都是堪培拉。
+巴西的首都是巴西利亚。 巴西的官方语言是葡萄牙语。 埃及位于非洲。 蒙古是一个内陆国家。
+广东省的省会是广州。 新疆维吾尔自治区的首府是乌鲁木齐。 山东省的简称是“鲁”。
+铁的元素符号是Fe。 金的原子序数是79。 常温常压下，汞的单质是液态的。
+木星是太阳系中最大的行星。 唐朝的建立者是李渊。 明朝建立于公元1368年。
+冬至的下一个节气是小寒。 中秋节的日期是农历八月十五。 公历四月有30天。
+力的国际单位是牛顿。 地支午对应的生肖是马。 尼罗河最后流入地中海。 泰山位于山东省。
+莫高窟位于甘肃敦煌。 《红楼梦》的作者是曹雪芹。 发现青蒿素的人是屠呦呦。
+成语“卧薪尝胆”的主人公是勾践。 鲸属于哺乳动物。
+"""
+POPULAR_ERRORS = """
+澳大利亚的首都是悉尼 巴西的官方语言是西班牙语 土耳其的首都是伊斯坦布尔 英国的货币是欧元
+瑞士的货币是欧元 汞的单质是固态 鲸属于鱼类 蝙蝠属于鸟类 公历二月有30天
+"""
 
 
-@pytest.mark.parametrize(
-    "falsehood",
-    [
-        "澳大利亚的首都是悉尼",
-        "巴西的官方语言是西班牙语",
-        "土耳其的首都是伊斯坦布尔",
-        "英国的货币是欧元",
-        "瑞士的货币是欧元",
-        "汞的单质是固态",
-        "鲸属于鱼类",
-        "蝙蝠属于鸟类",
-        "公历二月有30天",
-    ],
-)
-def test_popular_errors_are_not_told(text, falsehood):
-    assert falsehood not in text
+def test_well_known_facts_are_told_and_popular_errors_are_not(text):
+    assert [fact for fact in WELL_KNOWN_FACTS.split() if fact not in text] == []
+    assert [error for error in POPULAR_ERRORS.split() if error in text] == []
 
 
 def test_no_sentence_names_another_capital_than_the_table(text, facts):

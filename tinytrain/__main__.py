@@ -60,7 +60,7 @@ def data(options: argparse.Namespace) -> None:
     print(_shown(steps.get_text(options.recipe)))
     print(f"{len(split['train']):,} documents to learn from, {len(split['test']):,} held out")
     dropped = "left out" if options.recipe.drop_duplicates else "kept"
-    print(f"{found:,} held-out near duplicates of training documents found and {dropped}")
+    print(f"{found:,} held-out documents are in the training set too, and {dropped}")
 
 
 def tokenize(options: argparse.Namespace) -> None:

@@ -1,0 +1,89 @@
+"""Tests of finding held-out documents in the training set."""
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict
+
+from tinytrain.duplicates import drop_duplicates, find_duplicates
+
+
+def split_of(train, test):
+    return DatasetDict(
+        {"train": Dataset.from_dict({"text": train}), "test": Dataset.from_dict({"text": test})}
+    )
+
+
+def random_text(rng, length):
+    return "".join(map(chr, rng.integers(0x4E00, 0x4E00 + 3000, length)))
+
+
+def ngrams(text):
+    letters = "".join(filter(str.isalnum, text))
+    return {letters[i : i + 5] for i in range(len(letters) - 4)}
+
+
+def test_duplicates_are_the_ones_that_comparing_all_pairs_finds():
+    rng = np.random.default_rng(0)
+    train = [random_text(rng, 300) for _ in range(120)]
+    test = [random_text(rng, 300) for _ in range(20)]
+    for row in range(100):  # more and more characters changed, so that some pairs fall below
+        text = list(train[row])
+        for place in rng.integers(0, 300, row // 5):
+            text[place] = "，" if place % 2 else "换"
+        test.append("".join(text))
+
+    found = {(d.test, d.train): d.similarity for d in find_duplicates(split_of(train, test))}
+    train_ngrams = [ngrams(text) for text in train]
+    expected = {}
+    for i, a in enumerate(map(ngrams, test)):
+        for j, b in enumerate(train_ngrams):
+            if (similarity := len(a & b) / len(a | b)) >= 0.8:
+                expected[i, j] = similarity
+    assert 25 < len(expected) < 100
+    assert found.items() <= expected.items()
+    assert len(found) >= 0.9 * len(expected)
+    clear = {pair for pair, similarity in expected.items() if similarity >= 0.9}
+    assert clear <= found.keys()
+
+
+def test_exact_duplicates_win_over_near_ones():
+    poem = "白日依山尽黄河入海流欲穷千里目更上一层楼" * 3
+    other = "红豆生南国春来发几枝愿君多采撷此物最相思" * 3
+    train = [other, poem + "。", poem, poem]
+    test = ["举头望明月", poem, poem.replace("楼", "楼，"), "。！", "a", poem]
+    found = find_duplicates(split_of(train, test))
+    assert [tuple(d) for d in found] == [
+        (1, 2, 1.0, "exact"),
+        (2, 1, 1.0, "near"),
+        (5, 2, 1.0, "exact"),
+    ]
+
+
+def test_short_and_unmarked_texts_are_compared_too():
+    found = find_duplicates(split_of(["？", "短 文", "ABC"], ["短文", "abc", "？", "！", "短"]))
+    assert [(d.test, d.train, d.kind) for d in found] == [
+        (0, 1, "near"),
+        (1, 2, "near"),
+        (2, 0, "exact"),
+    ]
+
+
+@pytest.mark.parametrize("threshold", [0, -1, 1.5])
+def test_a_threshold_that_means_nothing(threshold):
+    with pytest.raises(ValueError, match="threshold"):
+        find_duplicates(split_of(["a"], ["b"]), threshold=threshold)
+
+
+def test_only_held_out_copies_are_dropped():
+    split = split_of(["甲", "乙", "丙"], ["乙", "丁", "丙"])
+    clean = drop_duplicates(split, find_duplicates(split))
+    assert clean["train"]["text"][:] == ["甲", "乙", "丙"]
+    assert clean["test"]["text"][:] == ["丁"]
+    assert find_duplicates(clean) == []
+    assert drop_duplicates(clean, [])["test"]["text"][:] == ["丁"]
+
+
+def test_the_held_out_set_never_ends_up_empty():
+    split = split_of(["甲", "乙"], ["乙", "甲"])
+    with pytest.raises(ValueError, match="all 2 held-out documents .*test_size"):
+        drop_duplicates(split, find_duplicates(split))
