@@ -19,9 +19,9 @@ from pathlib import Path
 from benchmarks import ROOT, save
 from benchmarks.overhead import watched_trainer
 from tinytrain import hardware, steps
+from tinytrain.checkpoints import train
 from tinytrain.modeling import estimate
 from tinytrain.recipes import RECIPES
-from tinytrain.training import train
 
 
 def recipes(quick: bool) -> dict:

@@ -19,10 +19,12 @@ from pathlib import Path
 
 from benchmarks import ROOT, save
 from tinytrain import callbacks, steps
+from tinytrain.callbacks.guard import LossGuard
+from tinytrain.checkpoints import last_checkpoint, train
 from tinytrain.evaluation import complete
 from tinytrain.hardware import choose_precision
 from tinytrain.recipes import RECIPES
-from tinytrain.training import build_trainer, train, training_arguments
+from tinytrain.training import build_trainer, training_arguments
 
 
 def count_time(callback, spent: Counter) -> None:
@@ -58,6 +60,7 @@ def watched_trainer(recipe, folder: Path):
         callbacks.VerboseTrainingCallback(tokens),
         callbacks.LivePlotCallback(folder / "loss.png", config.vocab_size, tokens, history),
         callbacks.SampleCallback(write, prompts, recipe.sample_steps),
+        LossGuard(find_checkpoint=last_checkpoint),
     ]
     arguments = training_arguments(
         recipe, folder / "checkpoints", choose_precision(recipe.precision).name
@@ -76,7 +79,7 @@ def measure(recipe, folder: Path) -> tuple[Counter, float, int]:
     draw = watching[3]._draw
     watching[3]._draw = lambda: drawings.append(draw())
     spent: Counter = Counter()
-    for callback in [*watching, trainer.guard]:
+    for callback in watching:
         count_time(callback, spent)
     trainer.training_step = _timed(trainer.training_step, "training", spent)
     trainer.prediction_step = _timed(trainer.prediction_step, "training", spent)

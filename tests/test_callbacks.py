@@ -24,11 +24,12 @@ from transformers import (
 )
 
 from tinytrain import callbacks
+from tinytrain.checkpoints import train
 from tinytrain.common import setup_logging
 from tinytrain.evaluation import complete
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
-from tinytrain.training import build_trainer, train, training_arguments
+from tinytrain.training import build_trainer, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +432,8 @@ from tinytrain import callbacks
 from tinytrain.common import setup_logging
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
-from tinytrain.training import build_trainer, train, training_arguments
+from tinytrain.checkpoints import train
+from tinytrain.training import build_trainer, training_arguments
 run = {run!r}
 setup_logging(run + "/training.log")
 blocks = load_from_disk(run + "/blocks")

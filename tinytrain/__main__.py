@@ -337,9 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        if type(error).__name__ != "LostProcessError":  # which has been written to the log
-            name = f"tinytrain (process {process})" if process else "tinytrain"
-            print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
+        name = f"tinytrain (process {process})" if process else "tinytrain"
+        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
         return 1
 
 

@@ -33,9 +33,13 @@ from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, Recipe
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
-
-    from tinytrain.training import GuardedTrainer
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Trainer,
+    )
 
 logger = logging.getLogger(__name__)
 
@@ -341,7 +345,7 @@ def probe(recipe: Recipe, precision: str, steps: int = 6) -> tuple[float, int]:
     return clock.seconds(), hardware.peak_memory()
 
 
-def train_for(recipe: Recipe, seconds: float, folder: str | Path) -> GuardedTrainer:
+def train_for(recipe: Recipe, seconds: float, folder: str | Path) -> Trainer:
     """Train a fresh model for about so many seconds, to compare recipes at equal time.
 
     A probe tells how many steps fit in.
@@ -357,7 +361,7 @@ def train_for(recipe: Recipe, seconds: float, folder: str | Path) -> GuardedTrai
 
     Returns
     -------
-    tinytrain.training.GuardedTrainer
+    transformers.Trainer
         Its ``model`` is trained; its ``evaluate()`` returns the held-out loss.
     """
     from tinytrain import hardware
@@ -366,7 +370,7 @@ def train_for(recipe: Recipe, seconds: float, folder: str | Path) -> GuardedTrai
     return train_steps(recipe, max(2, round(seconds / step_seconds)), folder)
 
 
-def train_steps(recipe: Recipe, number: int, folder: str | Path) -> GuardedTrainer:
+def train_steps(recipe: Recipe, number: int, folder: str | Path) -> Trainer:
     """Train a fresh model for so many steps, to compare recipes at equal work.
 
     The learning rate falls to its end just then; a warm-up takes at most a tenth of the steps.
@@ -382,10 +386,11 @@ def train_steps(recipe: Recipe, number: int, folder: str | Path) -> GuardedTrain
 
     Returns
     -------
-    tinytrain.training.GuardedTrainer
+    transformers.Trainer
         Its ``model`` is trained; its ``evaluate()`` returns the held-out loss.
     """
-    from tinytrain import callbacks, hardware, training
+    from tinytrain import callbacks, checkpoints, hardware, training
+    from tinytrain.callbacks.guard import LossGuard
 
     recipe = replace(
         recipe,
@@ -398,7 +403,10 @@ def train_steps(recipe: Recipe, number: int, folder: str | Path) -> GuardedTrain
     few = blocks["test"].select(range(min(len(blocks["test"]), recipe.eval_blocks or 64)))
     about = {"vocab_size": model.config.vocab_size, "name": recipe.name}
     history = Path(folder) / "history.jsonl"
-    watching = [callbacks.HistoryCallback(history, recipe.tokens_per_step, **about)]
+    watching = [
+        callbacks.HistoryCallback(history, recipe.tokens_per_step, **about),
+        LossGuard(find_checkpoint=checkpoints.last_checkpoint),
+    ]
     arguments = training.training_arguments(
         recipe, folder, precision, eval_steps=number, save_strategy="no"
     )
@@ -478,7 +486,8 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
 
     import torch
 
-    from tinytrain import callbacks, evaluation, training
+    from tinytrain import callbacks, checkpoints, evaluation, training
+    from tinytrain.callbacks.guard import LossGuard
     from tinytrain.common import setup_logging
 
     first, processes = this_process() == 0, int(os.environ.get("WORLD_SIZE", 1))
@@ -528,6 +537,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
         callbacks.VerboseTrainingCallback(tokens),
         plot,
         callbacks.SampleCallback(write, prompts[:2], recipe.sample_steps, folder / "samples.jsonl"),
+        LossGuard(tokenizer=tokenizer, find_checkpoint=checkpoints.last_checkpoint),
     ]
     held_out = blocks["test"]
     few = held_out.select(range(min(len(held_out), recipe.eval_blocks or len(held_out))))
@@ -537,10 +547,15 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
         blocks["train"],
         few,
         watching,
-        guard=training.LossGuard(tokenizer=tokenizer),
         make_optimizer=get_optimizer(recipe),
     )
-    training.train(trainer, run_inputs(recipe, precision), fresh, recipe.halve_batch)
+    checkpoints.train(
+        trainer,
+        run_inputs(recipe, precision),
+        fresh,
+        recipe.halve_batch,
+        make_model=partial(get_model, recipe),
+    )
 
     trainer.save_model(str(folder / "model"))
     if first:
@@ -660,7 +675,7 @@ def load_trained(
 
 def _is_trained(recipe: Recipe, folder: Path) -> bool:
     """Tell whether the run's folder holds a model, and one trained from these inputs."""
-    from tinytrain.training import MARK, last_checkpoint
+    from tinytrain.checkpoints import checkpoint_inputs, last_checkpoint
 
     if not (folder / "model" / "config.json").is_file():
         return False
@@ -668,7 +683,7 @@ def _is_trained(recipe: Recipe, folder: Path) -> bool:
     if checkpoint is None:
         logger.warning("%s has no checkpoints any more: its model is taken as it is", folder.name)
         return True
-    before = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))["inputs"]
+    before = checkpoint_inputs(checkpoint)
     # The number format depends on the machine; a model may have come from another one.
     return before == json.loads(json.dumps(run_inputs(recipe, before.get("precision", ""))))
 
@@ -732,7 +747,7 @@ def get_questions(recipe: Recipe) -> list[tuple[str, str, str]]:
 
 
 def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
-    """Return what decides the outcome of a training run, for `tinytrain.training.open_run`."""
+    """Return what decides the outcome of a training run, for `tinytrain.checkpoints.train`."""
     inputs = {**asdict(recipe), "precision": precision, "text": _text_hash(get_text(recipe))}
     inputs["tokenizer_fingerprint"] = tokenization.fingerprint(get_tokenizer(recipe))
     return {name: value for name, value in inputs.items() if name not in DISPLAY_AND_SPEED_FIELDS}

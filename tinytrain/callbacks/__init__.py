@@ -81,7 +81,7 @@ class VerboseTrainingCallback(TrainerCallback):
         The logged training losses in nats per token, each the mean since the last.
     """
 
-    only_shows = True  # of several processes, the first does it
+    rank_zero_only = True  # of several processes, the first does it
 
     def __init__(self, tokens_per_step: int, seconds: float = 10.0):
         self.tokens_per_step = tokens_per_step
@@ -158,7 +158,7 @@ class HistoryCallback(TrainerCallback):
         Kept in the first line, for example ``vocab_size=4096`` and ``name="pocket"``.
     """
 
-    only_shows = True  # of several processes, the first does it
+    rank_zero_only = True  # of several processes, the first does it
 
     def __init__(self, path: str | Path, tokens_per_step: int, **about: Any):
         self.path = Path(path)
@@ -754,7 +754,7 @@ class LivePlotCallback(TrainerCallback):
         The time that drawing has taken so far.
     """
 
-    only_shows = True  # of several processes, the first does it
+    rank_zero_only = True  # of several processes, the first does it
 
     def __init__(
         self,
@@ -893,8 +893,10 @@ class SampleCallback(TrainerCallback):
         The most samples shown per prompt; the file keeps all.
     """
 
-    only_shows = True  # of several processes, the first does it
-    needs_whole_model = True  # one that FSDP has shared out writes only if all processes take part
+    rank_zero_only = True  # of several processes, the first does it
+    needs_unsharded_model = (
+        True  # one that FSDP has shared out writes only if all processes take part
+    )
 
     def __init__(
         self,
@@ -990,7 +992,7 @@ class StopCallback(TrainerCallback):
 
     If there are several processes, what one of them hears stops all after the same step.
 
-    Name it first among the callbacks: `tinytrain.training.train` closes them in reverse order,
+    Name it first among the callbacks: `tinytrain.checkpoints.train` closes them in reverse order,
     and nothing should be left to do when a SIGTERM takes its course.
 
     Parameters

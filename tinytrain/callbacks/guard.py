@@ -69,23 +69,31 @@ class LossGuard(TrainerCallback):
         self.tokenizer = tokenizer
         self.find_checkpoint = find_checkpoint
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+    gradient_norm: torch.Tensor | None = None  # of this step, where it is known already
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, model=None, **kwargs):
         """Begin with nothing to compare with."""
+        if model is not None:
+            self._hook = model.register_forward_hook(self._see, with_kwargs=True)
         self._blocks = train_dataloader.dataset if train_dataloader is not None else None
         self._recent: deque[float] = deque(maxlen=self.window)
         self._losses: list[torch.Tensor] = []
         self._batch: list[torch.Tensor] = []
-        self.gradient_norm: torch.Tensor | None = None  # of this step, where it is known already
 
-    def see(self, input_ids: torch.Tensor, loss: torch.Tensor) -> None:
-        """Take up the share that a micro-batch has in the loss of its step."""
-        self._batch.append(input_ids)
-        self._losses.append(loss)
+    def close(self) -> None:
+        """Remove the hook."""
+        if getattr(self, "_hook", None) is not None:
+            self._hook.remove()
+
+    def _see(self, module, args, kwargs, output):
+        if module.training:
+            self._batch.append(kwargs["input_ids"])
+            self._losses.append(output.loss.detach())
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Judge the loss and the gradients of a step, the last moment that nothing is changed."""
         # Each process sees the loss of its own blocks; that of the step is their mean.
-        loss = float(reduce(torch.stack(self._losses).sum(), "mean"))
+        loss = float(reduce(torch.stack(self._losses).sum(), "sum"))
         batch, self._batch, self._losses = self._batch, [], []
         trouble = self._trouble(loss)
         # In fp16 gradients overflow now and then; the Trainer then leaves the step out by itself.
