@@ -17,20 +17,17 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors.torch import load_model
-from transformers import TrainerCallback, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from tinytrain.common import one_line, rank, world_size, write_json, writing_to
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +179,7 @@ def train(
             # At once: the launcher may end this process before it can report anything else.
             last = last_checkpoint(folder)
             resume = f"goes on from {last.name}" if last else "starts over: no checkpoint yet"
-            logger.error("rank %d ends: %s; the same command %s", rank(), one_line(error), resume)
+            logger.error("rank %d ends (%s); the same command %s", rank(), one_line(error), resume)
         raise
     finally:
         trainer.remove_callback(keeper)
@@ -226,8 +223,8 @@ def _restore_first_weights(trainer: Trainer, make_model: Callable | None) -> Non
         return  # the model has not been trained yet
     if make_model is None or trainer.is_fsdp_enabled:
         raise RuntimeError(
-            "the model in memory is trained already: to start over, restart this program or "
-            "notebook, or give train(..., make_model=...) a function that makes the model"
+            "the model in memory is trained already: restart this program or notebook to start "
+            "over, or give train(..., make_model=...) a function that makes the model"
         )
     trainer.model.load_state_dict(make_model().state_dict())
 
@@ -276,8 +273,7 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
 def _opened_by_rank_zero(trainer: Trainer, inputs: dict, fresh: bool) -> Iterator[Path | None]:
     """Lock the folder and give all ranks the checkpoint, or the error, that rank 0 has found."""
     folder = Path(trainer.args.output_dir)
-    callbacks = trainer.callback_handler.callbacks
-    files = [Path(callback.path) for callback in callbacks if getattr(callback, "path", None)]
+    files = [Path(c.path) for c in trainer.callback_handler.callbacks if getattr(c, "path", None)]
     found: Path | Exception | None = None
     with ExitStack() as stack:
         if rank() == 0:

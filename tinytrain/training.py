@@ -206,8 +206,7 @@ class StepClock(TrainerCallback):
 
     def seconds(self) -> float:
         """Return the median time of a step, without the first two, which are slower."""
-        ends = self.times[2:] if len(self.times) > 3 else self.times
-        return statistics.median(end - start for start, end in itertools.pairwise(ends))
+        return statistics.median(end - start for start, end in itertools.pairwise(self.times[2:]))
 
 
 class _PretrainingTrainer(Trainer):
