@@ -55,7 +55,7 @@ colab-test: .venv/ready build/colab/ready  ## every notebook as in Colab: its ve
 	$(BIN)/python -m pytest -v -m colab tests/test_in_colab.py
 
 soak: .venv/ready  ## kill a training 200 times, train 10,000 logged steps, read 2 GB in 1 GB (an hour)
-	TINYTRAIN_KILLS=200 $(BIN)/python -m pytest -v -m "soak or not soak" -k "killed or soak" --timeout=3600 tests/test_kill_and_resume.py tests/test_big_text.py
+	TINYTRAIN_KILLS=200 $(BIN)/python -m pytest -v -m "soak or not soak" -k "killed or soak" --timeout=3600 tests/test_kill_and_resume.py tests/test_distributed.py tests/test_big_text.py
 
 build/llama.cpp/ready: tests/llama_cpp.txt .venv/ready
 	$(BIN)/python -m pip download --disable-pip-version-check --no-deps --no-binary :all: --require-hashes --dest build/llama.cpp --requirement tests/llama_cpp.txt

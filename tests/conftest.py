@@ -73,6 +73,23 @@ def plain_trainer(smoke, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def small_trainer(smoke):
+    """Return a function that builds the Trainer of recipe ``smoke``, for a folder."""
+    from tinytrain.modeling import build_model
+    from tinytrain.training import build_trainer, training_arguments
+
+    def build(folder, callbacks=(), precision="float32", make_optimizer=None, **overrides):
+        arguments = training_arguments(
+            smoke.recipe, folder, precision, **{"use_cpu": True} | overrides
+        )
+        model = build_model(smoke.config, seed=smoke.recipe.seed)
+        blocks = smoke.blocks["train"], smoke.blocks["test"]
+        return build_trainer(model, arguments, *blocks, callbacks, make_optimizer)
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def hostile():
     """Text that must never become HTML."""
     return "<script>x</script>&lt;'\"&\n</div>"
@@ -96,3 +113,25 @@ def taught(smoke, hostile):
             optimizer.step()
             optimizer.zero_grad()
     return model
+
+
+@pytest.fixture(scope="session")
+def whole(smoke, small_trainer, tmp_path_factory):
+    """A run of ``smoke`` that nothing disturbs: its folder, history without times, weights."""
+    from tinytrain.callbacks import HistoryCallback
+    from tinytrain.checkpoints import train
+
+    folder = tmp_path_factory.mktemp("whole")
+    history = HistoryCallback(folder / "history.jsonl", smoke.recipe.tokens_per_step)
+    trainer = small_trainer(folder / "checkpoints", [history])
+    train(trainer)
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return SimpleNamespace(folder=folder, history=without_times(history.path), weights=weights)
+
+
+def without_times(path):
+    """Return the lines of a history that another run of the same recipe must have too."""
+    from tinytrain.callbacks import read_history
+
+    lines = read_history(path)
+    return [{name: line[name] for name in line if name != "seconds"} for line in lines]

@@ -168,7 +168,7 @@ def chain(text, limits=None, recipe=FIXED):
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
-    from tinytrain import steps, tokenization
+    from tinytrain import runs, steps, tokenization
     from tinytrain.corpus import describe
 
     recipe = replace(recipe, corpus=text)
@@ -184,7 +184,7 @@ def chain(text, limits=None, recipe=FIXED):
     with measured("tokens a character", limits):
         rate = tokenization.tokens_per_character(tokenizer, split["test"]["text"])
     with measured("three steps of training", limits):
-        steps.probe(recipe, "float32", steps=3)
+        runs.probe(recipe, "float32", steps=3)
     duplicates = len(steps.get_duplicates(recipe))
     tokens = len(blocks["train"]) * recipe.context_length
     found = {"characters": characters, "duplicates": duplicates, "tokens": tokens, "rate": rate}

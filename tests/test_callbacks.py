@@ -18,11 +18,12 @@ from transformers import TrainerCallback, TrainerState
 
 from tinytrain import callbacks, steps
 from tinytrain.callbacks.plot import _LossPlot, _plot_history, _smooth
+from tinytrain.checkpoints import train
 from tinytrain.common import setup_logging
 from tinytrain.generation import complete
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
-from tinytrain.training import build_trainer, train, training_arguments
+from tinytrain.training import build_trainer, training_arguments
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +407,8 @@ from tinytrain.callbacks.plot import _LossPlot, _plot_history, _smooth
 from tinytrain.common import setup_logging
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
-from tinytrain.training import build_trainer, train, training_arguments
+from tinytrain.checkpoints import train
+from tinytrain.training import build_trainer, training_arguments
 run = {run!r}
 setup_logging(run + "/training.log")
 blocks = load_from_disk(run + "/blocks")

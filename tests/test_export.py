@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tinytrain import export, gguf_file, modeling, qwen, steps, tokenization
+from tinytrain import export, gguf_file, modeling, qwen, runs, steps, tokenization
 from tinytrain.hardware import machine_name
 from tinytrain.loss import save_loss_memory
 
@@ -327,12 +327,12 @@ def run(smoke, monkeypatch):
     history = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "history.jsonl").write_text(history, encoding="utf-8")
     measured = {"held_out_loss": 4.25, "precision": "float32", "completions": [("a", "b")]}
-    steps.save_summary(smoke.recipe, **measured)
+    runs.save_summary(smoke.recipe, **measured)
     return folder
 
 
 def test_a_run_is_exported_with_its_facts(run, smoke):
-    folder = steps.export_run(smoke.recipe, precision="another one")
+    folder = runs.export_run(smoke.recipe, precision="another one")
     assert folder == run / "export"
     assert not (folder / "training_args.bin").exists()
     card = (folder / "README.md").read_text(encoding="utf-8")
@@ -348,10 +348,10 @@ def test_a_run_is_exported_with_its_facts(run, smoke):
 
 def test_what_an_export_lacks_is_said(run, smoke, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'smoke' has no reduced Qwen2.5 vocabulary"):
-        steps.export_run(smoke.recipe, whole_vocabulary=True)
+        runs.export_run(smoke.recipe, whole_vocabulary=True)
     monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="notebook 05 makes one, or .* --recipe smoke"):
-        steps.export_run(smoke.recipe)
+        runs.export_run(smoke.recipe)
 
 
 def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
@@ -362,7 +362,7 @@ def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
     model = steps.get_model(recipe)
     for part in (model, reduced):
         part.save_pretrained(steps.run_folder(recipe) / "model")
-    folder = steps.export_run(recipe, whole_vocabulary=True)
+    folder = runs.export_run(recipe, whole_vocabulary=True)
 
     loaded, tokenizer = (
         kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)
@@ -461,5 +461,5 @@ def test_without_the_package_nothing_is_written(run, smoke, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.delitem(sys.modules, "tinytrain.gguf_file")
     with pytest.raises(ModuleNotFoundError, match="pip install gguf"):
-        steps.export_run(smoke.recipe, gguf=True)
+        runs.export_run(smoke.recipe, gguf=True)
     assert not (run / "export").exists()

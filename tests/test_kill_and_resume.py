@@ -4,6 +4,7 @@ A fork server that has imported torch once gives each attempt a process of its o
 of a second; the signals are real, and nothing of the training is replaced.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from datasets import DatasetDict
 
 from tinytrain.recipes import RECIPES
 
@@ -23,18 +25,17 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX sig
 
 # Many checkpoints, so that a good part of the time goes into saving; dropout, so that the random
 # state counts; more than one pass over the text, so that the order of the second counts.
-RECIPE = replace(
-    RECIPES["smoke"], max_documents=80, max_steps=48, save_steps=4, eval_steps=8, logging_steps=2
-)
-KILLS = int(os.environ.get("TINYTRAIN_KILLS", 20))
+RECIPE = replace(RECIPES["smoke"], max_steps=24, save_steps=4, eval_steps=8, logging_steps=2)
+LONG = replace(RECIPE, max_steps=10_000, logging_steps=1, save_steps=1000, eval_steps=1000)
+KILLS = int(os.environ.get("TINYTRAIN_KILLS", 4))
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
-    [f"tinytrain.{name}" for name in ("training", "callbacks", "modeling", "loss", "optimizer")]
+    [
+        f"tinytrain.{name}"
+        for name in ("checkpoints", "training", "callbacks", "modeling", "optimizer")
+    ]
 )
-
-
-LONG = replace(RECIPE, max_steps=10_000, logging_steps=1, save_steps=1000, eval_steps=1000)
 
 
 def run(folder, config, blocks, delay, recipe):
@@ -43,11 +44,12 @@ def run(folder, config, blocks, delay, recipe):
     from datasets import disable_progress_bars, load_from_disk
     from transformers import Qwen2Config
 
-    from tinytrain import callbacks, steps
+    from tinytrain import callbacks, runs
+    from tinytrain.checkpoints import train
     from tinytrain.common import setup_logging
     from tinytrain.loss import save_loss_memory
     from tinytrain.modeling import build_model
-    from tinytrain.training import build_trainer, train, training_arguments
+    from tinytrain.training import build_trainer, training_arguments
 
     torch.set_num_threads(1)
     disable_progress_bars()
@@ -69,8 +71,9 @@ def run(folder, config, blocks, delay, recipe):
         callbacks.StopCallback(folder / "STOP"),
     ]
     arguments = training_arguments(recipe, folder / "checkpoints", use_cpu=True)
-    halves, make = (blocks["train"], blocks["test"]), steps.get_optimizer(recipe)
-    trainer = build_trainer(model, arguments, *halves, watching, make_optimizer=make)
+    trainer = build_trainer(
+        model, arguments, blocks["train"], blocks["test"], watching, runs.get_optimizer(recipe)
+    )
     train(trainer, json.loads(json.dumps(asdict(recipe))))
     torch.save(model.state_dict(), folder / "weights.pt")
 
@@ -91,10 +94,9 @@ class Slow:
 def start(smoke, tmp_path_factory):
     """Return a function that starts a training in a folder."""
     blocks = tmp_path_factory.mktemp("blocks") / "blocks"
-    few = smoke.blocks
-    few["train"] = few["train"].select(range(min(180, len(few["train"]))))
-    few["test"] = few["test"].select(range(8))
-    few.save_to_disk(str(blocks))
+    sizes = {"train": 90, "test": 8}
+    few = {split: smoke.blocks[split].select(range(size)) for split, size in sizes.items()}
+    DatasetDict(few).save_to_disk(str(blocks))
     config = smoke.config.to_dict() | {"attention_dropout": 0.1}
 
     def start(folder, delay=0.0, recipe=RECIPE):
@@ -168,53 +170,61 @@ def test_killed_at_random_moments_a_run_ends_like_one_never_stopped(start, whole
     print(f"random.Random({seed})")
     chance = random.Random(seed)
     seconds = json.loads((whole / "history.jsonl").read_text().splitlines()[-1])["seconds"]
-    kills = number = 0
-    while kills < KILLS:
-        number += 1
+    kills = 0
+    for number in itertools.count(1):
         folder = tmp_path / f"run-{number}"
-        while True:
+        alive = True
+        while alive and kills < 4 * number and kills < KILLS:
             begun = beginnings(folder)
             process = start(folder)
             wait_for(lambda f=folder, p=process, n=begun: beginnings(f) > n or not p.is_alive())
             process.join(chance.uniform(0, seconds))  # waits so long, or until it ends
-            if not kill(process):
-                break
-            kills += 1
-            print(f"run {number} killed at step {last_step(folder)}")
-            if kills % 5 == 0:
-                break
+            alive = kill(process)
+            kills += alive
+            print(f"run {number} killed at step {last_step(folder)}" if alive else "it had ended")
         ends_like(folder, whole, start)
+        if kills >= KILLS:
+            break
 
 
-@pytest.mark.parametrize(
-    "file", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"]
-)
-def test_killed_while_it_saves_a_run_ends_like_one_never_stopped(start, whole, tmp_path, file):
-    process = start(tmp_path)
-    wait_for((tmp_path / "checkpoints" / "checkpoint-12" / file).exists)
-    assert kill(process)
-    unfinished = not (tmp_path / "checkpoints" / "checkpoint-12" / "complete.json").exists()
+def test_killed_while_it_saves_a_run_ends_like_one_never_stopped(start, whole, tmp_path):
+    """Killed at the first, at one in the middle and at the last file of three checkpoints."""
+    unfinished = []
+    for step, file in ((8, "model.safetensors"), (12, "optimizer.pt"), (16, "trainer_state.json")):
+        checkpoint = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        process = start(tmp_path)
+        wait_for((checkpoint / file).exists)
+        assert kill(process)
+        if not (checkpoint / "complete.json").exists():  # nearly always
+            unfinished.append(step)
     ends_like(tmp_path, whole, start)
     log = (tmp_path / "training.log").read_text()
     assert "going on from checkpoint-" in log
-    if unfinished:  # nearly always
-        assert "checkpoint-12 is passed over: its writing was not finished" in log
+    for step in unfinished:
+        assert f"checkpoint-{step} is passed over: its writing was not finished" in log
+
+
+def stop(start, folder, ask, least):
+    """Start a training, ask it to stop at a step or soon after; return step and exit code."""
+    process = start(folder, delay=0.1)
+    wait_for(lambda: last_step(folder) >= least)
+    ask(process, folder)
+    process.join(30)
+    step = last_step(folder)
+    assert least <= step < 24
+    assert (folder / "checkpoints" / f"checkpoint-{step}" / "complete.json").exists()
+    assert f"stopped at step {step} by " in (folder / "training.log").read_text()
+    return step, process.exitcode
 
 
 def test_sigterm_saves_a_checkpoint_before_the_end(start, whole, tmp_path):
-    process = start(tmp_path, delay=0.1)
-    wait_for(lambda: last_step(tmp_path) >= 6)
-    process.terminate()
-    process.join(30)
-    assert process.exitcode == -signal.SIGTERM  # the signal took its course
-    step = last_step(tmp_path)
-    assert 6 <= step < 48
-    assert (tmp_path / "checkpoints" / f"checkpoint-{step}" / "complete.json").exists()
-    assert f"stopped at step {step} by SIGTERM" in (tmp_path / "training.log").read_text()
+    step, exit_code = stop(start, tmp_path, lambda process, folder: process.terminate(), 6)
+    assert exit_code == -signal.SIGTERM  # the signal took its course
     assert not (tmp_path / "weights.pt").exists()
     process = start(tmp_path)
     process.join(60)
-    assert f"going on from checkpoint-{step};" in (tmp_path / "training.log").read_text()
+    log = (tmp_path / "training.log").read_text()
+    assert "by SIGTERM" in log and f"going on from checkpoint-{step};" in log
     assert same_weights(tmp_path, whole)
 
 
@@ -226,27 +236,21 @@ def touch(process, folder):
     (folder / "STOP").touch()
 
 
-@pytest.mark.parametrize("ask", [interrupt, touch])
-def test_asked_to_stop_it_saves_evaluates_draws_and_goes_on(start, tmp_path, ask):
-    process = start(tmp_path, delay=0.1)
-    wait_for(lambda: last_step(tmp_path) >= 6)
-    ask(process, tmp_path)
-    process.join(30)
-    assert process.exitcode == 0
-    assert (tmp_path / "weights.pt").exists()  # what comes after the training was reached
-    *_, evaluation, end = history(tmp_path)
-    step = end["step"]
-    assert 6 <= step < 48
-    assert end["end"] == "stopped"
-    assert evaluation["step"] == step and evaluation["eval_loss"] > 0
-    assert (tmp_path / "checkpoints" / f"checkpoint-{step}" / "complete.json").exists()
-    assert (tmp_path / "loss.png").stat().st_size > 0
-    assert not (tmp_path / "STOP").exists()
-    log = (tmp_path / "training.log").read_text()
-    assert f"stopped at step {step}" in log and "the same call goes on from it" in log
+def test_asked_to_stop_it_saves_evaluates_draws_and_goes_on(start, tmp_path):
+    step = 0
+    for ask in (interrupt, touch):
+        step, exit_code = stop(start, tmp_path, ask, step + 4)
+        assert exit_code == 0
+        assert (tmp_path / "weights.pt").exists()  # what comes after the training was reached
+        *_, evaluation, end = history(tmp_path)
+        assert end["end"] == "stopped"
+        assert evaluation["step"] == step and evaluation["eval_loss"] > 0
+        assert (tmp_path / "loss.png").stat().st_size > 0
+        assert not (tmp_path / "STOP").exists()
+        assert "the same call goes on from it" in (tmp_path / "training.log").read_text()
     process = start(tmp_path)
     process.join(60)
-    assert history(tmp_path)[-1] == {"step": 48, "tokens": 48 * 512, "end": "finished"}
+    assert history(tmp_path)[-1] == {"step": 24, "tokens": 24 * 512, "end": "finished"}
 
 
 def test_a_second_interrupt_stops_at_once(start, tmp_path):
@@ -261,17 +265,6 @@ def test_a_second_interrupt_stops_at_once(start, tmp_path):
     assert time.monotonic() - begun < 2.5
     assert process.exitcode == 1
     assert "KeyboardInterrupt" in (tmp_path / "output.txt").read_text()
-
-
-def test_the_lock_of_a_killed_process_is_free(start, whole, tmp_path):
-    first = start(tmp_path, delay=0.2)
-    wait_for(lambda: last_step(tmp_path) >= 2)
-    second = start(tmp_path)
-    second.join(30)
-    assert second.exitcode == 1
-    assert "another process trains in" in (tmp_path / "output.txt").read_text()
-    assert kill(first)
-    ends_like(tmp_path, whole, start)
 
 
 @pytest.mark.soak

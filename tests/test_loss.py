@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from tinytrain.checkpoints import train
 from tinytrain.loss import linear_cross_entropy, save_loss_memory
 from tinytrain.modeling import build_model
-from tinytrain.training import build_trainer, train, training_arguments
+from tinytrain.training import build_trainer, training_arguments
 
 
 def plain(hidden, weight, labels, total=None):

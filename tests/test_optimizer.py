@@ -1,14 +1,14 @@
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
-from tinytrain import steps
+from tinytrain import runs
+from tinytrain.checkpoints import train
 from tinytrain.modeling import build_model, qwen2_config
 from tinytrain.optimizer import MuonAdamW, _batches_of_one_shape, _orthogonalize, muon_adamw
-from tinytrain.training import build_trainer, train, training_arguments
 
 MUON = SimpleNamespace(optimizer="muon")
 
@@ -68,22 +68,22 @@ def test_what_is_not_a_matrix_of_a_layer_is_stepped_by_adamw():
         50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, context_length=16, eos_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
-    model, twin = build_model(config, seed=1), build_model(config, seed=1)
+    model, other = build_model(config, seed=1), build_model(config, seed=1)
     ours = muon_adamw(model, lr=1e-3, weight_decay=0.1)
     torchs = torch.optim.AdamW(
         [
-            {"params": [p for p in twin.parameters() if p.ndim == 2]},
-            {"params": [p for p in twin.parameters() if p.ndim == 1], "weight_decay": 0.0},
+            {"params": [p for p in other.parameters() if p.ndim == 2]},
+            {"params": [p for p in other.parameters() if p.ndim == 1], "weight_decay": 0.0},
         ],
         lr=1e-3,
         betas=(0.9, 0.95),
         weight_decay=0.1,
     )
     ids = torch.randint(50, (2, 16))
-    for one, optimizer in ((model, ours), (twin, torchs)):
+    for one, optimizer in ((model, ours), (other, torchs)):
         one(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         by_muon = p.ndim == 2 and "embed" not in name and "lm_head" not in name
         assert torch.allclose(p, q, atol=1e-6) != by_muon, name
 
@@ -104,32 +104,16 @@ def test_steps_are_about_as_large_as_the_learning_rate_says():
     assert math.isclose(p.detach().square().mean().sqrt(), 0.2, rel_tol=0.2)
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
+def test_a_run_with_muon_goes_on_where_it_stopped(small_trainer, tmp_path):
+    def trainer():
+        return small_trainer(tmp_path, make_optimizer=runs.get_optimizer(MUON))
 
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-
-
-def trainer_with_muon(smoke, folder, **overrides):
-    arguments = training_arguments(smoke.recipe, folder, use_cpu=True, **overrides)
-    model = build_model(smoke.config, seed=smoke.recipe.seed)
-    blocks = smoke.blocks
-    make = steps.get_optimizer(MUON)
-    return build_trainer(model, arguments, blocks["train"], blocks["test"], make_optimizer=make)
-
-
-def test_a_run_with_muon_goes_on_where_it_stopped(smoke, tmp_path):
-    whole = trainer_with_muon(smoke, tmp_path / "whole")
+    whole = trainer()
     train(whole)
-    parts = trainer_with_muon(smoke, tmp_path / "parts")
-    parts.add_callback(StopAt(10))
-    train(parts)
-    assert parts.state.global_step == 10
-    again = trainer_with_muon(smoke, tmp_path / "parts")
+    shutil.rmtree(tmp_path / "checkpoint-20")
+    again = trainer()
     train(again)
-    assert again.state.global_step == 20
+    assert [line["step"] for line in again.state.log_history if "train_runtime" in line] == [20]
     assert isinstance(getattr(again.optimizer, "optimizer", again.optimizer), MuonAdamW)
     expected = whole.model.state_dict()
     for name, value in again.model.state_dict().items():
@@ -138,5 +122,5 @@ def test_a_run_with_muon_goes_on_where_it_stopped(smoke, tmp_path):
 
 def test_another_optimizer_makes_another_run():
     with pytest.raises(ValueError, match="neither 'adamw' nor 'muon'"):
-        steps.get_optimizer(SimpleNamespace(optimizer="sgd"))
-    assert steps.get_optimizer(SimpleNamespace(optimizer="adamw")) is None
+        runs.get_optimizer(SimpleNamespace(optimizer="sgd"))
+    assert runs.get_optimizer(SimpleNamespace(optimizer="adamw")) is None

@@ -135,6 +135,19 @@ def atomic_write(path: str | Path, content: str | bytes, sync: bool = False) -> 
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing_to(folder: str | Path) -> Iterator[None]:
+    """Say of an error of the file system in which folder it happened and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot write to {folder} ({error.strerror}): "
+            "choose another folder (notebooks: TINYTRAIN_RUNS)",
+        ) from error
+
+
 def write_json(path: str | Path, values: Any, sync: bool = False) -> None:
     """Write values as indented JSON, by `atomic_write`."""
     atomic_write(path, json.dumps(values, indent=1, ensure_ascii=False), sync)

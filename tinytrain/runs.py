@@ -196,7 +196,7 @@ def train_steps(recipe: Recipe, number: int, folder: str | Path) -> Trainer:
     transformers.Trainer
         Its ``model`` is trained; its ``evaluate()`` returns the held-out loss.
     """
-    from tinytrain.callbacks import HistoryCallback
+    from tinytrain.callbacks import HistoryCallback, LossGuard
     from tinytrain.hardware import choose_precision
 
     recipe = replace(
@@ -210,9 +210,9 @@ def train_steps(recipe: Recipe, number: int, folder: str | Path) -> Trainer:
     metadata = {"vocab_size": model.config.vocab_size, "name": recipe.name}
     history = HistoryCallback(Path(folder) / "history.jsonl", recipe.tokens_per_step, **metadata)
     precision = choose_precision(recipe.precision).name
-    trainer = assemble(
-        recipe, folder, precision, [history], model, eval_steps=number, save_strategy="no"
-    )
+    watching = [LossGuard(), history]
+    rhythm = {"eval_steps": number, "save_strategy": "no"}
+    trainer = assemble(recipe, folder, precision, watching, model, **rhythm)
     trainer.train()
     return trainer
 
@@ -306,7 +306,8 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     watching = watch(recipe, folder, tokenizer, model.config.vocab_size, tokens)
     arguments = {"fsdp": True} if fsdp else {}
     trainer = assemble(mine, folder / "checkpoints", precision, watching, model, **arguments)
-    train(trainer, run_inputs(recipe, precision), fresh, recipe.halve_batch)
+    untrained = partial(steps.get_model, recipe)
+    train(trainer, run_inputs(recipe, precision), fresh, recipe.halve_batch, untrained)
 
     trainer.save_model(str(folder / "model"))
     if rank() == 0:

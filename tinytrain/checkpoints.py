@@ -1,0 +1,368 @@
+"""Training that goes on where it stopped, with any Hugging Face Trainer.
+
+A checkpoint counts only once it is complete, and it records what it was made from, so that two
+different runs never mix. `train` resumes from the newest one, lets one process at a time train in
+a folder, makes the batch smaller where memory is short, and says in a line what ended a run early.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+import logging
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from safetensors.torch import load_model
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.utils import logging as transformers_logging
+
+from tinytrain.common import one_line, rank, world_size, write_json, writing_to
+
+logger = logging.getLogger(__name__)
+
+_COMPLETION_FILE = "complete.json"  # the last file written into a checkpoint
+
+
+class _CheckpointKeeper(TrainerCallback):
+    """Marks each checkpoint when it is complete, and only then removes older ones.
+
+    The Trainer writes straight into a checkpoint's folder, so that a crash leaves a part of one,
+    and it tells old from new by the clock, which may jump. Here the last thing written is
+    ``complete.json``, with the size of every file and the run's inputs; the step tells the age.
+    """
+
+    def __init__(self, limit: int | None, inputs: dict[str, Any]):
+        self.limit = limit  # complete checkpoints to keep; None keeps all
+        self.inputs = inputs
+
+    def on_save(self, args, state, control, **kwargs):
+        """Mark the new checkpoint, then remove those that are too old or incomplete."""
+        PartialState().wait_for_everyone()  # each process writes a part of it
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        _mark_complete(folder / f"checkpoint-{state.global_step}", self.inputs)
+        earlier = [path for path in _newest_first(folder) if _step_of(path) < state.global_step]
+        complete = [path for path in earlier if not _why_incomplete(path)]
+        kept = complete[: self.limit - 1] if self.limit else complete
+        for path in earlier:
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _mark_complete(checkpoint: Path, inputs: dict[str, Any]) -> None:
+    sizes = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != _COMPLETION_FILE:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())  # a machine that loses power may lose what is in memory
+            sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+    write_json(checkpoint / _COMPLETION_FILE, {"inputs": inputs, "files": sizes}, sync=True)
+
+
+def _why_incomplete(checkpoint: Path) -> str:
+    """Return what a checkpoint lacks, or an empty string."""
+    try:
+        sizes = json.loads((checkpoint / _COMPLETION_FILE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return "its writing was not finished"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            return f"{name} is missing or has not its {size:,} bytes"
+    return ""
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """Return all checkpoints of a folder, complete or not."""
+    paths = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(paths, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """Return the newest complete checkpoint in a folder, or None.
+
+    One that a crash left half-written, or that has lost a file since, is passed over with a
+    warning.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Holds folders ``checkpoint-<step>``; need not exist.
+    """
+    for path in _newest_first(Path(folder)):
+        problem = _why_incomplete(path)
+        if not problem:
+            return path
+        logger.warning("%s is passed over: %s", path.name, problem)
+    return None
+
+
+def checkpoint_inputs(checkpoint: str | Path) -> dict[str, Any]:
+    """Return what a complete checkpoint was made from, as given to `train`."""
+    return json.loads((Path(checkpoint) / _COMPLETION_FILE).read_text(encoding="utf-8"))["inputs"]
+
+
+def train(
+    trainer: Trainer,
+    inputs: dict[str, Any] | None = None,
+    fresh: bool = False,
+    halve_batch: bool = False,
+    make_model: Callable[[], PreTrainedModel] | None = None,
+) -> None:
+    """Train to the end, from the newest complete checkpoint if there is one.
+
+    Checkpoints are resumed only if they were made from the same inputs; others are moved aside,
+    never deleted, and the log names the difference. A run that is finished is not trained
+    further: its weights are loaded and its plot is shown again. However the training ends, the
+    callbacks that have a method ``close`` are closed, the last first.
+
+    Parameters
+    ----------
+    trainer : transformers.Trainer
+        Its ``args.output_dir`` is where the checkpoints are. What its callbacks write to, if they
+        name it in an attribute ``path``, is moved aside together with the checkpoints.
+    inputs : dict, optional
+        What decides the outcome of the run, as values that JSON can hold: the hyperparameters,
+        fingerprints of text and tokenizer, the precision.
+    fresh : bool
+        Start over even though there is a checkpoint; the earlier run is kept aside.
+    halve_batch : bool
+        If the GPU runs out of memory, go on with half the per-device batch and twice the
+        accumulation: the same tokens a step, a little slower.
+    make_model : callable, optional
+        Returns the model as it was before the training: needed to start over in a session that
+        has trained it already.
+
+    Raises
+    ------
+    LossError
+        If a `tinytrain.callbacks.LossGuard` stops the run.
+    torch.OutOfMemoryError
+        If the GPU's memory is too small.
+    OSError
+        If the folder cannot be written to or the disk is full.
+    RuntimeError
+        If another run trains in the same folder, or if the model would have to start over and
+        ``make_model`` is missing.
+    """
+    folder = Path(trainer.args.output_dir)
+    inputs = json.loads(json.dumps(inputs or {}))  # as they will be read back
+    keeper = _CheckpointKeeper(trainer.args.save_total_limit, inputs)
+    trainer.add_callback(keeper)
+    trainer.args.save_total_limit = None  # the keeper removes them
+    _quiet_transformers()
+    try:
+        with _opened_by_rank_zero(trainer, inputs, fresh) as checkpoint:
+            while not _train_from(checkpoint, trainer, halve_batch, make_model):
+                _halve_batch(trainer)
+                checkpoint = last_checkpoint(folder)
+    except Exception as error:
+        if _is_disk_full(error):
+            raise OSError(errno.ENOSPC, _clear_full_disk(folder)) from error
+        if world_size() > 1:
+            # At once: the launcher may end this process before it can report anything else.
+            last = last_checkpoint(folder)
+            resume = f"goes on from {last.name}" if last else "starts over: no checkpoint yet"
+            logger.error("rank %d ends (%s); the same command %s", rank(), one_line(error), resume)
+        raise
+    finally:
+        trainer.remove_callback(keeper)
+        trainer.args.save_total_limit = keeper.limit
+        _close(trainer.callback_handler.callbacks)
+
+
+def _train_from(
+    checkpoint: Path | None, trainer: Trainer, halve_batch: bool, make_model: Callable | None
+) -> bool:
+    """Train to the end; return False if the memory is too small and the batch may be halved."""
+    if checkpoint is None:
+        _restore_first_weights(trainer, make_model)
+    else:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= state.max_steps:  # the Trainer would train one step too many
+            _load_finished_run(trainer, checkpoint, state)
+            return True
+        if any(checkpoint.glob("pytorch_model_fsdp*")) != trainer.is_fsdp_enabled:
+            made = "without" if trainer.is_fsdp_enabled else "with"
+            raise ValueError(
+                f"{checkpoint.name} was made {made} FSDP: go on {made} it, or start over with "
+                "fresh=True (`--fresh`)"
+            )
+    trainer.optimizer = trainer.lr_scheduler = None  # those of an earlier call know other steps
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        message = _explain_out_of_memory(trainer, error)
+        # Several ranks would have to agree on it, and one is out of step already.
+        can_halve = world_size() == 1 and trainer.args.per_device_train_batch_size % 2 == 0
+        if not (halve_batch and can_halve):
+            raise torch.OutOfMemoryError(message) from error
+        logger.warning(message)
+        return False
+    return True
+
+
+def _restore_first_weights(trainer: Trainer, make_model: Callable | None) -> None:
+    if not trainer.state.global_step:
+        return  # the model has not been trained yet
+    if make_model is None or trainer.is_fsdp_enabled:
+        raise RuntimeError(
+            "the model in memory is trained already: restart this program or notebook to start "
+            "over, or give train(..., make_model=...) a function that makes the model"
+        )
+    trainer.model.load_state_dict(make_model().state_dict())
+
+
+def _load_finished_run(trainer: Trainer, checkpoint: Path, state: TrainerState) -> None:
+    logger.info("this run is finished: its model is loaded, nothing is trained")
+    load_model(trainer.model, checkpoint / "model.safetensors")
+    trainer.state = state
+    handler = trainer.callback_handler
+    handler.on_train_begin(trainer.args, state, trainer.control)  # their displays show the run
+    handler.on_train_end(trainer.args, state, trainer.control)
+
+
+def _halve_batch(trainer: Trainer) -> None:
+    """Halve the per-device batch and double the accumulation: as many tokens a step as before."""
+    args = trainer.args
+    args.per_device_train_batch_size //= 2
+    args.per_device_eval_batch_size = args.per_device_train_batch_size
+    args.gradient_accumulation_steps *= 2
+    trainer._train_batch_size = args.train_batch_size  # what Trainer.train() reads
+
+
+def _close(callbacks: Sequence[TrainerCallback]) -> None:
+    for callback in reversed(callbacks):
+        try:
+            getattr(callback, "close", lambda: None)()
+        except OSError as error:  # must not hide what ended the training
+            logger.warning("%s: %s", type(callback).__name__, error)
+
+
+def _quiet_transformers() -> None:
+    """Turn off its progress bars, one for each checkpoint, and the warnings that we expect."""
+    transformers_logging.disable_progress_bar()
+    for name in ("trainer", "trainer_utils"):
+        logging.getLogger(f"transformers.{name}").addFilter(_is_unexpected)
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    """Tell a warning from two expected ones: tied weights are stored once, we halve the batch."""
+    text = record.getMessage()
+    tied = "missing keys in the checkpoint" in text and "['lm_head.weight']" in text
+    return not tied and "do not match the ones in the `trainer_state.json`" not in text
+
+
+@contextmanager
+def _opened_by_rank_zero(trainer: Trainer, inputs: dict, fresh: bool) -> Iterator[Path | None]:
+    """Lock the folder and give all ranks the checkpoint, or the error, that rank 0 has found."""
+    folder = Path(trainer.args.output_dir)
+    files = [Path(c.path) for c in trainer.callback_handler.callbacks if getattr(c, "path", None)]
+    found: Path | Exception | None = None
+    with ExitStack() as stack:
+        if rank() == 0:
+            try:
+                stack.enter_context(_locked(folder))
+                found = _open_run(folder, inputs, fresh, files)
+            except Exception as error:
+                found = error
+        found = broadcast_object_list([found])[0]
+        if isinstance(found, Exception):
+            raise found
+        yield found
+
+
+def _locked(folder: Path) -> AbstractContextManager:
+    """Take a lock beside the folder, which the system releases even if this process is killed."""
+    lock = FileLock(folder.with_name(folder.name + ".lock"))
+    with writing_to(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return lock.acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(
+                f"another process trains in {folder.parent} (it holds {folder.name}.lock): "
+                "wait for its end, stop it, or choose another folder (notebooks: TINYTRAIN_RUNS)"
+            ) from None
+
+
+def _open_run(folder: Path, inputs: dict, fresh: bool, files: Sequence[Path]) -> Path | None:
+    """Return the checkpoint to resume; move the folder and the files of another run aside."""
+    checkpoint = last_checkpoint(folder)
+    if checkpoint:
+        before = checkpoint_inputs(checkpoint)
+        if not fresh and before == inputs:
+            logger.info("going on from %s; fresh=True would start over", checkpoint.name)
+            return checkpoint
+        changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
+        changes = [f"{name} was {before.get(name)}, is {inputs.get(name)}" for name in changed]
+        reason = "fresh=True" if fresh else f"{checkpoint.name}: {', '.join(changes[:3])}"
+        aside = _move_aside(folder, files)
+        logger.info("starting over (%s); the earlier run is kept as %s", reason, aside.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def _move_aside(folder: Path, files: Sequence[Path]) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    os.replace(folder, aside)
+    for path in files:
+        if path.is_file():
+            os.replace(path, aside / path.name)
+    return aside
+
+
+def _explain_out_of_memory(trainer: Trainer, error: torch.OutOfMemoryError) -> str:
+    """Return what to say, after freeing what the failed step still holds."""
+    details = str(error).split(" If reserved but")[0]
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    batch = trainer.args.per_device_train_batch_size
+    accumulation = trainer.args.gradient_accumulation_steps
+    length = len(trainer.train_dataset[0]["input_ids"])
+    return (
+        f"The GPU's memory is too small for batches of {batch} x {length} tokens ({details}). "
+        f"Two changes help: batch_size={max(batch // 2, 1)} with "
+        f"gradient_accumulation={accumulation * 2}, which learns the same; "
+        f"or context_length={length // 2}."
+    )
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    # safetensors and torch.save report it in their own terms.
+    reports = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos ")
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or any(report in str(error) for report in reports)
+
+
+def _clear_full_disk(folder: Path) -> str:
+    """Remove the checkpoint that was being written, and return what to say."""
+    last = last_checkpoint(folder)
+    for path in _newest_first(folder):
+        if last is None or _step_of(path) > _step_of(last):
+            shutil.rmtree(path, ignore_errors=True)
+    kept = f"{last.name} is complete" if last else "no checkpoint was finished before"
+    return (
+        f"the disk that holds {folder} is full (the unfinished checkpoint is removed); {kept}. "
+        "Make space and call the same again: it goes on from there"
+    )
