@@ -196,7 +196,9 @@ def test_a_reduced_tokenizer_keeps_the_most_frequent_tokens_for_which_there_is_r
     few = reduce_tokenizer(qwen, texts[:-1], 256 + 22 + len(parts_of(qwen, "人民")))
     assert len(few("人民")["input_ids"]) == 1 and len(few("中国")["input_ids"]) > 1
     assert not caplog.text
-    assert len(reduce_tokenizer(qwen, texts, 5000)) < 5000
+    all_used = reduce_tokenizer(qwen, texts, 5000)
+    assert len(all_used) < 5000
+    assert all_used.tokenize("im_end") == qwen.tokenize("im_end")
     assert "uses no more" in caplog.text and "not 5000" in caplog.text
     with pytest.raises(ValueError, match="278 are taken"):
         reduce_tokenizer(qwen, texts, 278)
