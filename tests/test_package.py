@@ -63,7 +63,7 @@ def test_each_notebook_uses_the_modules_that_mirror_it(path):
     (row,) = re.findall(rf"^{path.stem} +(``.*?``)  ", tinytrain.__doc__, flags=re.MULTILINE)
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    python = re.sub(r"^\s*[%!].*$", "pass", "\n".join(code), flags=re.MULTILINE)
+    python = re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", "\n".join(code))
     used = set(imported_from_tinytrain(python))
     used |= {"__main__"} if "-m tinytrain" in "\n".join(code) else set()
     assert set(re.findall(r"``(\w+)``", row)) <= used

@@ -18,16 +18,13 @@ import html
 import json
 import logging
 import os
-import secrets
-import tempfile
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
@@ -239,9 +236,9 @@ def chunk_documents(
 
     Takes, returns and raises the same as `pack_documents`.
     """
-    _check_length(context_length)
-    arguments = {"tokenizer": tokenizer, "context_length": context_length}
-    return _map(documents, tokenize, arguments, folder, context_length)
+    batches = _batches(documents)
+    pieces = (tokenize(batch, tokenizer, context_length)["input_ids"] for batch in batches)
+    return _write_blocks(pieces, context_length, folder)
 
 
 def pack_documents(
@@ -276,54 +273,51 @@ def pack_documents(
     ValueError
         If ``context_length`` is not positive, or there is no column ``text``.
     """
+    end = [tokenizer.eos_token_id]
+    batches = _batches(documents)
+    pieces = ([ids + end for ids in _plain_ids(tokenizer, batch["text"])] for batch in batches)
+    return _write_blocks(pieces, context_length, folder)
+
+
+def _batches(documents: Dataset) -> Iterator[dict[str, list[str]]]:
+    """Yield the documents' texts in batches, with a progress bar."""
+    from datasets.utils import tqdm
+
+    texts = documents.select_columns("text")  # raises ValueError if there is no such column
+    with tqdm(total=len(texts), unit=" documents", desc="Tokenizing") as progress:
+        for batch in texts.iter(batch_size=_BATCH):
+            yield batch
+            progress.update(len(batch["text"]))
+
+
+def _write_blocks(
+    pieces: Iterable[list[list[int]]], context_length: int, folder: str | os.PathLike | None
+) -> Dataset:
+    """Join lists of ids and cut the whole into blocks, in memory or in a folder."""
+    import numpy as np
     import pyarrow as pa
     from datasets import Dataset
-    from datasets.table import InMemoryTable
 
-    _check_length(context_length)
+    if context_length < 1:
+        raise ValueError(f"context_length={context_length} must be at least 1.")
     schema = pa.schema({"input_ids": pa.list_(pa.int32(), context_length)})
-    arguments = {"tokenizer": tokenizer}
     if folder is None:
-        joined = _map(documents, _join, arguments)
-        return Dataset(InMemoryTable.from_batches(list(_blocks(joined, context_length)), schema))
-    path = Path(folder, "blocks.arrow")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as ids,
-        pa.OSFile(str(path), "wb") as file,
-        pa.ipc.new_stream(file, schema) as writer,
-    ):
-        joined = _map(documents, _join, arguments, ids)
-        for blocks in _blocks(joined, context_length):
-            writer.write_batch(blocks)
-        del joined  # an open file cannot be deleted everywhere
-    return Dataset.from_file(str(path))
-
-
-def _blocks(joined: Dataset, context_length: int) -> Iterator[pa.RecordBatch]:
-    """Cut rows of ids into blocks; they run on across the borders of the rows."""
-    import numpy as np
-    import pyarrow as pa
-
+        file = pa.BufferOutputStream()
+    else:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = pa.OSFile(str(Path(folder, "blocks.arrow")), "wb")
     rest = np.empty(0, dtype=np.int32)
-    for piece in joined.data.column("input_ids").chunks:  # one for each batch of documents
-        ids = np.concatenate([rest, piece.flatten().to_numpy()])
-        whole = len(ids) // context_length * context_length
-        rest = ids[whole:]
-        blocks = pa.FixedSizeListArray.from_arrays(pa.array(ids[:whole]), context_length)
-        yield pa.record_batch([blocks], names=["input_ids"])
-
-
-def _join(
-    element: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerFast
-) -> dict[str, list[Any]]:
-    """Return the ids of a batch's documents as one row, an end-of-text token after each."""
-    import numpy as np
-
-    end = [tokenizer.eos_token_id]
-    documents = [ids + end for ids in _plain_ids(tokenizer, element["text"])]
-    arrays = [np.fromiter(ids, dtype=np.int32, count=len(ids)) for ids in documents]
-    return {"input_ids": [np.concatenate(arrays)]}
+    with file, pa.ipc.new_stream(file, schema) as writer:
+        for piece in pieces:
+            arrays = [np.fromiter(ids, dtype=np.int32, count=len(ids)) for ids in piece]
+            ids = np.concatenate([rest, *arrays])
+            whole = len(ids) // context_length * context_length
+            rest = ids[whole:]
+            blocks = pa.FixedSizeListArray.from_arrays(pa.array(ids[:whole]), context_length)
+            writer.write_batch(pa.record_batch([blocks], schema=schema))
+    if folder is None:
+        return Dataset.from_buffer(file.getvalue())
+    return Dataset.from_file(str(Path(folder, "blocks.arrow")))
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
@@ -336,44 +330,6 @@ def _plain_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[lis
     backend.no_padding()
     backend.encode_special_tokens = True
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _check_length(context_length: int) -> None:
-    if context_length < 1:
-        raise ValueError(f"context_length={context_length} must be at least 1.")
-
-
-def _map(
-    documents: Dataset,
-    function: Callable[..., dict[str, list[Any]]],
-    arguments: dict[str, Any],
-    folder: str | os.PathLike | None = None,
-    row_length: int = -1,
-) -> Dataset:
-    """Run a function that returns input_ids over all documents, without a cache."""
-    from datasets import Dataset, Features, List, Value
-
-    documents = documents.select_columns("text")
-    features = Features({"input_ids": List(Value("int32"), length=row_length)})
-    if len(documents) == 0:  # of which `map` would return the old columns
-        return Dataset.from_dict({"input_ids": []}, features=features)
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    return documents.map(
-        function,
-        batched=True,
-        batch_size=_BATCH,
-        remove_columns="text",
-        features=features,
-        fn_kwargs=arguments,
-        keep_in_memory=folder is None,
-        cache_file_name=None if folder is None else str(Path(folder, "ids.arrow")),
-        load_from_cache_file=False,
-        # Without a name for the result, `map` makes one by hashing the whole vocabulary, which
-        # takes seconds.
-        new_fingerprint=secrets.token_hex(8),
-        desc="Tokenizing",
-    )
 
 
 # Measures
