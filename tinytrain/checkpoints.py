@@ -233,9 +233,9 @@ def _load_finished_run(trainer: Trainer, checkpoint: Path, state: TrainerState) 
     logger.info("this run is finished: its model is loaded, nothing is trained")
     load_model(trainer.model, checkpoint / "model.safetensors")
     trainer.state = state
-    handler = trainer.callback_handler
-    handler.on_train_begin(trainer.args, state, trainer.control)  # their displays show the run
-    handler.on_train_end(trainer.args, state, trainer.control)
+    # Displays show the run again.
+    trainer.callback_handler.on_train_begin(trainer.args, state, trainer.control)
+    trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)
 
 
 def _halve_batch(trainer: Trainer) -> None:
