@@ -1,5 +1,6 @@
 import importlib
 import json
+import linecache
 import os
 import sys
 from dataclasses import replace
@@ -215,18 +216,15 @@ def test_a_killed_build_is_cleared_away_and_a_broken_result_rebuilt(mine):
 
 
 def test_only_code_that_decides_a_result_rebuilds_it(tmp_path, monkeypatch):
-    """Two versions of a module: a plot's colour makes no other hash, a helper's constant does."""
+    """Three versions of a module: another colour of a plot, another constant of a helper."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     text = "WIDTH = 4\n\ndef cut(text):\n    return _part(text)\n\ndef _part(text):\n"
     text += "    return text[:WIDTH]\n\ndef plot(text):\n    return 'blue'\n"
     hashes = []
-    for number, version in enumerate(
-        (text, text.replace("blue", "red"), text.replace("WIDTH = 4", "WIDTH = 5"))
-    ):
-        (tmp_path / f"cutting{number}.py").write_text(version, encoding="utf-8")
-        module = importlib.import_module(f"cutting{number}")
-        monkeypatch.setitem(sys.modules, "cutting", module)
-        for function in (module.cut, module._part, module.plot):
-            function.__module__ = "cutting"
-        hashes.append(steps._code_hash(module.cut))
+    for old, new in (("", ""), ("blue", "red"), ("WIDTH = 4", "WIDTH = 5")):
+        (tmp_path / "cutting.py").write_text(text.replace(old, new), encoding="utf-8")
+        monkeypatch.delitem(sys.modules, "cutting", raising=False)
+        linecache.clearcache()
+        hashes.append(steps._code_hash(importlib.import_module("cutting").cut))
     assert hashes[0] == hashes[1] != hashes[2]
