@@ -191,7 +191,7 @@ def test_sync_carries_code_and_outputs_and_keeps_the_chinese(tmp_path):
 
 @pytest.mark.parametrize("page", ["docs/questions.md", "docs/questions.zh-CN.md"])
 def test_the_lines_that_are_explained_are_those_that_are_printed(page):
-    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tinytrain").glob("*.py"))
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tinytrain").rglob("*.py"))
     code = re.sub(r"%s|%d|%\.\w+|\{[^{}]*\}", "…", code)
     table = (ROOT / page).read_text(encoding="utf-8").split("\n## ")[-1]
     lines = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
