@@ -40,9 +40,7 @@ class Recipe:
 
     # --- tokens -------------------------------------------------------------------------------
     tokenizer: str = "qwen2.5"  # "qwen2.5" (151,665 tokens) or "own" (trained on the text)
-    vocab_size: int | None = (
-        None  # rows of the embedding; None: as many as the tokenizer has tokens
-    )
+    vocab_size: int | None = None  # rows of the embedding; None: all tokens of the tokenizer
     context_length: int = 512  # tokens the model sees at once; memory grows with it
     packing: bool = True  # False keeps only full chunks of an article, as the guide does
 
