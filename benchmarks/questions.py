@@ -74,7 +74,7 @@ def measure(question: str, recipe: Recipe, quick: bool) -> dict[str, float]:
     from tinytrain.callbacks import read_history
     from tinytrain.hardware import peak_memory
     from tinytrain.qwen import qwen_tokenizer
-    from tinytrain.tokenization import chunk_documents, coverage, tokens_per_character
+    from tinytrain.tokenization import chunk_documents, tokens_per_character
 
     split = steps.get_split(recipe)
     steps.get_blocks(recipe)
@@ -89,8 +89,9 @@ def measure(question: str, recipe: Recipe, quick: bool) -> dict[str, float]:
     kept = {}
     if question == "context":
         sample = split["train"].select(range(min(len(split["train"]), 2000)))
-        chunks = chunk_documents(sample, qwen := qwen_tokenizer(), recipe.context_length)
-        kept = {"kept_by_chunks": coverage(sample, chunks, qwen)}
+        qwen, length = qwen_tokenizer(), recipe.context_length
+        tokens = sum(map(len, qwen(sample["text"][:])["input_ids"]))
+        kept = {"kept_by_chunks": len(chunk_documents(sample, qwen, length)) * length / tokens}
     return kept | {
         "bits": held_out_bits(trainer.model, recipe),
         "tokens_per_second": last["tokens"] / last["seconds"],

@@ -55,7 +55,7 @@ def plain_trainer(smoke, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     from tinytrain.modeling import build_model
-    from tinytrain.training import collate
+    from tinytrain.training import _collate
 
     def build(callbacks, model=None, **overrides):
         arguments = {"max_steps": 4, "logging_steps": 1, "report_to": "none", "use_cpu": True}
@@ -65,7 +65,7 @@ def plain_trainer(smoke, tmp_path):
             args=TrainingArguments(str(tmp_path), **arguments | overrides),
             train_dataset=smoke.blocks["train"],
             eval_dataset=smoke.blocks["test"].select(range(4)),
-            data_collator=collate,
+            data_collator=_collate,
             callbacks=callbacks,
         )
 

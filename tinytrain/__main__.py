@@ -122,18 +122,13 @@ def generate(options: argparse.Namespace) -> None:
 
     model, tokenizer = _load_model(options)
     begins = iter([options.prompt])  # shown with the first piece: nothing is wrong then
-    generation.generate(
-        model,
-        tokenizer,
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-        on_text=lambda text: print(next(begins, "") + text, end="", flush=True),
-    )
+    knobs = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    chosen = {name: getattr(options, name) for name in knobs}
+
+    def show(text: str) -> None:
+        print(next(begins, "") + text, end="", flush=True)
+
+    generation.generate(model, tokenizer, options.prompt, on_text=show, **chosen)
     print(next(begins, ""))
 
 
@@ -143,12 +138,7 @@ def export(options: argparse.Namespace) -> None:
 
     _show_no_bars()
     setup_logging()
-    folder = runs.export_run(
-        options.recipe,
-        dtype=options.dtype,
-        gguf=options.gguf,
-        whole_vocabulary=options.whole_vocabulary,
-    )
+    folder = runs.export_run(options.recipe, options.dtype, options.gguf, options.whole_vocabulary)
     if options.upload:
         print(upload(folder, options.upload, to=options.to, private=not options.public))
 
@@ -256,39 +246,27 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _common_options() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--recipe",
-        metavar="NAME",
-        help=f"one of {', '.join(RECIPES)} (default: wiki with a GPU, pocket without)",
-    )
-    common.add_argument("--corpus", metavar="FILE", help="a text of your own, in place of its own")
-    common.add_argument(
-        "--set",
-        metavar="NAME=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="change hyperparameters of the recipe (tinytrain/recipes.py lists them), "
-        "e.g. --set learning_rate=1e-3 max_steps=500",
-    )
-    common.add_argument("--runs", metavar="FOLDER", help="where all runs are kept (default: runs)")
-    common.add_argument("--debug", action="store_true", help="show where an error happened")
+    add = common.add_argument
+    names = f"one of {', '.join(RECIPES)} (default: wiki with a GPU, pocket without)"
+    add("--recipe", metavar="NAME", help=names)
+    add("--corpus", metavar="FILE", help="a text of your own, in place of its own")
+    changes = "change hyperparameters of the recipe (tinytrain/recipes.py lists them), "
+    changes += "e.g. --set learning_rate=1e-3 max_steps=500"
+    add("--set", metavar="NAME=VALUE", nargs="+", action="extend", default=[], help=changes)
+    add("--runs", metavar="FOLDER", help="where all runs are kept (default: runs)")
+    add("--debug", action="store_true", help="show where an error happened")
     return common
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--fresh", action="store_true", help="start over; the earlier run is kept beside"
-    )
-    parser.add_argument(
-        "--fsdp", action="store_true", help="share the weights out over the processes (FSDP)"
-    )
+    add = parser.add_argument
+    add("--fresh", action="store_true", help="start over; the earlier run is kept beside")
+    add("--fsdp", action="store_true", help="shard the weights over the processes (FSDP)")
 
 
 def _add_model_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="a trained model (default: the recipe's)"
-    )
+    about = "a trained model (default: the recipe's)"
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help=about)
 
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
@@ -301,38 +279,23 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
         ("--top-p", 1.0, "sample only from the likeliest that have this probability together"),
         ("--repetition-penalty", 1.0, "above 1: avoid tokens that are there already"),
     ):
-        parser.add_argument(
-            name,
-            type=type(default),
-            default=default,
-            metavar="NUMBER",
-            help=f"{meaning} (default: {default})",
-        )
-    parser.add_argument(
-        "--seed", type=int, metavar="NUMBER", help="the same seed writes the same text"
-    )
+        kind = {"type": type(default), "default": default, "metavar": "NUMBER"}
+        parser.add_argument(name, **kind, help=f"{meaning} (default: {default})")
+    about = "the same seed writes the same text"
+    parser.add_argument("--seed", type=int, metavar="NUMBER", help=about)
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gguf", action="store_true", help="add a file for llama.cpp")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="number format of the weights; bfloat16 takes half the space (default: float32)",
-    )
-    parser.add_argument(
-        "--whole-vocabulary",
-        action="store_true",
-        help="give a model with a reduced Qwen2.5 vocabulary all its tokens again",
-    )
-    parser.add_argument("--upload", metavar="OWNER/NAME", help="upload it to a hub")
-    parser.add_argument(
-        "--to", choices=("modelscope", "huggingface"), default="modelscope", help="which hub"
-    )
-    parser.add_argument(
-        "--public", action="store_true", help="let everybody see it (default: you alone)"
-    )
+    add = parser.add_argument
+    add("--gguf", action="store_true", help="add a file for llama.cpp")
+    about = "number format of the weights; bfloat16 takes half the space (default: float32)"
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help=about)
+    about = "give a model with a reduced Qwen2.5 vocabulary all its tokens again"
+    add("--whole-vocabulary", action="store_true", help=about)
+    add("--upload", metavar="OWNER/NAME", help="upload it to a hub")
+    hubs = ("modelscope", "huggingface")
+    add("--to", choices=hubs, default="modelscope", help="which hub (default: modelscope)")
+    add("--public", action="store_true", help="let everybody see it (default: you alone)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ A module that you copy into your own project may need this file beside it, and n
 
 The log of a long run is worth keeping: it is what remains when the browser tab is gone. So it goes
 to stdout, where a notebook shows it, and to ``training.log`` in the run's folder. Progress messages
-go to the file alone while a plot or a progress bar shows the same: a notebook would otherwise grow
+go to the file alone while a plot shows the same: a notebook would otherwise grow
 by a line every few seconds.
 """
 
@@ -17,19 +17,17 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import nn
 
-LOG_FORMAT = "%(asctime)s - %(levelname)s: %(message)s"
-DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+_LOG_FORMAT = "%(asctime)s - %(levelname)s: %(message)s"
+_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 
 PROGRESS = {"progress": True}  # logger.info(..., extra=PROGRESS): a display shows it as well
 _displays: set[int] = set()  # those that show the progress at this moment
@@ -52,9 +50,7 @@ class _StdoutHandler(logging.StreamHandler):
         if _displays and getattr(record, "progress", False):
             return
         self.stream = sys.stdout
-        # In a terminal a progress bar may occupy the last line: the message goes above it.
-        with tqdm.external_write_mode(sys.stdout) if sys.stdout.isatty() else nullcontext():
-            super().emit(record)
+        super().emit(record)
 
 
 def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO) -> logging.Logger:
@@ -90,7 +86,7 @@ def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO)
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(LOG_FORMAT, DATE_FORMAT))
+        handler.setFormatter(logging.Formatter(_LOG_FORMAT, _DATE_FORMAT))
         logger.addHandler(handler)
     logger.setLevel(level)
     # Colab gives the root logger a handler of its own, which would repeat every line.

@@ -252,7 +252,7 @@ class _ArrayReader:
     def __init__(self, path: Path, file: IO[str]) -> None:
         self.path, self.file = path, file
         self.text, self.at = "", 0  # the part in memory; what is before this place has been used
-        self.before = 0  # characters before that part
+        self.before, self.line, self.column = 0, 1, 1  # characters before that part, and its place
         self.decode = json.JSONDecoder().raw_decode
 
     def elements(self) -> Iterator[object]:
@@ -301,28 +301,26 @@ class _ArrayReader:
         """Drop what has been used and read as much again as is left; tell whether there was any."""
         more = self.file.read(max(_PIECE, len(self.text) - self.at))
         if more:
+            used, rest = self.text[: self.at], self.text[self.at :]
             self.before += self.at
-            self.text, self.at = self.text[self.at :] + more, 0
+            self.line += used.count("\n")
+            self.column = self.at - used.rindex("\n") if "\n" in used else self.column + self.at
+            self.text, self.at = rest + more, 0
         return bool(more)
 
     def error(self, message: str, at: int) -> ValueError:
         """Say what is wrong, and where in the whole file."""
-        character, line, line_start = self.before + at, 1, 0
-        seen, last = 0, ""
-        with _open_text(self.path) as file:
-            while piece := file.read(_PIECE):
-                earlier = piece[: max(character - seen, 0)]
-                line += earlier.count("\n")
-                if "\n" in earlier:
-                    line_start = seen + earlier.rindex("\n") + 1
-                seen += len(piece)
-                last = piece.rstrip()[-1:] or last
+        used, last = self.text[:at], self.text.rstrip()[-1:]
+        line = self.line + used.count("\n")
+        column = at - used.rindex("\n") if "\n" in used else self.column + at
+        while piece := self.file.read(_PIECE):
+            last = piece.rstrip()[-1:] or last
         advice = "Correct that place"
         if last != "]":
             advice = "The file seems to be cut off: it does not end in ]. Fetch or copy it again"
         return ValueError(
-            f"{self.path}: not valid JSON: {message}: line {line} column "
-            f"{character - line_start + 1} (char {character}). {advice}"
+            f"{self.path}: not valid JSON: {message}: line {line} column {column} "
+            f"(char {self.before + at}). {advice}"
         )
 
 
@@ -503,34 +501,8 @@ def split_documents(documents: Dataset, test_size: float = 0.1, seed: int = 2222
     return documents.train_test_split(test_size=test_size, seed=seed)
 
 
-def describe(documents: Dataset) -> dict[str, float]:
-    """Count documents and characters.
-
-    Parameters
-    ----------
-    documents : datasets.Dataset
-        With a column ``text``.
-
-    Returns
-    -------
-    dict
-        ``documents``, ``characters``, and the ``shortest``, ``median``, ``mean`` and ``longest``
-        document in characters.
-    """
-    import numpy as np
-
-    lengths = _lengths(documents)
-    return {
-        "documents": len(lengths),
-        "characters": int(lengths.sum()),
-        "shortest": int(lengths.min()),
-        "median": float(np.median(lengths)),
-        "mean": float(lengths.mean()),
-        "longest": int(lengths.max()),
-    }
-
-
-def _lengths(documents: Dataset) -> np.ndarray:
+def document_lengths(documents: Dataset) -> np.ndarray:
+    """Return the number of characters of each document, as int64."""
     import numpy as np
 
     batches = documents.select_columns("text").iter(batch_size=1000)
@@ -557,7 +529,10 @@ def plot_lengths(split: DatasetDict, mark: float | None = None, mark_label: str 
     import numpy as np
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    lengths = {"training": _lengths(split["train"]), "held out": _lengths(split["test"])}
+    lengths = {
+        "training": document_lengths(split["train"]),
+        "held out": document_lengths(split["test"]),
+    }
     everything = np.concatenate(list(lengths.values()))
     bins = np.geomspace(max(everything.min(), 1), everything.max() + 1, 50)
 
@@ -579,55 +554,3 @@ def plot_lengths(split: DatasetDict, mark: float | None = None, mark_label: str 
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.legend(frameon=False)
     return figure
-
-
-def plot_sources(documents: Dataset, top: int = 10) -> Figure:
-    """Draw how many documents each source has.
-
-    What follows a slash is left away, so ``book/chapter`` counts for the book and a web address
-    for its host.
-
-    Parameters
-    ----------
-    documents : datasets.Dataset
-        With a column ``source``.
-    top : int
-        How many sources to tell apart; the others are counted together.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    counts = _count_sources(documents, top)
-    figure, axes = new_axes(height=1 + 0.25 * len(counts))
-    bars = axes.barh(range(len(counts)), list(counts.values()), color="#4477aa")
-    axes.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=4)
-    fonts = _fonts()
-    # Without a Chinese font, a question mark says more than an empty box and a warning.
-    labels = counts if len(fonts) > 1 else (s.encode("ascii", "replace").decode() for s in counts)
-    axes.set_yticks(range(len(counts)), list(labels), fontfamily=fonts, parse_math=False)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel("documents")
-    return figure
-
-
-def _count_sources(documents: Dataset, top: int) -> dict[str, int]:
-    """Count the documents of the largest sources, and of all others together."""
-    counts: Counter[str] = Counter()
-    for batch in documents.select_columns("source").iter(batch_size=1000):
-        counts.update(source.split("://")[-1].split("/")[0] for source in batch["source"])
-    largest = dict(counts.most_common(top))
-    rest = counts.total() - sum(largest.values())
-    return {**largest, "others": rest} if rest else largest
-
-
-def _fonts() -> list[str]:
-    """Return matplotlib's own font and, if the machine has one, a Chinese font."""
-    from matplotlib.font_manager import get_font_names
-
-    known = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei")
-    known += ("PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS")
-    installed = set(get_font_names())
-    return ["DejaVu Sans", *[name for name in known if name in installed][:1]]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tinytrain.common import new_axes
+from tinytrain.common import format_seconds, new_axes
 from tinytrain.recipes import SEED, Recipe, with_width
 
 if TYPE_CHECKING:
@@ -211,21 +211,10 @@ class Estimate:
             "fits": "yes" if self.fits else "no",
             "tokens": f"{self.tokens / 1e6:,.1f}M",
             "operations": f"{self.flops:.1e}",
-            "time": _rough_time(self.seconds),
+            "time": format_seconds(self.seconds),
             "disk": f"{self.disk / 1e9:.1f} GB",
             "by": "probe" if self.probed else "arithmetic",
         }
-
-
-def _rough_time(seconds: float) -> str:
-    """Return a duration in one unit: an estimate is not worth more digits."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.0f} days"
 
 
 def estimate(
@@ -426,17 +415,6 @@ class Plan(NamedTuple):
     tokens_per_parameter: float
     epochs: float  # how often the text is read
     loss: float  # see `predicted_loss`
-
-    def row(self) -> dict[str, str]:
-        """Return the plan as a row of a table."""
-        return {
-            "layers": str(self.num_hidden_layers),
-            "width": f"{self.hidden_size:,}",
-            "parameters": f"{self.parameters / 1e6:,.0f}M",
-            "tokens": f"{self.tokens / 1e6:,.0f}M",
-            "tokens a parameter": f"{self.tokens_per_parameter:.1f}",
-            "epochs": f"{self.epochs:.1f}",
-        }
 
 
 def plan_sizes(

@@ -275,22 +275,6 @@ def _ratios(
     return np.stack([nats / characters / math.log(2), np.exp(nats / tokens), right / tokens])
 
 
-def by_length(documents: Sequence[DocumentLoss]) -> dict[str, Measures]:
-    """Measure short and long documents apart, in four groups of about equally many documents.
-
-    There are fewer groups if many documents have the same length.
-    """
-    lengths = np.array([document.characters for document in documents])
-    edges = np.unique(np.quantile(lengths, [0, 0.25, 0.5, 0.75, 1]))
-    groups = np.searchsorted(edges[1:-1], lengths, side="right")
-    found = {}
-    for group in np.unique(groups):
-        chosen = [documents[index] for index in np.flatnonzero(groups == group)]
-        sizes = lengths[groups == group]
-        found[f"{sizes.min():,} to {sizes.max():,} characters"] = summarize(chosen)
-    return found
-
-
 def count_losses(
     tokenizer: PreTrainedTokenizerBase,
     train_texts: Iterable[str],

@@ -55,7 +55,7 @@ def export_model(
     folder : str or Path
         Where to write: a new folder, an empty one or an earlier export.
     facts : mapping, optional
-        What the card says of the run; see `model_card`. The name is by default the folder's.
+        What the card says of the run; see `_model_card`. The name is by default the folder's.
     dtype : {"float32", "bfloat16"}
         Number format of the weights. bfloat16 takes half the space and keeps 8 bits of each
         number's 24, which moves the logits a little.
@@ -103,7 +103,7 @@ def export_model(
             "dtype": dtype,
             "picture": "loss.png" if (building / "loss.png").is_file() else None,
         }
-        card = model_card({**measured, **(facts or {})})
+        card = _model_card({**measured, **(facts or {})})
         (building / "README.md").write_text(card, encoding="utf-8")
         for file in building.iterdir():
             file.chmod(0o644)  # safetensors writes for its owner alone
@@ -164,7 +164,7 @@ def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast, config: Any) -> PreTrai
     return tokenizer
 
 
-def model_card(facts: Mapping[str, Any]) -> str:
+def _model_card(facts: Mapping[str, Any]) -> str:
     """Return the model card: a README.md with metadata for Hugging Face and ModelScope.
 
     Only what is known is said: a fact that is missing, None or NaN leaves its line out. Where
@@ -177,11 +177,10 @@ def model_card(facts: Mapping[str, Any]) -> str:
         ``name`` of the model. ``text``: "encyclopedia", "wikipedia" or the path of a text of your
         own, of which only the file's name is told; ``license`` if you know it better.
         ``parameters``, ``context``, ``dtype``, ``documents`` (training and held-out),
-        ``tokenizer`` (described), ``vocab_size``, ``recipe`` (hyperparameters), ``history``
-        (lines with ``step``, ``loss``, ``eval_loss``), ``precision``, ``machine``, ``seconds``,
-        ``tokens``, ``held_out_loss``, ``bits_per_character`` and its ``interval`` (low, high),
-        ``cloze_after`` (a share), ``completions`` (pairs), ``picture`` and ``gguf`` (names of
-        files beside the card), ``versions`` (of libraries).
+        ``tokenizer`` (described), ``vocab_size``, ``recipe`` (hyperparameters), ``precision``,
+        ``machine``, ``seconds``, ``tokens``, ``held_out_loss``, ``bits_per_character`` and its
+        ``interval`` (low, high), ``cloze_after`` (a share), ``completions`` (pairs), ``picture``
+        and ``gguf`` (names of files beside the card), ``versions`` (of libraries).
 
     Returns
     -------
@@ -195,7 +194,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
     Examples
     --------
-    >>> card = model_card({"name": "mine", "text": "/home/me/diary.txt"})
+    >>> card = _model_card({"name": "mine", "text": "/home/me/diary.txt"})
     >>> "diary.txt" in card, "/home/me" in card
     (True, False)
     """
@@ -210,14 +209,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "text_file": re.split(r"[\\/]", str(facts.get("text", "")))[-1],
         "prompt": repr(one_line(prompt)),
         "settings": _settings(facts),
-        "losses": _losses(facts.get("history", ())),
     }
-    helpers = {
-        "escape": _escape,
-        "code": _code,
-        "one_line": one_line,
-        "format_count": format_count,
-    }
+    helpers = {"escape": _escape, "one_line": one_line, "format_count": format_count}
     template = str(_CARD_TEMPLATE) if _CARD_TEMPLATE.is_file() else None
     return f"{ModelCard.from_template(_metadata(facts), template, **values, **helpers)}\n"
 
@@ -228,24 +221,8 @@ def _is_known(value: Any) -> bool:
 
 def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
     """Return the block of YAML, by which hubs sort, filter and show a model."""
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
-    measures = [
-        ("loss", "held_out_loss", "Loss on held-out text (nats per token)"),
-        ("bits_per_character", "bits_per_character", "Bits per character"),
-    ]
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="held-out",
-            dataset_name="documents of the text that were kept out of training",
-            metric_type=kind,
-            metric_name=label,
-            metric_value=round(facts[key], 4),
-        )
-        for kind, key, label in measures
-        if key in facts
-    ]
     text = facts.get("text", "")
     return ModelCardData(
         language="zh",
@@ -254,8 +231,6 @@ def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
         pipeline_tag="text-generation",
         tags=["qwen2", "chinese", "from-scratch", "tinytrain"],
         datasets=_DATASETS.get(text),
-        model_name=one_line(facts["name"]) if results else None,
-        eval_results=results or None,
         # ModelScope's names of library and task, which Hugging Face ignores.
         frameworks=["Pytorch"],
         tasks=["text-generation"],
@@ -276,32 +251,6 @@ def _settings(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in rows.items() if value is not None]
 
 
-def _losses(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Return step, training loss and held-out loss in a few rows, from first to last."""
-    rows, losses = [], []
-    for line in history:
-        if "loss" in line:
-            losses.append(line["loss"])
-        if "eval_loss" in line:
-            mean = f"{sum(losses) / len(losses):.3f}" if losses else ""
-            rows.append((f"{line['step']:,}", mean, f"{line['eval_loss']:.3f}"))
-            losses = []
-    if not rows:
-        logged = [line for line in history if "loss" in line]
-        rows = [(f"{line['step']:,}", f"{line['loss']:.3f}", "") for line in logged]
-    if len(rows) > _TABLE_ROWS:
-        last = len(rows) - 1
-        rows = [rows[round(i * last / (_TABLE_ROWS - 1))] for i in range(_TABLE_ROWS)]
-    return rows
-
-
 def _escape(text: Any) -> str:
     """Return a text that markdown shows as it is."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", one_line(text))
-
-
-def _code(text: str) -> str:
-    """Return a text as inline code, whatever backticks it holds."""
-    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
-    padding = " " if "`" in text else ""
-    return f"{fence}{padding}{one_line(text)}{padding}{fence}"

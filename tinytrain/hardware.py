@@ -106,8 +106,7 @@ def choose_precision(wanted: str | None = None) -> Precision:
     return _choose_for_cpu(cpu_flags())
 
 
-# "bf16" is what Linux calls it on ARM. macOS reports "feat_bf16", which is left out on purpose:
-# PyTorch's CPU kernels for macOS make no use of it in matrix products.
+# "bf16" is what Linux calls it on ARM.
 _BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 
 
@@ -136,17 +135,11 @@ def cpu_flags() -> frozenset[str]:
 
     For example ``{"avx2", "avx512f", "avx512_bf16", ...}``; empty if nothing could be read.
     """
-    system = platform.system()
-    if system == "Linux":
+    if platform.system() == "Linux":
         return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())  # x86, ARM
-    if system == "Darwin":
-        lines = [line.partition(":") for line in _output("sysctl", "hw.optional").splitlines()]
-        return frozenset(
-            name.rpartition(".")[2].lower() for name, _, value in lines if value.strip() == "1"
-        )
     import torch
 
-    # Windows has no list of flags, but recent versions of PyTorch ask the processor itself.
+    # Elsewhere recent versions of PyTorch ask the processor itself.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return frozenset(name for name, value in capabilities.items() if value is True)
 
@@ -163,7 +156,7 @@ def hardware_report(path: str | Path = ".") -> dict[str, str]:
     import torch
 
     flags = cpu_flags()
-    known = ("avx2", "avx512f", "avx512_f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "feat_bf16")
+    known = ("avx2", "avx512f", "avx512_f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
     memory = psutil.virtual_memory()
     total = _memory_limit(memory.total)
     physical = psutil.cpu_count(logical=False) or "unknown"

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -270,32 +269,13 @@ def _explain_errors(
     """Ask whether the hub answers, then transfer; what either raises says what to do."""
     begun = False
     try:
-        _within(_TIMEOUT, ask)
+        ask()
         begun = True
         return transfer()
     except Exception as error:
         failure = _explained(error, begun, place, advice, token)
     # Not chained: the client's own message may hold the header that carries the token.
     raise failure
-
-
-def _within(seconds: float, function: Callable[[], None]) -> None:
-    """Call a function, but wait only so long, whatever it hangs on (even the name server)."""
-    errors: list[BaseException] = []
-
-    def call() -> None:
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError
-    if errors:
-        raise errors[0]
 
 
 def _explained(error: Exception, begun: bool, place: str, advice: str, token: str) -> OSError:

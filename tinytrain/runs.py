@@ -217,7 +217,7 @@ def train_steps(recipe: Recipe, number: int, folder: str | Path) -> Trainer:
     return trainer
 
 
-def share_recipe(recipe: Recipe, processes: int) -> Recipe:
+def _share_recipe(recipe: Recipe, processes: int) -> Recipe:
     """Return the recipe of one of several processes that make each optimiser step together.
 
     Per-device batch and accumulation become smaller, so that a step learns from the same blocks as
@@ -227,10 +227,10 @@ def share_recipe(recipe: Recipe, processes: int) -> Recipe:
     Examples
     --------
     >>> from tinytrain.recipes import RECIPES
-    >>> mine = share_recipe(RECIPES["wiki"], 2)  # 16 blocks, 4 times
+    >>> mine = _share_recipe(RECIPES["wiki"], 2)  # 16 blocks, 4 times
     >>> mine.batch_size, mine.gradient_accumulation
     (16, 2)
-    >>> mine = share_recipe(RECIPES["pocket"], 2)  # 8 blocks, once
+    >>> mine = _share_recipe(RECIPES["pocket"], 2)  # 8 blocks, once
     >>> mine.batch_size, mine.gradient_accumulation
     (4, 1)
     """
@@ -251,7 +251,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     Parameters
     ----------
     recipe : Recipe
-        The hyperparameters of the run, as for one process; see `share_recipe`.
+        The hyperparameters of the run, as for one process; see `_share_recipe`.
     fresh : bool
         Start over even though there is something to go on from; the earlier run is kept aside.
     fsdp : bool
@@ -292,7 +292,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     questions = steps.get_questions(recipe)
     before = _share_right(model, tokenizer, questions) if rank() == 0 else None
 
-    mine = share_recipe(recipe, world_size())
+    mine = _share_recipe(recipe, world_size())
     tokens = mine.tokens_per_step * world_size()
     if world_size() > 1:
         logger.info(
@@ -470,9 +470,8 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
     if (folder / "history.jsonl").is_file():
-        history = read_history(folder)
-        facts["history"] = history
-        facts |= {name: history[-1].get(name, 0) for name in ("seconds", "tokens")}
+        last = read_history(folder)[-1]
+        facts |= {name: last.get(name, 0) for name in ("seconds", "tokens")}
     if (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         facts |= {name: summary[name] for name in summary if name not in ("recipe", "corpus")}

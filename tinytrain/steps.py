@@ -23,8 +23,8 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 _DATA = Path(__file__).with_name("data")
 
 
-def project_folder() -> Path:
+def _project_folder() -> Path:
     """Return the checkout that the working folder is in, or the working folder itself."""
     here = Path.cwd()
     for folder in (here, *here.parents):
@@ -54,7 +54,7 @@ def project_folder() -> Path:
 
 def runs_folder() -> Path:
     """Return where all runs are kept: ``TINYTRAIN_RUNS``, or ``runs`` in the project's folder."""
-    return Path(os.environ.get("TINYTRAIN_RUNS") or project_folder() / "runs").absolute()
+    return Path(os.environ.get("TINYTRAIN_RUNS") or _project_folder() / "runs").absolute()
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -108,7 +108,7 @@ def get_text(recipe: Recipe, source: str = "modelscope") -> Path:
         downloads = runs_folder() / "downloads"
         with _one_at_a_time(downloads):
             return hub.download_wikipedia(downloads, source=source)
-    for path in (Path(recipe.corpus), project_folder() / recipe.corpus):
+    for path in (Path(recipe.corpus), _project_folder() / recipe.corpus):
         if path.exists() or glob.glob(str(path), recursive=True):
             return path.absolute()
     raise FileNotFoundError(
@@ -356,8 +356,7 @@ def _is_built(folder: Path, inputs: dict[str, Any]) -> bool:
     return json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(inputs))
 
 
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
+def _one_at_a_time(folder: Path) -> AbstractContextManager:
     """Wait until no other process builds the folder.
 
     A lock on a file needs no connection between the processes, has no time limit, and the system
@@ -368,14 +367,10 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         logger.info("another process makes %s: waiting for it", folder.name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def text_hash(path: Path) -> str:

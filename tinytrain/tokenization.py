@@ -18,7 +18,6 @@ import html
 import json
 import logging
 import os
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -335,45 +334,6 @@ def _plain_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[lis
 # Measures
 
 
-def coverage(documents: Dataset, blocks: Dataset, tokenizer: PreTrainedTokenizerFast) -> float:
-    """Return the share of the documents' characters that is in the blocks, from 0 to 1.
-
-    Characters are those after Unicode normalisation NFC, which the tokenizer applies. One counts
-    where the first of its bytes is kept, so one that the border of a block cuts in two counts once.
-
-    Parameters
-    ----------
-    documents, blocks : datasets.Dataset
-        What `chunk_documents` or `pack_documents` was given, and what it returned.
-    tokenizer : transformers.PreTrainedTokenizerFast
-        The tokenizer, of a byte-level kind.
-
-    Raises
-    ------
-    ValueError
-        If there is no column ``text``, or the tokenizer is not byte-level.
-    """
-    import numpy as np
-
-    characters = sum(
-        len(unicodedata.normalize("NFC", text))
-        for batch in documents.select_columns("text").iter(batch_size=_BATCH)
-        for text in batch["text"]
-    )
-    # How many characters begin in each token, looked up for all ids of the blocks at once.
-    vocabulary = _bytes_of(tokenizer, range(len(tokenizer)))
-    begun = np.array([_characters_begun(token) for token in vocabulary])
-    begun[tokenizer.eos_token_id] = 0
-    batches = blocks.with_format("numpy").iter(batch_size=1000)
-    kept = sum(int(begun[batch["input_ids"]].sum()) for batch in batches)
-    return kept / characters if characters else 0.0
-
-
-def _characters_begun(token: bytes) -> int:
-    """Count the bytes that begin a character: in UTF-8, all but those of the form 10xxxxxx."""
-    return sum(byte & 0b1100_0000 != 0b1000_0000 for byte in token)
-
-
 def _bytes_of(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[bytes]:
     """Return the bytes that tokens stand for."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -481,13 +441,3 @@ def _visible(piece: str) -> str:
         signs.get(char) or (char if char.isprintable() else f"<U+{ord(char):04X}>")
         for char in piece
     )
-
-
-def count_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    """Say how many tokens a text becomes, as in ``"12 tokens, 0.67 a character"``.
-
-    A special token in the text counts as one.
-    """
-    tokens = len(tokenizer(text)["input_ids"])
-    count = "1 token" if tokens == 1 else f"{tokens:,} tokens"
-    return f"{count}, {tokens / len(text):.2f} a character" if text else count

@@ -117,7 +117,7 @@ def total_steps(recipe: Recipe, blocks: int) -> int:
     return math.ceil(recipe.epochs * max(1, math.ceil(batches / recipe.gradient_accumulation)))
 
 
-def learning_rates(recipe: Recipe, steps: int) -> list[float]:
+def _learning_rates(recipe: Recipe, steps: int) -> list[float]:
     """Return the learning rate of each step, from the scheduler that the Trainer uses.
 
     Parameters
@@ -135,7 +135,7 @@ def learning_rates(recipe: Recipe, steps: int) -> list[float]:
     Examples
     --------
     >>> from tinytrain.recipes import RECIPES
-    >>> rates = learning_rates(RECIPES["seed"], 1000)
+    >>> rates = _learning_rates(RECIPES["seed"], 1000)
     >>> rates[0], rates[200], rates[-1] < 1e-9
     (0.0, 2e-05, True)
     """
@@ -156,8 +156,8 @@ def learning_rates(recipe: Recipe, steps: int) -> list[float]:
 
 
 def plot_learning_rate(recipe: Recipe, steps: int) -> Figure:
-    """Draw the learning rate over a run; parameters and errors as for `learning_rates`."""
-    rates = learning_rates(recipe, steps)
+    """Draw the learning rate over a run; parameters and errors as for `_learning_rates`."""
+    rates = _learning_rates(recipe, steps)
     figure, axes = new_axes(7, 2.6)
     axes.plot(range(1, steps + 1), rates, linewidth=2)
     if 0 < recipe.warmup_steps < steps and recipe.lr_scheduler != "constant":
@@ -170,7 +170,7 @@ def plot_learning_rate(recipe: Recipe, steps: int) -> Figure:
     return figure
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Stack blocks of equal length into a batch whose labels are the tokens themselves.
 
     The model shifts the labels by one. Packed blocks are full: no padding, no mask.
@@ -277,7 +277,7 @@ def build_trainer(
         args=arguments,
         train_dataset=train_blocks,
         eval_dataset=eval_blocks,
-        data_collator=collate,
+        data_collator=_collate,
         callbacks=[c for c in callbacks if rank() == 0 or not getattr(c, "rank_zero_only", False)],
     )
     trainer.make_optimizer = make_optimizer

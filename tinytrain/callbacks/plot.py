@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import TrainerCallback
 
 from tinytrain.common import (
@@ -42,10 +40,10 @@ _TRAIN_COLOR, _HELD_OUT_COLOR = "#2f6fde", "#e4572e"
 class LivePlotCallback(TrainerCallback):
     """Shows the run while it goes on: the loss plot, how far, how fast, how much memory.
 
-    In a notebook this is one picture that is replaced; in a terminal a progress bar; elsewhere only
-    the file is kept. Drawing stops the training, so it takes no more than one hundredth of the
-    run's time, setting up included; two fifths of that may be spent at once, since you watch the
-    beginning most. The last state is always drawn.
+    In a notebook this is one picture that is replaced; elsewhere only the file is kept, and the
+    messages of `VerboseTrainingCallback` show the progress. Drawing stops the training, so it takes
+    no more than one hundredth of the run's time, setting up included; two fifths of that may be
+    spent at once, since you watch the beginning most. The last state is always drawn.
 
     Parameters
     ----------
@@ -91,11 +89,7 @@ class LivePlotCallback(TrainerCallback):
         self._speed = Speedometer(self.tokens_per_step)
         self._speed.start(state)
         self._output = NotebookOutput() if in_notebook() else None
-        self._bar = None
-        if self._output is None and sys.stdout.isatty():
-            counts = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
-            self._bar = tqdm(**counts, file=sys.stdout, dynamic_ncols=True)
-        if self._output is not None or self._bar is not None:
+        if self._output:
             display_begins(self)
         self.drawing_seconds = time.monotonic() - start
         self._state = state
@@ -108,11 +102,6 @@ class LivePlotCallback(TrainerCallback):
             if self.drawing_seconds <= 0.009 * (self._speed.seconds() + 0.4 * left):
                 self._draw()
 
-    def on_step_end(self, args, state, control, **kwargs):
-        """Move the progress bar."""
-        if self._bar is not None:
-            self._bar.update()
-
     def on_train_end(self, args, state, control, **kwargs):
         """Draw the last state."""
         self.close()
@@ -122,8 +111,6 @@ class LivePlotCallback(TrainerCallback):
         if self._state is None:
             return
         self._draw()
-        if self._bar is not None:
-            self._bar.close()
         display_ends(self)
         self._state = None
 
@@ -136,16 +123,15 @@ class LivePlotCallback(TrainerCallback):
             headline += f", {format_seconds(left)} left"
         elif state.global_step >= state.max_steps:
             headline += ", done"
-        losses = self._plot.latest_losses()
-        speed = [] if left is None else [f"{self._speed.tokens_per_second(state):,.0f} tokens/s"]
-        seen = f"{format_count(state.global_step * self.tokens_per_step)} tokens seen"
-        details = " · ".join([*losses, seen, *speed, _memory_in_use()])
+        details = self._plot.latest_losses()
+        details.append(f"{format_count(state.global_step * self.tokens_per_step)} tokens seen")
+        if left is not None:
+            details.append(f"{self._speed.tokens_per_second(state):,.0f} tokens/s")
+        details = " · ".join([*details, _memory_in_use()])
         self._plot.update(headline, details, state.max_steps)
         png = self._plot.png()
-        if self._output is not None:
+        if self._output:
             self._output.show(f"{headline} · {details}", png)
-        if self._bar is not None:
-            self._bar.set_postfix_str(", ".join([*losses, *speed]))
         atomic_write(self.path, png)
         self._last_drawing = time.monotonic()
         self.drawing_seconds += self._last_drawing - start
