@@ -1,4 +1,4 @@
-"""What learners ask about the numbers of a run, answered by changing one of them at a time.
+"""What learners ask about the hyperparameters of a run, answered by changing one of them at a time.
 
 ``python -m benchmarks.questions --text my.jsonl`` trains the model of recipe ``pocket``, each time
 in a process of its own:

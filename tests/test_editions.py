@@ -20,7 +20,7 @@ def edition(name, language):
     return nbformat.read(path, as_version=4).cells
 
 
-def twins(name):
+def pairs(name):
     """Yield the pairs of text cells."""
     for english, chinese in zip(edition(name, "en"), edition(name, "zh"), strict=True):
         if english.cell_type == "markdown":
@@ -55,13 +55,14 @@ def links(text, folder):
 
 
 def glossary():
-    """Return (English names, Chinese name, Chinese names that are not used) of each term."""
+    """Yield the English names, the Chinese name and rejected Chinese names of each term."""
     lines = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines()
     for line in lines:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 5 and cells[0] not in ("English", "---"):
             names = [part.strip() for part in re.sub(r"\(.*\)", "", cells[0]).split(",")]
-            yield names, re.sub(r"（.*）", "", cells[1]), cells[4].split("、")
+            chinese = cells[4].split("；")[0].split("、")
+            yield names, re.sub(r"（.*）", "", cells[1]), chinese
 
 
 TERMS = list(glossary())
@@ -78,7 +79,7 @@ def test_the_same_cells_in_the_same_order(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_text_is_chinese(name):
-    for english, chinese in twins(name):
+    for english, chinese in pairs(name):
         text = prose(chinese.source)
         assert chinese.source != english.source, chinese.id
         # Not a sentence left: no more than a few Latin words in a row.
@@ -89,7 +90,7 @@ def test_every_text_is_chinese(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_and_links_are_the_same(name):
     folder = ROOT / "notebooks"
-    for english, chinese in twins(name):
+    for english, chinese in pairs(name):
         assert numbers(english.source) == numbers(chinese.source), chinese.id
         here, there = links(english.source, folder), links(chinese.source, folder / "zh")
         assert here == there, chinese.id
@@ -102,7 +103,7 @@ def test_the_first_cells_lead_to_each_other(name):
 
 
 @pytest.mark.parametrize("english, chinese", PAGES)
-def test_pages_have_twins_as_full_as_they_are(english, chinese):
+def test_pages_have_editions_as_full_as_they_are(english, chinese):
     one, other = ((ROOT / name).read_text(encoding="utf-8") for name in (english, chinese))
     assert f"]({Path(chinese).name})" in one and f"]({Path(english).name})" in other
     assert one.count("\n#") == other.count("\n#") and one.count("\n|") == other.count("\n|")
@@ -114,7 +115,7 @@ def test_pages_have_twins_as_full_as_they_are(english, chinese):
 
 def chinese_texts():
     for name in NAMES:
-        for _, cell in twins(name):
+        for _, cell in pairs(name):
             yield f"{name} {cell.id}", cell.source
     for _, name in PAGES:
         yield name, (ROOT / name).read_text(encoding="utf-8")
@@ -129,11 +130,27 @@ def test_terms_have_one_chinese_name():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_where_a_term_stands_in_english_its_name_stands_in_chinese(name):
-    for english, chinese in twins(name):
+    for english, chinese in pairs(name):
         for names, term, _ in TERMS:
             pattern = "|".join(rf"\b{re.escape(word)}s?\b" for word in names)
             if re.search(pattern, prose(english.source), re.IGNORECASE):
                 assert term in chinese.source, f"{chinese.id}: {names[0]}"
+
+
+def test_rejected_english_names_are_not_used():
+    """In code, notebooks and pages; "word" is right where no token is meant."""
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rejected = re.findall(r"；([^|]+?) *\|$", text, flags=re.MULTILINE)
+    names = [name for found in rejected for name in found.split(", ")]
+    assert {"word", "twin", "leap", "training half"} <= set(names)
+    pattern = re.compile(rf"\b({'|'.join(names)})s?\b", re.IGNORECASE)
+    paths = [*(ROOT / "tinytrain").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    paths += [*ENGLISH, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/questions.md"]
+    for path in paths:
+        cells = edition(path.name, "en") if path.suffix == ".ipynb" else []
+        text = "\n".join(cell.source for cell in cells) or path.read_text(encoding="utf-8")
+        text = re.sub(r"common words|Rare Words|word for word|not words", "", text)
+        assert not pattern.search(text), f"{path.name}: {pattern.search(text)[0]}"
 
 
 def test_every_term_of_the_glossary_is_used():

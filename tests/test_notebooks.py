@@ -165,7 +165,7 @@ def test_ctrl_c_in_the_terminal_interrupts_the_cell_and_not_the_tutorial(tmp_pat
 
 @pytest.mark.parametrize("name", ["03_tokenization", "06_evaluate"])
 def test_any_notebook_can_be_opened_first(name, tmp_path):
-    """Alone, in an empty folder of runs, on a text of one's own."""
+    """Alone, in an empty folder of runs, on a text of your own."""
     from nbclient import NotebookClient
 
     text = tmp_path / "mine.txt"

@@ -2,7 +2,7 @@
 
 A model of a few million parameters cannot learn the world from the few minutes of training that a
 laptop affords, but it can learn a small world that is told often enough. So this text trades
-breadth for repetition: some 1,700 true facts, each stated dozens of times in varying words and
+breadth for repetition: some 1,700 true facts, each stated dozens of times in varying terms and
 order. A held-out article then tells known facts in sentences not seen together before, and
 `cloze_questions` can ask what was learned. The price: it is a generated text, with the sameness of
 one, and losses on it say nothing about losses on real prose.

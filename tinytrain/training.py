@@ -210,7 +210,7 @@ class StepClock(TrainerCallback):
 
 
 class _PretrainingTrainer(Trainer):
-    """A Trainer with an optimiser of one's own, whose callbacks learn the gradient's norm."""
+    """A Trainer with an optimiser of your own, whose callbacks learn the gradient's norm."""
 
     make_optimizer: Callable[..., torch.optim.Optimizer] | None = None
 

@@ -30,7 +30,7 @@ class LossError(RuntimeError):
     loss : float
         Its loss in nats per token.
     documents : list of int
-        Where the batch's documents stand in the training set; empty if that cannot be told.
+        Indices of the batch's documents in the training set; empty if they are not known.
     checkpoint : Path or None
         The newest complete checkpoint, from before this step.
     """
@@ -159,24 +159,24 @@ class LossGuard(TrainerCallback):
         )
 
     def _error(self, trouble: str, loss: float | None, step: int, args: Any) -> LossError:
-        words = [f"step {step}: {trouble}; the step was not made."]
+        sentences = [f"step {step}: {trouble}; the step was not made."]
         rows, documents, blocks = [], [], self._gather_blocks(args)
         if len(blocks):
             rows, documents = self._find(blocks)
         if rows:
-            words.append(f"Its batch is blocks {_listed(rows)} of the training set")
-            words[-1] += f", from documents {_listed(documents)}." if documents else "."
+            sentences.append(f"Its batch is blocks {_listed(rows)} of the training set")
+            sentences[-1] += f", from documents {_listed(documents)}." if documents else "."
         if self.tokenizer is not None and len(blocks):
             begins = [self.tokenizer.decode(block[:12]) for block in blocks[:4]]
-            words.append(f"They begin {', '.join(repr(text) for text in begins)}.")
+            sentences.append(f"They begin {', '.join(repr(text) for text in begins)}.")
         checkpoint = self.find_checkpoint(args.output_dir)
         checkpoint = Path(checkpoint) if checkpoint else None
         good = f"is {checkpoint.name}" if checkpoint else "does not exist yet"
-        words.append(
+        sentences.append(
             f"The last good checkpoint {good}. Look at these documents, or halve the learning rate."
         )
         loss = math.nan if loss is None else loss
-        return LossError(" ".join(words), step, loss, documents, checkpoint)
+        return LossError(" ".join(sentences), step, loss, documents, checkpoint)
 
     def _gather_blocks(self, args: TrainingArguments) -> torch.Tensor:
         """Return the rows of the step's batch, of all processes, padded to one length."""
@@ -187,7 +187,7 @@ class LossGuard(TrainerCallback):
         return gather(pad_across_processes(blocks, dim=1)).cpu()
 
     def _find(self, wanted: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Return where blocks stand in the training set, and the documents they come from.
+        """Return the indices of blocks in the training set, and of the documents they come from.
 
         Packed blocks follow each other as the documents do, so that the number of end-of-text
         tokens before a block is the number of its first document.
