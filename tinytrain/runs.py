@@ -316,8 +316,9 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     if result["finished"]:
         loss = trainer.evaluate(blocks["test"], metric_key_prefix="full")["full_loss"]
         if rank() == 0:
-            answers = {"cloze_before": before} if questions else {}
-            result |= _measure(recipe, tokenizer, loss, precision=precision, **answers)
+            known = {"finished": True, "precision": precision}
+            known |= {"cloze_before": before} if questions else {}
+            result = _measure(recipe, tokenizer, loss, **known)
     # Or NCCL complains at the end. Gloo does not, and were it to go before the model that uses it,
     # the process might never end: PyTorch 2.13 then waits for a thread which waits for Python.
     if world_size() > 1 and "nccl" in torch.distributed.get_backend():
