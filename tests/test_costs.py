@@ -187,8 +187,9 @@ def test_the_memory_bar_is_the_estimate_and_tells_the_cards_that_are_too_small(n
     green = {text.get_text() for text in axes.texts if text.get_color() == "#2e7d32"}
     assert green == {f"{card} GB" for card in (8, 16, 24, 40, 80) if card >= total}
     assert "this machine 40 GB" in [text.get_text() for text in figure.legends[0].get_texts()]
+    precision = f"in {RECIPES[name].precision or 'bf16'}"
     millions = f"{cost.parameters['total'] / 1e6:.1f}M parameters"
-    assert millions in figure.get_suptitle() and "in bf16" in figure.get_suptitle()
+    assert millions in figure.get_suptitle() and precision in figure.get_suptitle()
 
 
 def test_the_plot_of_plans_marks_the_best_size():

@@ -41,14 +41,9 @@ def test_a_documents_loss_is_that_of_its_tokens_after_an_end_of_text(taught, smo
         assert "".join(piece for piece, _ in pieces) == text and all(piece for piece, _ in pieces)
         assert sum(nats for _, nats in pieces) == pytest.approx(expected, rel=1e-4)
     assert document_losses(taught, smoke.tokenizer, []) == []
-
-
-def test_what_was_learned_by_heart_is_guessed_first(taught, smoke):
-    texts = ["法国的首都是巴黎。", "游泳之后要喝水。"]
-    known, unknown = document_losses(taught, smoke.tokenizer, texts)
+    known, unknown = document_losses(taught, smoke.tokenizer, [texts[0], "游泳之后要喝水。"])
     # All but the first token, where the other sentence could begin as well.
-    assert known.right >= known.tokens - 1
-    assert unknown.right < unknown.tokens / 2
+    assert known.right >= known.tokens - 1 and unknown.right < unknown.tokens / 2
 
 
 @torch.no_grad()

@@ -74,13 +74,11 @@ def test_a_seed_repeats_itself_and_leaves_the_random_state_alone(taught, smoke):
 
 
 def test_text_comes_as_it_is_written_and_whole_characters_only(taught, smoke):
-    for sampling in ({"temperature": 2.0, "seed": 0}, {"temperature": 2.0, "seed": 1}):
+    for sampling in ({"seed": 0}, {"seed": 1, "temperature": 2.0}, {"temperature": 0}):
         pieces = []
         text = generate(taught, smoke.tokenizer, "法国", 30, on_text=pieces.append, **sampling)
-        assert "".join(pieces) == text and len(pieces) > 3
-    pieces = []
-    text = generate(taught, smoke.tokenizer, "法国", temperature=0, on_text=pieces.append)
-    assert "".join(pieces) == text == "的首都是巴黎。"
+        assert "".join(pieces) == text and len(pieces) > 2
+    assert text == "的首都是巴黎。"
 
 
 def test_the_penalty_keeps_it_from_repeating(untaught, smoke):

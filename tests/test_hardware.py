@@ -96,9 +96,8 @@ def test_linux_flags_and_a_measurement_decide(monkeypatch, no_gpu, cpuinfo, gain
     monkeypatch.setattr(hardware, "_read", {"/proc/cpuinfo": cpuinfo}.get)
     speeds = {"float32": 0.31, "bf16": gain * 0.31}
     monkeypatch.setattr(hardware, "matmul_tflops", lambda name, seconds: speeds[name])
-    hardware._bf16_gain.cache_clear()
+    monkeypatch.setattr(hardware, "_bf16_gain", hardware._bf16_gain.__wrapped__)  # no cache
     name, reason = choose_precision()
-    hardware._bf16_gain.cache_clear()
     assert name == expected
     flags = [flag for flag in cpuinfo.split() if flag.endswith("bf16")]
     assert all(flag in reason for flag in flags)
@@ -115,20 +114,13 @@ def test_macos_flags_are_read_and_neither_they_nor_the_gpu_mean_bf16(monkeypatch
     assert name == "float32" and "MPS" in reason
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [
-        (lambda: {"avx512_bf16": True, "amx_bf16": False, "num_sockets": 1}, {"avx512_bf16"}),
-        (None, set()),  # a PyTorch that cannot say
-    ],
-)
-def test_windows_flags_come_from_pytorch(monkeypatch, capabilities, expected):
+def test_windows_flags_come_from_pytorch(monkeypatch):
     monkeypatch.setattr("platform.system", lambda: "Windows")
-    if capabilities:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", capabilities, raising=False)
-    else:
-        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert cpu_flags() == expected
+    capabilities = {"avx512_bf16": True, "amx_bf16": False, "num_sockets": 1}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert cpu_flags() == {"avx512_bf16"}
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # a PyTorch that cannot say
+    assert cpu_flags() == set()
 
 
 def test_check_says_what_will_compute_and_notices_an_unusable_gpu(no_gpu, commands, capsys):

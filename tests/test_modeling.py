@@ -158,10 +158,7 @@ def trainer_for(model, folder):
 def test_the_guides_own_lines_train_and_fail_at_the_first_checkpoint(tmp_path):
     parent = {**QWEN2_5_0_5B, "model_type": "qwen2", "torch_dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(parent), encoding="utf-8")
-    changes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 256, "n_ctx": 512}
-    config = AutoConfig.from_pretrained(
-        tmp_path, num_attention_heads=8, num_hidden_layers=12, **changes
-    )
+    config = AutoConfig.from_pretrained(tmp_path, **SMALL, n_ctx=512)
     assert (config.num_hidden_layers, len(config.layer_types)) == (12, 24)
     trainer = trainer_for(AutoModelForCausalLM.from_config(config), tmp_path / "run")
     with pytest.raises(Exception, match=r"`num_hidden_layers` \(12\) .* `layer_types` \(24\)"):

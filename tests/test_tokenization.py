@@ -54,14 +54,11 @@ def plain(tokenizer, text):
 # The tokenizer
 
 
-def test_training_gives_the_vocabulary_asked_for(small):
+def test_training_gives_the_vocabulary_asked_for_in_every_process(small):
     assert len(small) == 320
     assert small.eos_token == small.pad_token == "<|endoftext|>"
     assert small("<|endoftext|>")["input_ids"] == [small.eos_token_id]
     assert len(small("是中国")["input_ids"]) < len("是中国".encode())
-
-
-def test_training_is_the_same_in_every_process(small):
     program = (
         "import json, sys; from tinytrain import tokenization as t;"
         "tokenizer = t.train_tokenizer(json.loads(sys.argv[1]) * 3, vocab_size=320);"
@@ -180,6 +177,14 @@ def test_only_packing_places_the_end_of_text(small):
     assert ends[-1] == len(ids) - 1
 
 
+def test_coverage_shows_what_the_guides_chunks_lose(small):
+    data = documents(["北京" * 20, "上海"])
+    length = len(plain(small, data["text"][0]))  # the first document fills a chunk
+    assert coverage(data, chunk_documents(data, small, length), small) == 40 / 42
+    packed = pack_documents(data, small, 1)
+    assert coverage(data, packed, small) == 1 and coverage(data, packed.select([]), small) == 0
+
+
 @EACH_CUT
 def test_blocks_are_int32_and_the_same_in_memory_and_in_a_folder(small, cut, tmp_path):
     # More documents than one batch, in an order other than that of the table, and a second column.
@@ -208,15 +213,6 @@ def test_wrong_arguments_are_named(small, cut):
 
 
 # Measures
-
-
-def test_coverage_shows_what_the_guides_chunks_lose(small):
-    data = documents(["北京" * 20, "上海"])
-    length = len(plain(small, data["text"][0]))  # the first document fills a chunk
-    assert coverage(data, chunk_documents(data, small, length), small) == 40 / 42
-    packed = pack_documents(data, small, 1)
-    assert coverage(data, packed, small) == 1
-    assert coverage(data, packed.select([]), small) == 0
 
 
 def test_a_larger_vocabulary_costs_fewer_tokens_per_character(small):
