@@ -135,3 +135,22 @@ def without_times(path):
 
     lines = read_history(path)
     return [{name: line[name] for name in line if name != "seconds"} for line in lines]
+
+
+def kept_bytes(model, forward):
+    """Return the bytes that a forward pass keeps for the backward pass, weights left out."""
+    import torch
+
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept, alive = {}, []
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)  # so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(kept.values())

@@ -26,15 +26,9 @@ from tinytrain.evaluation import (
 from tinytrain.modeling import build_model
 
 
-def test_bits_per_character_do_not_depend_on_how_text_is_cut():
-    # Two tokens of 3 nats or six of 1 nat, over four characters, say the same.
-    assert bits_per_character(3.0, 2 / 4) == pytest.approx(bits_per_character(1.0, 6 / 4))
-    assert bits_per_character(math.log(2), 1.0) == pytest.approx(1.0)
-
-
 @torch.no_grad()
 def test_a_documents_loss_is_that_of_its_tokens_after_an_end_of_text(taught, smoke):
-    texts = ["法国的首都是巴黎。", "日", "", "日本的首都是大阪，不是东京。"]
+    texts = ["法国的首都是巴黎。", "日", "", "日本的 首都是大阪，\n不是东京😀é。"]
     for text, found in zip(texts, document_losses(taught, smoke.tokenizer, texts), strict=True):
         ids = [smoke.tokenizer.eos_token_id, *smoke.tokenizer(text)["input_ids"]]
         expected = 0.0
@@ -43,15 +37,13 @@ def test_a_documents_loss_is_that_of_its_tokens_after_an_end_of_text(taught, smo
             expected -= logits.log_softmax(-1)[ids[here]].item()
         assert found.characters == len(text) and found.tokens == len(ids) - 1
         assert found.nats == pytest.approx(expected, rel=1e-4)
+        pieces = token_losses(taught, smoke.tokenizer, text)
+        assert "".join(piece for piece, _ in pieces) == text and all(piece for piece, _ in pieces)
+        assert sum(nats for _, nats in pieces) == pytest.approx(expected, rel=1e-4)
     assert document_losses(taught, smoke.tokenizer, []) == []
-
-
-def test_what_was_learned_by_heart_is_guessed_first(taught, smoke):
-    [known] = document_losses(taught, smoke.tokenizer, ["法国的首都是巴黎。"])
+    known, unknown = document_losses(taught, smoke.tokenizer, [texts[0], "游泳之后要喝水。"])
     # All but the first token, where the other sentence could begin as well.
-    assert known.right >= known.tokens - 1
-    [unknown] = document_losses(taught, smoke.tokenizer, ["游泳之后要喝水。"])
-    assert unknown.right < unknown.tokens / 2
+    assert known.right >= known.tokens - 1 and unknown.right < unknown.tokens / 2
 
 
 @torch.no_grad()
@@ -78,14 +70,15 @@ def test_documents_measured_together_or_alone_cost_the_same(taught, smoke):
     texts = smoke.split["test"]["text"][:12]
     together = document_losses(taught, smoke.tokenizer, texts, 64)
     alone = [document_losses(taught, smoke.tokenizer, [text], 64)[0] for text in texts]
-    assert [row.tokens for row in together] == [row.tokens for row in alone]
-    nats = [row.nats for row in together]
-    assert nats == pytest.approx([row.nats for row in alone], rel=1e-4)
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours.tokens == theirs.tokens and ours.nats == pytest.approx(theirs.nats, rel=1e-4)
 
 
 def test_an_untrained_model_is_as_unsure_as_its_vocabulary_is_large(smoke):
     model = build_model(smoke.config, seed=1)
-    measures = summarize(document_losses(model, smoke.tokenizer, smoke.split["test"]["text"], 64))
+    measures = summarize(
+        document_losses(model, smoke.tokenizer, smoke.split["test"]["text"][:20], 64)
+    )
     assert measures.perplexity.value == pytest.approx(smoke.config.vocab_size, rel=0.1)
     assert measures.accuracy.value < 0.02
 
@@ -99,6 +92,7 @@ def test_the_measures_are_ratios_of_sums_and_do_not_depend_on_the_tokenizer():
     assert coarse.perplexity.value == pytest.approx(math.exp(3))
     assert fine.perplexity.value == pytest.approx(math.e)
     assert coarse.accuracy.value == fine.accuracy.value == 0.5
+    assert bits_per_character(3.0, 2 / 4) == pytest.approx(coarse.bits_per_character.value)
     # A long document counts for more than a short one: per character, not per document.
     uneven = summarize([DocumentLoss(1, 1, 4.0, 0), DocumentLoss(99, 99, 99.0, 0)])
     assert uneven.bits_per_character.value == pytest.approx(103 / 100 / math.log(2))
@@ -120,18 +114,14 @@ def test_the_interval_is_as_wide_as_documents_of_different_difficulty_make_it():
 def test_the_same_documents_give_the_same_interval():
     rows = [DocumentLoss(n, n, n * 1.5 + n % 3, 1) for n in range(1, 40)]
     assert summarize(rows) == summarize(rows)
-    assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", str(summarize(rows).accuracy))
     # Empty documents say nothing, and a single one has nothing to vary.
     empty = [DocumentLoss(0, 0, 0.0, 0)] * 10
     assert summarize(rows[:2] + empty)[:3] == summarize(rows[:2])[:3]
     alone = summarize(rows[:1] + empty)
     assert alone.documents == 11 and len(set(alone.bits_per_character)) == 1
-
-
-@pytest.mark.parametrize("rows", [[], [DocumentLoss(0, 0, 0.0, 0)]])
-def test_nothing_to_measure_is_said(rows):
-    with pytest.raises(ValueError, match="nothing to measure"):
-        summarize(rows)
+    for nothing in ([], empty):
+        with pytest.raises(ValueError, match="nothing to measure"):
+            summarize(nothing)
 
 
 def test_short_and_long_documents_apart():
@@ -155,27 +145,25 @@ def test_pairs_by_hand(smoke):
         ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
         follows.update(itertools.pairwise(ids))
         single.update(ids[1:])
-    text = "法国的人"
+    text, nats = "法国的人", 0.0
     ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
-    nats = 0.0
+    total = sum(single.values()) + len(tokenizer)
     for a, b in itertools.pairwise(ids):
-        alone = (single[b] + 1) / (sum(single.values()) + len(tokenizer))
+        alone = (single[b] + 1) / total
         after = {second: n for (first, second), n in follows.items() if first == a}
         n, kinds = sum(after.values()), len(after)
         nats -= math.log((after.get(b, 0) + kinds * alone) / (n + kinds) if n else alone)
     [found] = count_losses(tokenizer, train, [text])
     assert found.nats == pytest.approx(nats)
     [found] = count_losses(tokenizer, train, [text], order=1)
-    total = sum(single.values()) + len(tokenizer)
     assert found.nats == pytest.approx(-sum(math.log((single[b] + 1) / total) for b in ids[1:]))
 
 
 def test_pairs_guess_what_followed_most_often(smoke):
-    tokenizer = smoke.tokenizer
-    train = ["法国的首都是巴黎。"] * 3
-    [known] = count_losses(tokenizer, train, ["法国的首都是巴黎。"])
+    tokenizer, train = smoke.tokenizer, ["法国的首都是巴黎。"]
+    [known] = count_losses(tokenizer, train * 3, train)
     assert known.right == known.tokens
-    [alone] = count_losses(tokenizer, train, ["法国的首都是巴黎。"], order=1)
+    [alone] = count_losses(tokenizer, train * 3, train, order=1)
     assert alone.right <= 1 and alone.nats > known.nats
     [nothing] = count_losses(tokenizer, [], ["法国"])
     assert nothing.nats == pytest.approx(nothing.tokens * math.log(len(tokenizer)))
@@ -194,19 +182,13 @@ def test_xz_spends_little_on_what_it_has_seen(smoke, monkeypatch):
         xz_bits_per_character([])
 
 
-def test_the_share_of_right_answers_has_wilsons_interval():
+def test_the_share_of_right_answers_has_wilsons_interval_in_each_domain():
     assert share(9, 10) == pytest.approx((0.9, 0.5958, 0.9821), abs=2e-4)
     assert share(0, 20) == pytest.approx((0.0, 0.0, 0.1611), abs=2e-4)
     assert math.isnan(share(0, 0).value)
-    assert all(share(n, n).high == 1 and share(0, n).low == 0 for n in (1, 7, 60))
-
-
-def test_an_interval_is_written_without_exponents():
     assert str(Interval(0.70249, 0.6615, 0.7444)) == "0.702 (0.661 to 0.744)"
     assert str(Interval(4290.4, 999.6, 12_345.6)) == "4,290 (1,000 to 12,346)"
-
-
-def test_answers_by_domain():
+    assert all(share(n, n).high == 1 and share(0, n).low == 0 for n in (1, 7, 60))
     questions = [("a", "x", "rivers"), ("b", "y", "rivers"), ("c", "z", "works")]
     found = by_domain(questions, [True, False, True])
     assert list(found) == ["works", "rivers"]
@@ -221,20 +203,9 @@ def test_bars_are_as_long_as_the_numbers():
     widths = [bar.get_width() for bar in axes.patches]
     assert widths == pytest.approx([ours.value, 2.0, 1.0])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["ours", "xz", "all right"]
-    ends = [
-        segment[:, 0].tolist() for lines in axes.collections for segment in lines.get_segments()
-    ]
+    segments = [segment for lines in axes.collections for segment in lines.get_segments()]
+    ends = [segment[:, 0].tolist() for segment in segments]
     assert ends == [pytest.approx([ours.low, ours.high]), pytest.approx(share(21, 21)[1:])]
-
-
-def test_pieces_make_up_the_text_and_its_loss(taught, smoke):
-    text = "法国 的首都是\n巴黎😀é。"
-    pieces = token_losses(taught, smoke.tokenizer, text)
-    assert "".join(piece for piece, _ in pieces) == text
-    [document] = document_losses(taught, smoke.tokenizer, [text])
-    assert sum(nats for _, nats in pieces) == pytest.approx(document.nats, rel=1e-4)
-    assert all(piece for piece, _ in pieces)
-    assert token_losses(taught, smoke.tokenizer, "") == []
 
 
 def test_coloured_text_is_escaped_and_redder_where_it_surprised():

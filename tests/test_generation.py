@@ -17,27 +17,23 @@ def test_completions_come_in_the_order_of_the_prompts_and_stop_at_the_end(taught
     prompts = ["日本的首都是", "法国", "法国的首都是", "法国"]
     texts = complete(taught, smoke.tokenizer, prompts, max_new_tokens=30)
     assert texts == ["东京。", "的首都是巴黎。", "巴黎。", "的首都是巴黎。"]
+    with pytest.raises(ValueError, match="prompt is empty"):
+        complete(taught, smoke.tokenizer, ["法国", ""])
 
 
-def test_padding_in_a_batch_changes_nothing(untaught, smoke, monkeypatch):
+def test_padding_in_a_batch_changes_nothing_nor_does_writing_the_models_mode(
+    untaught, smoke, monkeypatch
+):
     prompts = ["日本的首都是", "法国", "法国的首都是", "水"]
     assert len({len(smoke.tokenizer(prompt)["input_ids"]) for prompt in prompts}) > 1
+    untaught.train()
     together = complete(untaught, smoke.tokenizer, prompts, 10)
+    assert untaught.training
+    untaught.eval()
     assert together == [complete(untaught, smoke.tokenizer, [each], 10)[0] for each in prompts]
     monkeypatch.setattr("tinytrain.generation._BATCH_SIZE", 3)
     assert complete(untaught, smoke.tokenizer, prompts, 10) == together
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_models_mode_is_kept(untaught, smoke, training):
-    untaught.train(training)
-    complete(untaught, smoke.tokenizer, ["法国"], max_new_tokens=1)
-    assert untaught.training == training
-
-
-def test_an_empty_prompt_is_refused(taught, smoke):
-    with pytest.raises(ValueError, match="prompt is empty"):
-        complete(taught, smoke.tokenizer, ["法国", ""])
+    assert not untaught.training
 
 
 def test_right_and_wrong_answers_are_counted(taught, smoke):
@@ -49,12 +45,7 @@ def test_right_and_wrong_answers_are_counted(taught, smoke):
     assert not Answer("a", "巴黎", "是巴黎").right  # not from the first character
 
 
-def test_greedy_is_what_complete_writes(taught, smoke):
-    text = generate(taught, smoke.tokenizer, "法国的首都是", temperature=0)
-    assert text == "巴黎。" == complete(taught, smoke.tokenizer, ["法国的首都是"])[0]
-
-
-def test_it_stops_at_the_end_of_text_that_the_tokenizer_names(taught, smoke, monkeypatch):
+def test_greedy_stops_at_the_end_of_text_that_the_tokenizer_names(taught, smoke, monkeypatch):
     other = smoke.tokenizer.eos_token_id + 5
     monkeypatch.setattr(taught.generation_config, "eos_token_id", other)
     steps = []
@@ -83,13 +74,11 @@ def test_a_seed_repeats_itself_and_leaves_the_random_state_alone(taught, smoke):
 
 
 def test_text_comes_as_it_is_written_and_whole_characters_only(taught, smoke):
-    for sampling in ({"temperature": 2.0, "seed": 0}, {"temperature": 2.0, "seed": 1}):
+    for sampling in ({"seed": 0}, {"seed": 1, "temperature": 2.0}, {"temperature": 0}):
         pieces = []
         text = generate(taught, smoke.tokenizer, "法国", 30, on_text=pieces.append, **sampling)
-        assert "".join(pieces) == text and len(pieces) > 3
-    pieces = []
-    text = generate(taught, smoke.tokenizer, "法国", temperature=0, on_text=pieces.append)
-    assert "".join(pieces) == text == "的首都是巴黎。"
+        assert "".join(pieces) == text and len(pieces) > 2
+    assert text == "的首都是巴黎。"
 
 
 def test_the_penalty_keeps_it_from_repeating(untaught, smoke):
@@ -131,7 +120,7 @@ def test_next_tokens_are_what_is_sampled(taught, smoke):
     expected = dict(next_tokens(taught, smoke.tokenizer, "法国的首都是", **sampling))
     assert len(expected) == 4 and sum(expected.values()) == pytest.approx(1)
     assert "巴黎".startswith(list(expected)[0])
-    seeds = range(150)
+    seeds = range(100)
     sampled = Counter(
         generate(taught, smoke.tokenizer, "法国的首都是", 1, seed=seed, **sampling)
         for seed in seeds

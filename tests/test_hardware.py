@@ -60,114 +60,73 @@ def commands(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "major", "minor", "expected"),
+    ("name", "major", "minor", "expected", "reason"),
     [
-        ("NVIDIA A100-SXM4-40GB", 8, 0, "bf16"),
-        ("NVIDIA H100 80GB HBM3", 9, 0, "bf16"),
-        ("Tesla T4", 7, 5, "fp16"),
-        ("Tesla V100-SXM2-16GB", 7, 0, "fp16"),
-        ("Tesla P100-PCIE-16GB", 6, 0, "float32"),
+        ("NVIDIA A100-SXM4-40GB", 8, 0, "bf16", "computes bf16 itself"),
+        ("NVIDIA H100 80GB HBM3", 9, 0, "bf16", "computes bf16 itself"),
+        ("Tesla T4", 7, 5, "fp16", "only emulates bf16"),
+        ("Tesla V100-SXM2-16GB", 7, 0, "fp16", "only emulates bf16"),
+        ("Tesla P100-PCIE-16GB", 6, 0, "float32", "no tensor cores"),
     ],
 )
-def test_precision_on_a_gpu(gpu, name, major, minor, expected):
+def test_precision_on_a_gpu(gpu, name, major, minor, expected, reason):
     gpu(name, major, minor)
+    assert torch.cuda.is_bf16_supported()  # which alone says nothing: it counts emulation
     precision = choose_precision()
     assert precision.name == expected
     assert f"{name} (compute capability {major}.{minor})" in precision.reason
+    assert reason in precision.reason
+    assert choose_precision("float32") == ("float32", "the recipe asks for it")
 
 
-def test_pytorch_alone_would_choose_emulated_bf16_on_a_t4(gpu):
-    gpu("Tesla T4", 7, 5)
-    assert torch.cuda.is_bf16_supported()
-    assert "emulates" in choose_precision().reason
+@pytest.mark.parametrize(
+    ("cpuinfo", "gain", "expected"),
+    [
+        ("processor : 0\nflags\t: avx2 avx512_bf16\nbugs : x\n\nprocessor : 1\n", 2.5, "bf16"),
+        ("flags : avx2 avx512f avx512_bf16 amx_bf16", 2.5, "bf16"),
+        ("processor : 0\nFeatures\t: fp asimd bf16\nCPU part\t: 0xd40\n", 1.5, "bf16"),  # ARM
+        # Seen on a Xeon whose AMX units its virtual machine hides.
+        ("flags : avx2 avx512_bf16", 0.5, "float32"),
+        ("flags : fpu avx2 avx512f", 0.25, "float32"),
+        ("", 1.0, "float32"),
+    ],
+)
+def test_linux_flags_and_a_measurement_decide(monkeypatch, no_gpu, cpuinfo, gain, expected):
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr(hardware, "_read", {"/proc/cpuinfo": cpuinfo}.get)
+    speeds = {"float32": 0.31, "bf16": gain * 0.31}
+    monkeypatch.setattr(hardware, "matmul_tflops", lambda name, seconds: speeds[name])
+    monkeypatch.setattr(hardware, "_bf16_gain", hardware._bf16_gain.__wrapped__)  # no cache
+    name, reason = choose_precision()
+    assert name == expected
+    flags = [flag for flag in cpuinfo.split() if flag.endswith("bf16")]
+    assert all(flag in reason for flag in flags)
+    assert (f"{gain:.1f} times" in reason) == bool(flags)
 
 
-def test_precision_on_an_apple_gpu(monkeypatch, no_gpu):
+def test_macos_flags_are_read_and_neither_they_nor_the_gpu_mean_bf16(monkeypatch, no_gpu, commands):
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    commands["sysctl"] = "hw.optional.arm.FEAT_BF16: 1\nhw.optional.arm.FEAT_SME: 0\n"
+    assert cpu_flags() == {"feat_bf16"}
+    assert choose_precision().name == "float32"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     name, reason = choose_precision()
     assert name == "float32" and "MPS" in reason
 
 
-@pytest.mark.parametrize(
-    ("cpuinfo", "expected"),
-    [
-        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\nbugs\t: x\n\nprocessor\t: 1\n", "bf16"),
-        ("flags : avx2 avx512f avx512_bf16 amx_bf16", "bf16"),
-        ("processor\t: 0\nFeatures\t: fp asimd bf16\nCPU part\t: 0xd40\n", "bf16"),  # ARM
-        ("flags : fpu avx2 avx512f", "float32"),  # here bf16 runs, four times slower than float32
-        ("flags : avx2", "float32"),
-        ("", "float32"),
-    ],
-)
-def test_linux_flags_are_read_and_lead_to_the_precision(monkeypatch, no_gpu, cpuinfo, expected):
-    monkeypatch.setattr("platform.system", lambda: "Linux")
-    monkeypatch.setattr(hardware, "_read", {"/proc/cpuinfo": cpuinfo}.get)
-    monkeypatch.setattr(hardware, "_bf16_gain", lambda: 2.5)
-    name, reason = choose_precision()
-    assert name == expected
-    if expected == "bf16":
-        assert all(flag in reason for flag in cpuinfo.split() if flag.endswith("bf16"))
-        assert "2.5 times" in reason
-
-
-def test_a_cpu_whose_bf16_is_slower_computes_in_float32(monkeypatch, no_gpu):
-    """Seen on a Xeon with avx512_bf16 whose AMX units its virtual machine hides: 0.5 times."""
-    monkeypatch.setattr(hardware, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
-    speeds = {"float32": 0.31, "bf16": 0.16}
-    monkeypatch.setattr(hardware, "matmul_tflops", lambda name, seconds: speeds[name])
-    monkeypatch.setattr(hardware, "_bf16_gain", hardware._bf16_gain.__wrapped__)
-    name, reason = choose_precision()
-    assert name == "float32"
-    assert "avx512_bf16" in reason and "0.5 times" in reason
-
-
-def test_a_recipe_may_ask_for_a_precision():
-    assert choose_precision("float32") == ("float32", "the recipe asks for it")
-
-
-def test_macos_flags_are_read_and_not_used(monkeypatch, no_gpu, commands):
-    monkeypatch.setattr("platform.system", lambda: "Darwin")
-    commands["sysctl"] = "hw.optional.arm.FEAT_BF16: 1\nhw.optional.arm.FEAT_SME: 0\n"
-    assert cpu_flags() == {"feat_bf16"}
-    assert choose_precision().name == "float32"
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [
-        (lambda: {"avx512_bf16": True, "amx_bf16": False, "num_sockets": 1}, {"avx512_bf16"}),
-        (None, set()),  # a PyTorch that cannot say
-    ],
-)
-def test_windows_flags_come_from_pytorch(monkeypatch, capabilities, expected):
+def test_windows_flags_come_from_pytorch(monkeypatch):
     monkeypatch.setattr("platform.system", lambda: "Windows")
-    if capabilities:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", capabilities, raising=False)
-    else:
-        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert cpu_flags() == expected
+    capabilities = {"avx512_bf16": True, "amx_bf16": False, "num_sockets": 1}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert cpu_flags() == {"avx512_bf16"}
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # a PyTorch that cannot say
+    assert cpu_flags() == set()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_flags_of_this_machine():
-    assert len(cpu_flags()) > 5
-
-
-def test_check_says_what_gpu_there_is(gpu, capsys):
-    gpu("Tesla T4", 7, 5)
-    assert check_cuda_availability() is True
-    printed = capsys.readouterr().out
-    assert "1 GPU." in printed
-    assert "0: Tesla T4, 15.8 GB, 15.0 GB free, compute capability 7.5" in printed
-
-
-def test_check_says_that_the_cpu_will_do(no_gpu, commands, capsys):
+def test_check_says_what_will_compute_and_notices_an_unusable_gpu(no_gpu, commands, capsys):
     assert check_cuda_availability() is False
     printed = capsys.readouterr().out
     assert "will run on the CPU" in printed and "cannot use it" not in printed
-
-
-def test_check_notices_a_gpu_that_this_pytorch_cannot_use(no_gpu, commands, capsys):
     commands["nvidia-smi"] = "NVIDIA GeForce RTX 4090\n"
     assert check_cuda_availability() is False
     printed = capsys.readouterr().out
@@ -184,21 +143,21 @@ def test_report_without_gpu_and_tools(no_gpu, commands, tmp_path):
     assert report["PyTorch"] == torch.__version__
     assert (report["precision"], report["because"]) == choose_precision()
     assert float(report["free disk"].removesuffix(" GB")) > 0
+    for error in (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        commands["nvidia-smi"] = error(9, "nvidia-smi")
+        assert hardware_report()["GPU driver"] == "none"
 
 
-def test_report_with_gpu(gpu, commands):
+def test_check_and_report_with_gpu(gpu, commands, capsys):
     gpu("Tesla T4", 7, 5)
     commands["nvidia-smi"] = "580.65.06\n"
+    assert check_cuda_availability() is True
+    described = "Tesla T4, 15.8 GB, 15.0 GB free, compute capability 7.5"
+    assert capsys.readouterr().out == f"CUDA is available: 1 GPU.\n  0: {described}\n"
     report = hardware_report()
-    assert report["GPU"] == "Tesla T4, 15.8 GB, 15.0 GB free, compute capability 7.5"
+    assert report["GPU"] == described
     assert report["GPU driver"] == "580.65.06"
     assert report["precision"] == "fp16"
-
-
-@pytest.mark.parametrize("error", [subprocess.TimeoutExpired, subprocess.CalledProcessError])
-def test_report_survives_a_driver_that_hangs_or_fails(no_gpu, commands, error):
-    commands["nvidia-smi"] = error(9, "nvidia-smi")
-    assert hardware_report()["GPU driver"] == "none"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
@@ -225,6 +184,7 @@ def test_matmul_speed_is_a_positive_number():
 
 def test_what_this_machine_offers(tmp_path):
     here = hardware.this_hardware(tmp_path / "not" / "yet")
+    assert len(cpu_flags()) > 5 or sys.platform != "linux"
     assert here.precision == choose_precision().name
     assert 1e9 < here.memory < 1e13 and 0 < here.disk
     assert 0.001 < here.tflops < 10_000

@@ -7,7 +7,6 @@ import sys
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
 from datasets import Dataset, disable_progress_bars
 from hypothesis import given, settings
@@ -36,8 +35,6 @@ SENTENCES = [
 # Unassigned characters are left out: Python and the tokenizer may know different Unicode versions.
 any_text = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=80)
 chinese = st.text("北京上海是中国的首都，。长江6300the <|endoftext|>\n", max_size=60)
-SOME_TEXTS = given(texts=st.lists(any_text | chinese, max_size=8), length=st.integers(1, 12))
-FEW = settings(deadline=None, max_examples=30)
 EACH_CUT = pytest.mark.parametrize("cut", [pack_documents, chunk_documents])
 
 
@@ -57,14 +54,11 @@ def plain(tokenizer, text):
 # The tokenizer
 
 
-def test_training_gives_the_vocabulary_asked_for(small):
+def test_training_gives_the_vocabulary_asked_for_in_every_process(small):
     assert len(small) == 320
     assert small.eos_token == small.pad_token == "<|endoftext|>"
     assert small("<|endoftext|>")["input_ids"] == [small.eos_token_id]
     assert len(small("是中国")["input_ids"]) < len("是中国".encode())
-
-
-def test_training_is_the_same_in_every_process(small):
     program = (
         "import json, sys; from tinytrain import tokenization as t;"
         "tokenizer = t.train_tokenizer(json.loads(sys.argv[1]) * 3, vocab_size=320);"
@@ -133,19 +127,16 @@ def test_folders_without_a_usable_tokenizer_are_named(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_fingerprint_does_not_depend_on_earlier_calls(small):
+def test_a_fingerprint_tells_tokenizers_apart_whatever_they_did_before(small, tmp_path):
     before = fingerprint(small)
     small("<|endoftext|>", split_special_tokens=True)
     small(SENTENCES, truncation=True, max_length=3, padding=True)
     pack_documents(documents(SENTENCES), small, 1)
     assert fingerprint(small) == before
     assert small("<|endoftext|>")["input_ids"] == [small.eos_token_id]
-
-
-def test_a_fingerprint_tells_tokenizers_apart(small, tmp_path):
     small.save_pretrained(tmp_path)
     other_end = load_tokenizer(tmp_path)
-    assert fingerprint(other_end) == fingerprint(small)
+    assert fingerprint(other_end) == before
     other_end.eos_token = "!"
     tokenizers = [small, train_tokenizer(SENTENCES * 3, vocab_size=321), other_end]
     assert len({fingerprint(tokenizer) for tokenizer in tokenizers}) == 3
@@ -154,25 +145,26 @@ def test_a_fingerprint_tells_tokenizers_apart(small, tmp_path):
 # Chunks and blocks
 
 
-@SOME_TEXTS
-@FEW
-def test_chunks_are_the_full_windows_of_each_document(small, texts, length):
-    chunks = []
+@given(texts=st.lists(any_text | chinese, max_size=8), length=st.integers(1, 12))
+@settings(deadline=None, max_examples=30)
+def test_chunks_are_windows_of_each_document_and_packing_loses_no_token(small, texts, length):
+    data, chunks = documents(texts), []
     for text in texts:
         ids = small(text)["input_ids"]
         chunks += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
-    assert chunk_documents(documents(texts), small, length)["input_ids"][:] == chunks
+    assert chunk_documents(data, small, length)["input_ids"][:] == chunks
 
-
-@SOME_TEXTS
-@FEW
-def test_packing_loses_and_invents_no_token(small, texts, length):
     joined = [id_ for text in texts for id_ in [*plain(small, text), small.eos_token_id]]
-    blocks = pack_documents(documents(texts), small, length)["input_ids"][:]
-    assert all(len(block) == length for block in blocks)
-    kept = [id_ for block in blocks for id_ in block]
+    blocks = pack_documents(data, small, length)
+    assert all(len(block) == length for block in blocks["input_ids"][:])
+    kept = [id_ for block in blocks["input_ids"][:] for id_ in block]
     assert kept == joined[: len(kept)]
     assert len(joined) - len(kept) < length
+    # Coverage counts the characters that can be read. The tail may begin inside one, which reads
+    # as one replacement character.
+    readable = small.decode([id_ for id_ in kept if id_ != small.eos_token_id])
+    characters = sum(len(unicodedata.normalize("NFC", text)) for text in texts)
+    assert coverage(data, blocks, small) == (len(readable) / characters if characters else 0)
 
 
 def test_only_packing_places_the_end_of_text(small):
@@ -185,8 +177,16 @@ def test_only_packing_places_the_end_of_text(small):
     assert ends[-1] == len(ids) - 1
 
 
+def test_coverage_shows_what_the_guides_chunks_lose(small):
+    data = documents(["北京" * 20, "上海"])
+    length = len(plain(small, data["text"][0]))  # the first document fills a chunk
+    assert coverage(data, chunk_documents(data, small, length), small) == 40 / 42
+    packed = pack_documents(data, small, 1)
+    assert coverage(data, packed, small) == 1 and coverage(data, packed.select([]), small) == 0
+
+
 @EACH_CUT
-def test_blocks_are_the_same_in_memory_and_in_a_folder(small, cut, tmp_path):
+def test_blocks_are_int32_and_the_same_in_memory_and_in_a_folder(small, cut, tmp_path):
     # More documents than one batch, in an order other than that of the table, and a second column.
     texts = [SENTENCES[i % 5] * (i % 7) + str(i) for i in range(501)]
     shuffled = documents(texts).add_column("source", texts).shuffle(seed=1)
@@ -197,16 +197,11 @@ def test_blocks_are_the_same_in_memory_and_in_a_folder(small, cut, tmp_path):
         assert blocks["input_ids"][:] == expected
         assert {Path(file["filename"]).parent for file in blocks.cache_files} == {tmp_path / "new"}
         del blocks
-
-
-@EACH_CUT
-def test_blocks_are_int32_even_if_there_are_none(small, cut, tmp_path):
-    for texts, folder in itertools.product(([], ["短"], SENTENCES), (None, tmp_path)):
+    for texts, folder in itertools.product(([], ["短"], SENTENCES), (None, tmp_path / "few")):
         blocks = cut(documents(texts), small, 8, folder=folder)
-        assert blocks.column_names == ["input_ids"]
+        assert blocks.column_names == ["input_ids"] and bool(len(blocks)) == (texts == SENTENCES)
         assert blocks.features["input_ids"].feature.dtype == "int32"
         assert blocks.features["input_ids"].length == 8
-        assert bool(len(blocks)) == (texts == SENTENCES)
 
 
 @EACH_CUT
@@ -218,27 +213,6 @@ def test_wrong_arguments_are_named(small, cut):
 
 
 # Measures
-
-
-@SOME_TEXTS
-@FEW
-def test_coverage_of_packing_counts_the_characters_that_can_be_read(small, texts, length):
-    data = documents(texts)
-    blocks = pack_documents(data, small, length)
-    kept = np.ravel(blocks["input_ids"][:]).astype(int)
-    readable = small.decode(kept[kept != small.eos_token_id])
-    characters = sum(len(unicodedata.normalize("NFC", text)) for text in texts)
-    # The tail may begin inside a character, which reads as one replacement character.
-    assert coverage(data, blocks, small) == (len(readable) / characters if characters else 0)
-
-
-def test_coverage_shows_what_the_guides_chunks_lose(small):
-    data = documents(["北京" * 20, "上海"])
-    length = len(plain(small, data["text"][0]))  # the first document fills a chunk
-    assert coverage(data, chunk_documents(data, small, length), small) == 40 / 42
-    packed = pack_documents(data, small, 1)
-    assert coverage(data, packed, small) == 1
-    assert coverage(data, packed.select([]), small) == 0
 
 
 def test_a_larger_vocabulary_costs_fewer_tokens_per_character(small):
@@ -253,7 +227,7 @@ def test_a_larger_vocabulary_costs_fewer_tokens_per_character(small):
 # Views
 
 
-def test_tokens_are_shown_as_text_and_lone_bytes_as_numbers(small):
+def test_tokens_are_counted_and_shown_as_text_and_lone_bytes_as_numbers(small):
     text = "是中国 the<|endoftext|>"
     shown = show_tokens(small, text)
     assert "".join(piece for piece, _ in shown) == text
@@ -261,6 +235,9 @@ def test_tokens_are_shown_as_text_and_lone_bytes_as_numbers(small):
     assert (" the", small(" the")["input_ids"][0]) in shown and shown[-1] == ("<|endoftext|>", 0)
     pieces = [piece for piece, _ in show_tokens(small, "𠀿")]
     assert pieces == ["<0xF0>", "<0xA0>", "<0x80>", "<0xBF>"]
+    assert tokenization.count_tokens(small, "<|endoftext|>") == "1 token, 0.08 a character"
+    assert tokenization.count_tokens(small, "𠀿a") == "5 tokens, 2.50 a character"
+    assert tokenization.count_tokens(small, "") == "0 tokens"
 
 
 def test_coloured_tokens_show_what_is_there_and_let_no_html_through(small):
@@ -281,9 +258,3 @@ def test_coloured_tokens_show_what_is_there_and_let_no_html_through(small):
     tokens = len(small("北京" * 900)["input_ids"])
     shown = tokenization.colour_tokens(small, "北京" * 900)
     assert shown.count("<span") == 1000 and f"and {tokens - 1000:,} more tokens" in shown
-
-
-def test_tokens_are_counted_for_each_character(small):
-    assert tokenization.count_tokens(small, "<|endoftext|>") == "1 token, 0.08 a character"
-    assert tokenization.count_tokens(small, "𠀿a") == "5 tokens, 2.50 a character"
-    assert tokenization.count_tokens(small, "") == "0 tokens"

@@ -96,14 +96,8 @@ def test_sliders_change_memory_and_time_as_the_plain_calls_do():
     explorer = widgets.memory_explorer(RECIPES["wiki"], HERE)
     sizes = {"layers": 6, "vocabulary": 8192, "context": 1024, "batch": 4}
     move(explorer, sizes | {"width": 256, "the loss in slices": False})
-    recipe = replace(
-        with_width(RECIPES["wiki"], 256),
-        num_hidden_layers=6,
-        vocab_size=8192,
-        context_length=1024,
-        batch_size=4,
-        loss_rows=None,
-    )
+    changes = {"num_hidden_layers": 6, "vocab_size": 8192, "context_length": 1024, "batch_size": 4}
+    recipe = replace(with_width(RECIPES["wiki"], 256), **changes, loss_rows=None)
     assert picture(explorer) == png(plot_memory(recipe, HERE))
     shown = "".join(page(explorer).split())
     for card in (HERE, *KNOWN_GPUS):
@@ -111,9 +105,8 @@ def test_sliders_change_memory_and_time_as_the_plain_calls_do():
         cells = "".join(row[name] for name in ("on", "memory", "fits", "time"))
         assert "".join(cells.split()) in shown
     move(explorer, {"the loss in slices": True})
-    assert picture(explorer) == png(
-        plot_memory(replace(recipe, loss_rows=RECIPES["wiki"].loss_rows), HERE)
-    )
+    recipe = replace(recipe, loss_rows=RECIPES["wiki"].loss_rows)
+    assert picture(explorer) == png(plot_memory(recipe, HERE))
 
 
 @pytest.mark.parametrize("share_of_slider", [0, 0.3, 1])
@@ -128,25 +121,19 @@ def test_widths_of_the_slider_are_models(share_of_slider):
 # Tokens
 
 
-def test_the_tokens_of_a_typed_text_appear_for_each_tokenizer(smoke):
+def test_the_tokens_of_a_typed_text_appear_for_each_tokenizer_and_never_as_html(smoke, hostile):
     byte_level = train_tokenizer(["aa"] * 3, vocab_size=258)
-    explorer = widgets.token_explorer({"own": smoke.tokenizer, "bytes": byte_level}, "法国")
+    explorer = widgets.token_explorer({hostile: smoke.tokenizer, "bytes": byte_level}, "法国")
     assert "bytes: 6 tokens, 3.00 a character" in page(explorer)
     move(explorer, {"text": "日本的首都"})
     shown = page(explorer)
     for tokenizer in (smoke.tokenizer, byte_level):
         assert "".join(f"{p}{i}" for p, i in show_tokens(tokenizer, "日本的首都")) in shown
-    move(explorer, {"text": ""})
-    assert "own: 0 tokens" in page(explorer)
-
-
-def test_nothing_typed_and_no_name_becomes_html(smoke, hostile):
-    explorer = widgets.token_explorer({hostile: smoke.tokenizer}, "")
     move(explorer, {"text": hostile})
-    shown = page(explorer)
-    assert hostile in shown  # the name
     for piece, _ in show_tokens(smoke.tokenizer, hostile):
-        assert piece.replace(" ", "·").replace("\n", "⏎") in shown
+        assert piece.replace(" ", "·").replace("\n", "⏎") in page(explorer)
+    move(explorer, {"text": ""})
+    assert f"{hostile}: 0 tokens" in page(explorer)
 
 
 def test_a_tokenizer_that_cannot_be_shown_is_a_line():
@@ -186,66 +173,51 @@ def playground(taught, smoke):
     return widgets.playground(taught, smoke.tokenizer, "法国")
 
 
-def button(explorer):
-    return control(explorer, "Write")
+def write(explorer, values):
+    """Move the controls, click the button, and return the text that is shown."""
+    move(explorer, values)
+    control(explorer, "Write").click()
+    assert not control(explorer, "Write").disabled
+    return page(explorer).strip()
 
 
 def test_a_click_writes_what_the_plain_call_writes(playground, taught, smoke):
-    move(playground, {"temperature": 0.0})
-    button(playground).click()
     (greedy,) = complete(taught, smoke.tokenizer, ["法国"])
-    assert greedy == "的首都是巴黎。" and page(playground).strip() == "法国的首都是巴黎。"
+    assert f"法国{greedy}" == write(playground, {"temperature": 0.0}) == "法国的首都是巴黎。"
 
     moved = {"temperature": 2.0, "top-k (0: all)": 50, "top-p": 0.9, "repetition penalty": 1.5}
-    move(playground, moved | {"length (tokens)": 20, "seed": 7})
-    button(playground).click()
+    written = write(playground, moved | {"length (tokens)": 20, "seed": 7})
     arguments = {"temperature": 2.0, "top_k": 50, "top_p": 0.9, "repetition_penalty": 1.5}
     plain = generate(taught, smoke.tokenizer, "法国", max_new_tokens=20, seed=7, **arguments)
-    assert page(playground).strip() == f"法国{plain}".strip()
-    move(playground, {"seed": 8})
-    button(playground).click()
-    assert page(playground).strip() != f"法国{plain}".strip()
+    assert written == f"法国{plain}".strip() != write(playground, {"seed": 8})
 
 
 def test_text_appears_while_it_is_written_and_the_button_waits(playground):
-    move(playground, {"temperature": 0.0})
-    seen = []
+    button, seen = control(playground, "Write"), []
+
+    def look(change):
+        seen.append((page(playground).strip(), button.disabled))
+
     for widget in parts(playground):
         if isinstance(widget, ipw.HTML):
-            widget.observe(
-                lambda change: seen.append((page(playground), button(playground).disabled)),
-                names="value",
-            )
-    button(playground).click()
-    texts = [text.strip() for text, _ in seen if text.strip()]
+            widget.observe(look, names="value")
+    write(playground, {"temperature": 0.0})
+    texts = [text for text, _ in seen if text]
     assert len(set(texts)) > 2
     for earlier, later in zip(texts, texts[1:], strict=False):
         assert later.startswith(earlier)
-    assert all(disabled for _, disabled in seen) and not button(playground).disabled
+    assert all(disabled for _, disabled in seen)
 
 
 def test_neither_the_prompt_nor_what_is_written_becomes_html(playground, hostile):
-    move(playground, {"prompt": "网页"})
-    move(playground, {"temperature": 0.0})
-    button(playground).click()
-    assert page(playground).strip() == f"网页{hostile}"
-    move(playground, {"prompt": hostile})
-    button(playground).click()
-    assert page(playground).strip().startswith(hostile)
+    assert write(playground, {"prompt": "网页", "temperature": 0.0}) == f"网页{hostile}"
+    assert write(playground, {"prompt": hostile}).startswith(hostile)
 
 
-def test_an_empty_prompt_is_a_line_and_the_next_click_works(playground):
-    move(playground, {"prompt": ""})
-    button(playground).click()
-    assert "prompt is empty" in page(playground) and not button(playground).disabled
-    move(playground, {"prompt": "法国"})
-    button(playground).click()
-    assert "prompt is empty" not in page(playground) and "法国" in page(playground)
-
-
-def test_any_other_failure_is_a_line_too(taught, smoke):
+def test_a_failure_is_a_line_and_the_next_click_works(taught, smoke):
     stranger = copy.deepcopy(smoke.tokenizer)
     stranger.add_tokens("中国的首都")  # a token that the model does not have
     playground = widgets.playground(taught, stranger, "中国的首都")
-    button(playground).click()
-    assert "Error: " in page(playground) and not button(playground).disabled
+    assert "Error: " in write(playground, {})
+    assert "prompt is empty" in write(playground, {"prompt": ""})
+    assert write(playground, {"prompt": "法国"}).startswith("法国")
