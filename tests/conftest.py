@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -135,3 +136,11 @@ def without_times(path):
 
     lines = read_history(path)
     return [{name: line[name] for name in line if name != "seconds"} for line in lines]
+
+
+def wait_for(condition, seconds=120):
+    """Return once a condition is true."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.002)
