@@ -84,8 +84,10 @@ def small_trainer(smoke):
             smoke.recipe, folder, precision, **{"use_cpu": True} | overrides
         )
         model = build_model(smoke.config, seed=smoke.recipe.seed)
-        blocks = smoke.blocks["train"], smoke.blocks["test"]
-        return build_trainer(model, arguments, *blocks, callbacks, make_optimizer)
+        few = smoke.blocks["test"].select(range(smoke.recipe.eval_blocks))
+        return build_trainer(
+            model, arguments, smoke.blocks["train"], few, callbacks, make_optimizer
+        )
 
     return build
 

@@ -208,15 +208,14 @@ def test_a_full_disk_is_said_and_training_goes_on_when_there_is_room(
     shutil.copytree(stopped.parent, small_disk, dirs_exist_ok=True)
     history = HistoryCallback(small_disk / "history.jsonl", smoke.recipe.tokens_per_step)
     folder = small_disk / "checkpoints"
-    filler = small_disk / "filler"
-    room = shutil.disk_usage(small_disk).free
-    filler.write_bytes(bytes(room - 500_000))  # a checkpoint takes 1.2 MB
+    room = shutil.disk_usage(small_disk).free - 500_000  # a checkpoint takes 1.2 MB
+    (small_disk / "filler").write_bytes(bytes(room))
     with pytest.raises(OSError, match="is full.*checkpoint-10 is complete.*Make space") as caught:
         train(small_trainer(folder, [history]))
     assert caught.value.errno == 28
     assert last_checkpoint(folder) == folder / "checkpoint-10"
     assert names(folder) == ["checkpoint-10"]
-    filler.unlink()
+    (small_disk / "filler").unlink()
     trainer = small_trainer(folder, [history])
     train(trainer)
     assert not differing(trainer, whole)
