@@ -140,9 +140,9 @@ def without_times(path):
     return [{name: line[name] for name in line if name != "seconds"} for line in lines]
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=120, every=0.05):
     """Return once a condition is true."""
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.002)
+        time.sleep(every)

@@ -177,7 +177,7 @@ def test_killed_while_it_saves_a_run_ends_like_one_never_stopped(start, whole, t
     for step, file in ((8, "model.safetensors"), (12, "optimizer.pt"), (16, "trainer_state.json")):
         checkpoint = tmp_path / "checkpoints" / f"checkpoint-{step}"
         process = start(tmp_path)
-        wait_for((checkpoint / file).exists)
+        wait_for((checkpoint / file).exists, every=0.001)
         assert kill(process)
         if not (checkpoint / "complete.json").exists():  # nearly always
             unfinished.append(step)
