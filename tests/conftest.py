@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -83,8 +84,10 @@ def small_trainer(smoke):
             smoke.recipe, folder, precision, **{"use_cpu": True} | overrides
         )
         model = build_model(smoke.config, seed=smoke.recipe.seed)
-        blocks = smoke.blocks["train"], smoke.blocks["test"]
-        return build_trainer(model, arguments, *blocks, callbacks, make_optimizer)
+        few = smoke.blocks["test"].select(range(smoke.recipe.eval_blocks))
+        return build_trainer(
+            model, arguments, smoke.blocks["train"], few, callbacks, make_optimizer
+        )
 
     return build
 
@@ -154,3 +157,11 @@ def kept_bytes(model, forward):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()
     return sum(kept.values())
+
+
+def wait_for(condition, seconds=120, every=0.05):
+    """Return once a condition is true."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(every)

@@ -8,13 +8,13 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from tinytrain.callbacks import LossError, LossGuard
+from tinytrain.checkpoints import last_checkpoint, train
 from tinytrain.loss import save_loss_memory
 from tinytrain.modeling import build_model
-from tinytrain.training import build_trainer, train, training_arguments
 
 
 class Spoil(TrainerCallback):
-    """From a step on, spoils what the model returns or its gradients."""
+    """From a step on, spoils what the model returns or its gradients; remembers the weights."""
 
     def __init__(self, step, change_loss=None, change_gradient=None):
         self.step, self.change_loss, self.change_gradient = step, change_loss, change_gradient
@@ -26,6 +26,9 @@ class Spoil(TrainerCallback):
         if self.change_gradient:
             model.lm_head.weight.register_hook(self.in_backward)
 
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.weights = {name: value.clone() for name, value in model.state_dict().items()}
+
     def now(self):
         return self.state.global_step + 1 >= self.step
 
@@ -36,13 +39,6 @@ class Spoil(TrainerCallback):
 
     def in_backward(self, gradient):
         return self.change_gradient(gradient) if self.now() else gradient
-
-
-class Weights(TrainerCallback):
-    """Remembers the weights after each step."""
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.last = {name: value.clone() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
@@ -59,36 +55,33 @@ class Weights(TrainerCallback):
 # With a clip of 0 the Trainer has no norm to hand on.
 @pytest.mark.parametrize(("accumulation", "clip"), [(1, 1.0), (2, 0.0)])
 def test_a_loss_gone_wrong_stops_the_run_before_it_does_harm(
-    smoke, tmp_path, spoil, words, accumulation, clip
+    smoke, small_trainer, tmp_path, spoil, words, accumulation, clip
 ):
-    weights, guard = Weights(), LossGuard(window=6, tokenizer=smoke.tokenizer)
-    arguments = training_arguments(
-        smoke.recipe,
+    spoiling = Spoil(8, **spoil)
+    guard = LossGuard(window=6, tokenizer=smoke.tokenizer, find_checkpoint=last_checkpoint)
+    trainer = small_trainer(
         tmp_path,
-        use_cpu=True,
+        [spoiling, guard],
         per_device_train_batch_size=8 // accumulation,
         gradient_accumulation_steps=accumulation,
         max_grad_norm=clip,
         save_steps=3,
         eval_strategy="no",
     )
-    model, blocks = build_model(smoke.config, seed=smoke.recipe.seed), smoke.blocks
-    watching = [Spoil(8, **spoil), weights]
-    trainer = build_trainer(model, arguments, blocks["train"], blocks["test"], watching, guard)
     with pytest.raises(LossError) as caught:
         train(trainer)
     assert f"step 8: {words}" in str(caught.value)
     assert caught.value.step == 8
     assert caught.value.checkpoint.name == "checkpoint-6"
     assert "The last good checkpoint is checkpoint-6" in str(caught.value)
-    for name, value in model.state_dict().items():  # those after step 7
-        assert torch.equal(value, weights.last[name]) and torch.isfinite(value).all()
+    for name, value in trainer.model.state_dict().items():  # those after step 7
+        assert torch.equal(value, spoiling.weights[name]) and torch.isfinite(value).all()
     # The documents that it names are those that the batch was cut from.
     texts = [smoke.split["train"][number]["text"] for number in caught.value.documents]
     named = str(caught.value).split("blocks ")[1].split(" of the")[0].split(", ")
     assert len(named) == 8
     for row in map(int, named):
-        pieces = smoke.tokenizer.decode(blocks["train"][row]["input_ids"])
+        pieces = smoke.tokenizer.decode(smoke.blocks["train"][row]["input_ids"])
         for piece in pieces.split(smoke.tokenizer.eos_token):
             assert any(piece.strip("�") in text for text in texts)
 
@@ -102,68 +95,42 @@ def test_in_a_plain_trainer_it_judges_the_loss_that_is_logged(
     guard, model = LossGuard(), build_model(smoke.config, seed=1)
     model.accepts_loss_kwargs = accepts_loss_kwargs
     save_loss_memory(model, 64)
-    few = smoke.blocks["train"].select(range(14))  # the last step of an epoch has fewer
     trainer = plain_trainer([guard], model, **overrides)
-    trainer.train_dataset = few
+    # The last step of an epoch has fewer blocks.
+    trainer.train_dataset = smoke.blocks["train"].select(range(14))
     trainer.train()
     logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert len(logged) == 4 and list(guard._recent) == pytest.approx(logged, rel=1e-6)
     assert not model._forward_hooks  # the model is as it was
 
 
-@pytest.mark.parametrize("change", ["change_loss", "change_gradient"])
-def test_in_a_plain_trainer_it_stops_the_run(plain_trainer, change):
-    spoil = Spoil(3, **{change: lambda value: value * math.nan})
-    trainer = plain_trainer([spoil, LossGuard()])
-    with pytest.raises(LossError, match="step 3: .* The last good checkpoint does not exist yet"):
-        trainer.train()
-    assert len(trainer.model._forward_hooks) == (change == "change_loss")  # that of the test
-
-
-def test_rows_of_several_lengths_and_losses_that_the_trainer_computes(smoke, plain_trainer):
+def test_a_plain_trainer_is_stopped_and_its_batch_may_be_anything(smoke, plain_trainer):
     """No packed blocks, no datasets.Dataset, and no loss from the model."""
     spoil = Spoil(2, change_gradient=lambda gradient: gradient * math.nan)
     guard = LossGuard(tokenizer=smoke.tokenizer)
     overrides = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     trainer = plain_trainer([spoil, guard], **overrides)
     trainer.train_dataset = [{"input_ids": [5] * length} for length in (3, 4, 5, 6)]
-    with pytest.raises(LossError, match="the gradient is not finite.*They begin") as caught:
+    words = "step 2: the gradient is not finite.*They begin.*checkpoint does not exist yet"
+    with pytest.raises(LossError, match=words) as caught:
         trainer.train()
     assert caught.value.documents == []
+    assert not trainer.model._forward_hooks
     guard = LossGuard()
     plain_trainer([guard], label_smoothing_factor=0.1).train()
     assert not guard._recent
 
 
 def test_a_run_that_failed_leaves_nothing_that_grows(plain_trainer):
-    class Break(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            raise ZeroDivisionError
-
-    guard = LossGuard()
-    trainer = plain_trainer([guard, Break()])
+    guard, spoil = LossGuard(), Spoil(1, change_gradient=lambda gradient: 1 / 0)
+    trainer = plain_trainer([guard, spoil])
     with pytest.raises(ZeroDivisionError):
         trainer.train()
+    spoil.change_gradient = lambda gradient: gradient
     plain_trainer([], trainer.model).train()
     assert len(guard._batch) == 1
-    trainer.remove_callback(Break)
     trainer.train()
     assert not trainer.model._forward_hooks
-
-
-def test_the_gradient_is_measured_once(smoke, tmp_path, monkeypatch):
-    """Where our Trainer clips, the guard takes its norm; it measures where nobody else does."""
-    measured, measure = [], torch.nn.utils.get_total_norm  # clipping has a way of its own
-    monkeypatch.setattr(
-        torch.nn.utils, "get_total_norm", lambda *a, **k: measured.append(1) or measure(*a, **k)
-    )
-    for clip, times in ((1.0, 0), (0.0, 3)):
-        measured.clear()
-        overrides = {"use_cpu": True, "max_steps": 3, "max_grad_norm": clip}
-        arguments = training_arguments(smoke.recipe, tmp_path, **overrides)
-        model = build_model(smoke.config)
-        build_trainer(model, arguments, smoke.blocks["train"], smoke.blocks["test"]).train()
-        assert len(measured) == times
 
 
 def test_only_the_documents_of_the_batch_are_named(smoke):
@@ -178,7 +145,6 @@ def test_only_the_documents_of_the_batch_are_named(smoke):
 
 def test_the_guard_lets_usual_noise_pass():
     guard = LossGuard(window=20)
-    guard._recent.clear()
     generator = torch.Generator().manual_seed(0)
     falling = 8 - torch.arange(400) / 60 + 0.3 * torch.randn(400, generator=generator)
     for loss in falling.tolist():

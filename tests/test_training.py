@@ -16,8 +16,10 @@ from tinytrain.training import (
 )
 
 
-def test_arguments_are_the_recipes_hyperparameters(tmp_path):
-    arguments = training_arguments(RECIPES["seed"], tmp_path, "bf16", use_cpu=True)
+def test_arguments_are_the_recipes_hyperparameters_and_others_are_passed_on(tmp_path):
+    arguments = training_arguments(
+        RECIPES["seed"], tmp_path, "bf16", use_cpu=True, max_grad_norm=0.5
+    )
     assert arguments.learning_rate == 2e-5
     assert arguments.lr_scheduler_type == "cosine"
     assert arguments.warmup_steps == 200
@@ -27,12 +29,7 @@ def test_arguments_are_the_recipes_hyperparameters(tmp_path):
     assert (arguments.logging_steps, arguments.eval_steps, arguments.save_steps) == (50, 500, 500)
     assert arguments.save_total_limit == 2
     assert arguments.bf16 and not arguments.fp16
-    assert arguments.report_to == []
-
-
-def test_precision_and_other_arguments_are_passed_on(tmp_path):
-    arguments = training_arguments(RECIPES["pocket"], tmp_path, use_cpu=True, max_grad_norm=0.5)
-    assert arguments.max_grad_norm == 0.5 and not arguments.bf16
+    assert arguments.report_to == [] and arguments.max_grad_norm == 0.5
     with pytest.raises(ValueError, match="'half' is none of float32, bf16, fp16"):
         training_arguments(RECIPES["pocket"], tmp_path, "half")
 
@@ -62,13 +59,8 @@ def test_the_schedule_is_the_trainers(smoke, small_trainer, tmp_path, kind):
     ("blocks", "batch", "accumulation", "epochs"), [(7, 2, 3, 1.0), (6, 2, 1, 1.5), (3, 4, 8, 2.0)]
 )
 def test_the_steps_are_known_before_the_run(smoke, tmp_path, blocks, batch, accumulation, epochs):
-    recipe = replace(
-        smoke.recipe,
-        max_steps=-1,
-        batch_size=batch,
-        gradient_accumulation=accumulation,
-        epochs=epochs,
-    )
+    shared = {"batch_size": batch, "gradient_accumulation": accumulation}
+    recipe = replace(smoke.recipe, max_steps=-1, epochs=epochs, **shared)
     arguments = training_arguments(recipe, tmp_path, use_cpu=True)
     few = smoke.blocks["train"].select(range(blocks))
     trainer = build_trainer(build_model(smoke.config), arguments, few, few)
@@ -116,12 +108,6 @@ def test_too_little_text_is_said_before_training(smoke, tmp_path):
         build_trainer(build_model(smoke.config), arguments, smoke.blocks["train"], nothing)
 
 
-def test_training_needs_no_notebook(small_trainer, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "IPython", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
-    assert small_trainer(tmp_path, max_steps=1).train().global_step == 1
-
-
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
 def test_bf16_trains_on_a_processor_as_it_does_on_a_gpu(smoke, small_trainer, tmp_path):
     trainer = small_trainer(tmp_path, precision="bf16", max_steps=1)
@@ -135,7 +121,11 @@ def test_bf16_trains_on_a_processor_as_it_does_on_a_gpu(smoke, small_trainer, tm
     assert training_arguments(smoke.recipe, tmp_path, "bf16").use_cpu
 
 
-def test_a_run_can_be_watched_in_tensorboard_too(small_trainer, tmp_path, monkeypatch):
+def test_a_run_needs_no_notebook_and_can_be_watched_in_tensorboard(
+    small_trainer, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "IPython", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     often = {"max_steps": 2, "logging_steps": 1, "eval_steps": 2}
     small_trainer(tmp_path / "run", report_to="tensorboard", **often).train()

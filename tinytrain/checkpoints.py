@@ -130,7 +130,7 @@ def train(
     Checkpoints are resumed only if they were made from the same inputs; others are moved aside,
     never deleted, and the log names the difference. A run that is finished is not trained
     further: its weights are loaded and its plot is shown again. However the training ends, the
-    callbacks that have a method ``close`` are closed, the last first.
+    callbacks that have a method ``close`` are closed in their order.
 
     Parameters
     ----------
@@ -248,7 +248,7 @@ def _halve_batch(trainer: Trainer) -> None:
 
 
 def _close(callbacks: Sequence[TrainerCallback]) -> None:
-    for callback in reversed(callbacks):
+    for callback in callbacks:  # StopCallback, named last, may end the process
         try:
             getattr(callback, "close", lambda: None)()
         except OSError as error:  # must not hide what ended the training

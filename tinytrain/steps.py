@@ -418,5 +418,6 @@ def _code_hash(*functions: Callable[..., Any]) -> str:
             elif isinstance(value, re.Pattern):
                 found[key] = value.pattern
             elif isinstance(value, str | int | float | tuple | list | dict | frozenset):
-                found[key] = repr(sorted(value) if isinstance(value, frozenset) else value)
+                text = repr(sorted(value) if isinstance(value, frozenset) else value)
+                found[key] = re.sub(r" at 0x\w+", "", text)  # addresses differ in each process
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
