@@ -169,14 +169,14 @@ def chain(text, limits=None, recipe=FIXED):
     import transformers  # noqa: F401
 
     from tinytrain import runs, steps, tokenization
-    from tinytrain.corpus import describe
+    from tinytrain.corpus import document_lengths
 
     recipe = replace(recipe, corpus=text)
     with measured("text to split", limits):
         split = steps.get_split(recipe)
     if limits:
         cannot_read_whole(text)
-    characters = sum(describe(documents)["characters"] for documents in split.values())
+    characters = sum(document_lengths(documents).sum() for documents in split.values())
     with measured("tokenizer", limits):
         tokenizer = steps.get_tokenizer(recipe)
     with measured("split to blocks", limits):

@@ -335,7 +335,7 @@ def test_a_resumed_run_keeps_its_samples_and_shows_few(tmp_path):
         callbacks.SampleCallback(lambda: None, [], 0, path)
 
 
-# --- notebook and terminal (neither of them: test_distributed.py) ------------------------------
+# --- in a notebook
 
 
 @pytest.fixture
@@ -345,25 +345,6 @@ def script(smoke, tmp_path, monkeypatch):
     shutil.copytree(smoke.runs, tmp_path / "runs", ignore=earlier)
     monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path / "runs"))
     return "from tinytrain import recipes, runs\n_ = runs.train_recipe(recipes.RECIPES['smoke'])"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_terminal_shows_one_bar_with_the_numbers(script, tmp_path):
-    import pexpect
-
-    child = pexpect.spawn(
-        sys.executable, ["-c", script], dimensions=(24, 100), encoding="utf-8", timeout=120
-    )
-    child.expect(pexpect.EOF)
-    child.close()
-    shown = child.before
-    assert child.exitstatus == 0, shown
-    for words in ("training starts", "| 20/20 [", "step/s, train ", "held-out ", " tokens/s]"):
-        assert words in shown
-    assert re.search(r"[\r\n] *\r?[\d-]+ [\d:]+ - INFO: training ends", shown)  # above the bar
-    assert "step 20/20: loss" not in shown  # the bar says it
-    log = (tmp_path / "runs" / "smoke" / "training.log").read_text(encoding="utf-8")
-    assert "step 20/20: loss" in log
 
 
 def test_a_notebook_gets_one_picture_that_is_replaced(script):

@@ -13,7 +13,6 @@ from tinytrain.evaluation import (
     Interval,
     bits_per_character,
     by_domain,
-    by_length,
     colour_losses,
     count_losses,
     document_losses,
@@ -122,17 +121,6 @@ def test_the_same_documents_give_the_same_interval():
     for nothing in ([], empty):
         with pytest.raises(ValueError, match="nothing to measure"):
             summarize(nothing)
-
-
-def test_short_and_long_documents_apart():
-    rows = [DocumentLoss(n, n, float(n > 50) * n, 0) for n in range(1, 101)]
-    groups = by_length(rows)
-    assert list(groups)[0] == "1 to 25 characters" and list(groups)[-1] == "76 to 100 characters"
-    assert sum(measures.documents for measures in groups.values()) == 100
-    values = [measures.bits_per_character.value for measures in groups.values()]
-    assert values == pytest.approx([0, 0, 1 / math.log(2), 1 / math.log(2)])
-    same = [DocumentLoss(7, 7, 1.0, 0)] * 5
-    assert [measures.documents for measures in by_length(same).values()] == [5]
 
 
 # --- what a reader can relate to ------------------------------------------------------------------

@@ -104,17 +104,13 @@ def test_linux_flags_and_a_measurement_decide(monkeypatch, no_gpu, cpuinfo, gain
     assert (f"{gain:.1f} times" in reason) == bool(flags)
 
 
-def test_macos_flags_are_read_and_neither_they_nor_the_gpu_mean_bf16(monkeypatch, no_gpu, commands):
-    monkeypatch.setattr("platform.system", lambda: "Darwin")
-    commands["sysctl"] = "hw.optional.arm.FEAT_BF16: 1\nhw.optional.arm.FEAT_SME: 0\n"
-    assert cpu_flags() == {"feat_bf16"}
-    assert choose_precision().name == "float32"
+def test_apples_gpu_computes_float32(monkeypatch, no_gpu):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     name, reason = choose_precision()
     assert name == "float32" and "MPS" in reason
 
 
-def test_windows_flags_come_from_pytorch(monkeypatch):
+def test_outside_linux_flags_come_from_pytorch(monkeypatch):
     monkeypatch.setattr("platform.system", lambda: "Windows")
     capabilities = {"avx512_bf16": True, "amx_bf16": False, "num_sockets": 1}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)

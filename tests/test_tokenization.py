@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tinytrain import tokenization
 from tinytrain.tokenization import (
     chunk_documents,
-    coverage,
     fingerprint,
     load_tokenizer,
     pack_documents,
@@ -160,11 +159,6 @@ def test_chunks_are_windows_of_each_document_and_packing_loses_no_token(small, t
     kept = [id_ for block in blocks["input_ids"][:] for id_ in block]
     assert kept == joined[: len(kept)]
     assert len(joined) - len(kept) < length
-    # Coverage counts the characters that can be read. The tail may begin inside one, which reads
-    # as one replacement character.
-    readable = small.decode([id_ for id_ in kept if id_ != small.eos_token_id])
-    characters = sum(len(unicodedata.normalize("NFC", text)) for text in texts)
-    assert coverage(data, blocks, small) == (len(readable) / characters if characters else 0)
 
 
 def test_only_packing_places_the_end_of_text(small):
@@ -175,14 +169,6 @@ def test_only_packing_places_the_end_of_text(small):
     starts = [0, *(end + 1 for end in ends)]
     assert [small.decode(ids[a:b]) for a, b in zip(starts, ends, strict=False)] == texts
     assert ends[-1] == len(ids) - 1
-
-
-def test_coverage_shows_what_the_guides_chunks_lose(small):
-    data = documents(["北京" * 20, "上海"])
-    length = len(plain(small, data["text"][0]))  # the first document fills a chunk
-    assert coverage(data, chunk_documents(data, small, length), small) == 40 / 42
-    packed = pack_documents(data, small, 1)
-    assert coverage(data, packed, small) == 1 and coverage(data, packed.select([]), small) == 0
 
 
 @EACH_CUT
@@ -235,9 +221,6 @@ def test_tokens_are_counted_and_shown_as_text_and_lone_bytes_as_numbers(small):
     assert (" the", small(" the")["input_ids"][0]) in shown and shown[-1] == ("<|endoftext|>", 0)
     pieces = [piece for piece, _ in show_tokens(small, "𠀿")]
     assert pieces == ["<0xF0>", "<0xA0>", "<0x80>", "<0xBF>"]
-    assert tokenization.count_tokens(small, "<|endoftext|>") == "1 token, 0.08 a character"
-    assert tokenization.count_tokens(small, "𠀿a") == "5 tokens, 2.50 a character"
-    assert tokenization.count_tokens(small, "") == "0 tokens"
 
 
 def test_coloured_tokens_show_what_is_there_and_let_no_html_through(small):

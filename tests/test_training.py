@@ -7,9 +7,9 @@ import torch
 from tinytrain.modeling import build_model
 from tinytrain.recipes import RECIPES
 from tinytrain.training import (
+    _collate,
+    _learning_rates,
     build_trainer,
-    collate,
-    learning_rates,
     plot_learning_rate,
     total_steps,
     training_arguments,
@@ -36,7 +36,7 @@ def test_arguments_are_the_recipes_hyperparameters_and_others_are_passed_on(tmp_
 
 def test_the_learning_rates_shown_are_those_of_the_run(smoke, whole):
     logged = {line["step"]: line["learning_rate"] for line in whole.history if "loss" in line}
-    rates = learning_rates(smoke.recipe, 20)
+    rates = _learning_rates(smoke.recipe, 20)
     assert logged == pytest.approx({step: rates[step - 1] for step in logged})
     assert len(set(rates)) > 3 and max(rates) == smoke.recipe.learning_rate
 
@@ -51,7 +51,7 @@ def test_the_schedule_is_the_trainers(smoke, small_trainer, tmp_path, kind):
         rates += trainer.lr_scheduler.get_last_lr()[:1]
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
-    assert learning_rates(recipe, 8) == pytest.approx(rates)
+    assert _learning_rates(recipe, 8) == pytest.approx(rates)
     assert max(rates) == recipe.learning_rate
 
 
@@ -72,7 +72,7 @@ def test_the_learning_rate_is_drawn_with_the_end_of_the_warm_up():
     recipe = RECIPES["pocket"]
     (axes,) = plot_learning_rate(recipe, 600).axes
     curve, mark = axes.lines
-    assert list(curve.get_ydata()) == learning_rates(recipe, 600)
+    assert list(curve.get_ydata()) == _learning_rates(recipe, 600)
     assert list(curve.get_xdata()) == list(range(1, 601))
     assert curve.get_ydata()[int(mark.get_xdata()[0]) - 1] == recipe.learning_rate
     assert len(plot_learning_rate(replace(recipe, warmup_steps=0), 600).axes[0].lines) == 1
@@ -81,13 +81,13 @@ def test_the_learning_rate_is_drawn_with_the_end_of_the_warm_up():
 def test_learning_rates_that_nobody_can_know_are_refused():
     for kind, message in (("reduce_lr_on_plateau", "follows the loss"), ("up", "up is not a")):
         with pytest.raises(ValueError, match=message):
-            learning_rates(replace(RECIPES["pocket"], lr_scheduler=kind), 10)
+            _learning_rates(replace(RECIPES["pocket"], lr_scheduler=kind), 10)
     with pytest.raises(ValueError, match="at least one"):
-        learning_rates(RECIPES["pocket"], 0)
+        _learning_rates(RECIPES["pocket"], 0)
 
 
 def test_every_token_is_learned_the_end_of_text_too():
-    batch = collate([{"input_ids": [5, 0, 7]}, {"input_ids": torch.tensor([0, 0, 1])}])
+    batch = _collate([{"input_ids": [5, 0, 7]}, {"input_ids": torch.tensor([0, 0, 1])}])
     assert batch["input_ids"].tolist() == [[5, 0, 7], [0, 0, 1]]
     assert torch.equal(batch["labels"], batch["input_ids"])
     assert batch["input_ids"].dtype == torch.int64
