@@ -1,7 +1,5 @@
 """The built-in encyclopedia: same bytes everywhere, true facts, questions it can answer."""
 
-from __future__ import annotations
-
 import calendar
 import hashlib
 import json
@@ -53,16 +51,9 @@ def test_the_written_file_has_the_pinned_bytes_whatever_the_hash_seed(tmp_path, 
         write_encyclopedia(tmp_path)
 
 
-def test_another_seed_gives_another_text(articles):
-    other = build_encyclopedia(seed=1)
-    assert other != articles
-    assert abs(len(other) - len(articles)) < 50
-
-
-def test_size_domains_and_no_duplicates(articles):
+def test_size_and_domains_and_another_seed_gives_another_text(articles):
     texts = [article["completion"] for article in articles]
-    assert len(texts) >= 5200
-    assert len(set(texts)) == len(texts)
+    assert len(set(texts)) == len(texts) >= 5200
     assert 1_250_000 <= sum(map(len, texts)) <= 1_600_000
     characters = Counter()
     for article in articles:
@@ -70,11 +61,12 @@ def test_size_domains_and_no_duplicates(articles):
     assert all(re.fullmatch(r"tinytrain:[a-z_]+", source) for source in characters)
     assert len(characters) >= 12
     assert characters["tinytrain:arithmetic"] < 0.1 * characters.total()
+    other = build_encyclopedia(seed=1)
+    assert other != articles and abs(len(other) - len(articles)) < 50
 
 
 def test_every_article_is_clean_prose_and_one_says_that_it_is_generated(articles):
-    for article in articles:
-        body = article["completion"]
+    for body in (article["completion"] for article in articles):
         assert body == body.strip() and body[-1] in "。？", body
         assert 80 < len(body) < 600, body
         assert not re.search(r"[{}]|None|  |。。|，。|，，|[A-Za-z]{4,}", body), body
