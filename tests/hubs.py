@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
@@ -34,7 +33,7 @@ class Hub(ThreadingHTTPServer):
         self.mode = "ok"
         self.repositories, self.blobs, self.commits = {}, {}, 0
         self.requests = []  # for the content of files: name, first byte, bytes sent
-        self.storage, self.xet_hashes = None, {}  # Xet's: a folder, and its name for a sha256
+        self.xet_storage = None  # a folder
         self.closing, self.stalled = threading.Event(), threading.Event()
 
     def handle_error(self, request, client_address):
@@ -47,15 +46,8 @@ class Hub(ThreadingHTTPServer):
         return there
 
 
-class InXet(NamedTuple):
-    """A file whose content is in Xet's storage."""
-
-    sha256: str
-    size: int
-
-
 def sha256(content):
-    return content.sha256 if isinstance(content, InXet) else hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(content).hexdigest()
 
 
 def metadata(card):
@@ -186,8 +178,8 @@ class Handler(BaseHTTPRequestHandler):
                 assert value["encoding"] == "base64"
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                stored = hub.blobs.get(value["oid"])
-                files[value["path"]] = stored or InXet(value["oid"], value["size"])
+                # What is not here is in Xet's storage, and known by its hash.
+                files[value["path"]] = hub.blobs.get(value["oid"], value["oid"])
         hub.commits += 1
         address = f"{hub.endpoint}/{name}/commit/{'0' * 40}"
         self.reply(200, {"commitUrl": address, "commitOid": "0" * 40})
@@ -202,28 +194,16 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, [{"type": "file", **row} for row in rows])
 
     def hf_file(self, name, file, body, query):
-        content = self.server.repositories[name]["files"][file]
-        if not isinstance(content, InXet):
-            return self.send_file(file, content)
-        self.reply(
-            200,
-            b"",
-            X_Linked_Etag=f'"{content.sha256}"',
-            X_Linked_Size=content.size,
-            X_Xet_Hash=self.server.xet_hashes[content.sha256],
-            X_Xet_Refresh_Route=f"{self.server.endpoint}/api/models/{name}/xet-read-token/main",
-            X_Repo_Commit="0" * 40,
-        )
+        self.send_file(file, self.server.repositories[name]["files"][file])
 
     def hf_xet(self, name, body, query):
         """Send the client to Xet's storage, which may be a folder of this machine."""
-        address, until = f"local://{self.server.storage}", int(time.time()) + 3600
         self.reply(
             200,
-            {"casUrl": address, "accessToken": "xet", "exp": until},
-            X_Xet_Cas_Url=address,
+            {},
+            X_Xet_Cas_Url=f"local://{self.server.xet_storage}",
             X_Xet_Access_Token="xet",
-            X_Xet_Token_Expiration=until,
+            X_Xet_Token_Expiration=int(time.time()) + 3600,
         )
 
     # --- ModelScope ---
@@ -273,7 +253,7 @@ ROUTES = [
     ("POST", "/api/models/(.+)/preupload/main", Handler.hf_preupload),
     ("POST", r"/(.+)\.git/info/lfs/objects/batch", Handler.batch),
     ("POST", "/api/models/(.+)/commit/main", Handler.hf_commit),
-    ("GET", "/api/models/(.+)/xet-(?:read|write)-token/main", Handler.hf_xet),
+    ("GET", "/api/models/(.+)/xet-write-token/main", Handler.hf_xet),
     ("GET", "/api/models/(.+)/tree/.+", Handler.hf_tree),
     ("GET", "/api/models/([^/]+/[^/]+)(?:/revision/.+)?", Handler.hf_info),
     ("GET HEAD", "/(.+)/resolve/[^/]+/(.+)", Handler.hf_file),
