@@ -73,11 +73,6 @@ class Handler(BaseHTTPRequestHandler):
     def handle_method(self):
         hub, parts = self.server, urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
         if hub.mode == "silent":
             return hub.closing.wait()
         if isinstance(hub.mode, int):
@@ -95,6 +90,8 @@ class Handler(BaseHTTPRequestHandler):
             if match and self.command in method.split():
                 try:
                     return answer(self, *match.groups(), body=body, query=query)
+                except PermissionError:
+                    return self.reply(403, {"error": "not yours", "Message": "not yours"})
                 except KeyError:
                     break  # no such repository or file
         self.reply(404, {"error": f"{self.command} {self.path}", "Message": self.path})
@@ -124,22 +121,21 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
 
-    def may_write(self, name):
-        """Tell whether ann may write there; if not, answer."""
-        if name.startswith("ann/"):
-            return True
-        self.reply(403, {"error": "not yours", "Message": "not yours"})
+    def check_owner(self, name):
+        """Raise unless ann may write there."""
+        if not name.startswith("ann/"):
+            raise PermissionError
 
     def batch(self, name, body, query):
+        self.check_owner(name)
         hub, objects = self.server, []
         for wanted in json.loads(body)["objects"]:
             blob = {"oid": wanted["oid"], "size": wanted["size"]}
             if wanted["oid"] not in hub.blobs:
                 blob["actions"] = {"upload": {"href": f"{hub.endpoint}/blob/{wanted['oid']}"}}
             objects.append(blob)
-        if self.may_write(name):
-            answer = {"transfer": "basic", "objects": objects}
-            self.reply(200, {**answer, "Code": 200, "Data": answer})  # for either client
+        answer = {"transfer": "basic", "objects": objects}
+        self.reply(200, {**answer, "Code": 200, "Data": answer})  # for either client
 
     def blob(self, oid, body, query):
         assert hashlib.sha256(body).hexdigest() == oid
@@ -151,23 +147,21 @@ class Handler(BaseHTTPRequestHandler):
     def hf_create(self, body, query):
         asked = json.loads(body)
         name = f"{asked['organization']}/{asked['name']}"
-        if self.may_write(name):
-            there = self.server.create(name, private=asked.get("visibility") == "private")
-            self.reply(409 if there else 200, {"url": f"{self.server.endpoint}/{name}"})
+        self.check_owner(name)
+        there = self.server.create(name, private=asked.get("visibility") == "private")
+        self.reply(409 if there else 200, {"url": f"{self.server.endpoint}/{name}"})
 
     def hf_validate(self, body, query):
         errors = [] if metadata(json.loads(body)["content"]) else [{"message": "no metadata"}]
         self.reply(200, {"errors": errors, "warnings": []})
 
     def hf_preupload(self, name, body, query):
-        paths = [file["path"] for file in json.loads(body)["files"]]
-        large = [re.search(r"(safetensors|gguf|png)$", path) for path in paths]
-        files = [
-            {"path": path, "shouldIgnore": False, "uploadMode": "lfs" if lfs else "regular"}
-            for path, lfs in zip(paths, large, strict=True)
-        ]
-        if self.may_write(name):
-            self.reply(200, {"files": files})
+        self.check_owner(name)
+        files = []
+        for path in (file["path"] for file in json.loads(body)["files"]):
+            mode = "lfs" if re.search(r"(safetensors|gguf|png)$", path) else "regular"
+            files.append({"path": path, "shouldIgnore": False, "uploadMode": mode})
+        self.reply(200, {"files": files})
 
     def hf_commit(self, name, body, query):
         hub = self.server
@@ -211,16 +205,14 @@ class Handler(BaseHTTPRequestHandler):
     def ms_create(self, body, query):
         asked = json.loads(body)
         name = f"{asked['Path']}/{asked['Name']}"
-        if not self.may_write(name):
-            return
+        self.check_owner(name)
         facts = {"private": asked["Visibility"] == 1, "license": asked["License"]}
         if self.server.create(name, **facts):
             return self.reply(400, {"Code": 10010101001, "Message": "exists", "Success": False})
         self.ms_reply({"Id": 1, "Name": asked["Name"]})
 
     def ms_commit(self, name, body, query):
-        if not self.may_write(name):
-            return
+        self.check_owner(name)
         hub = self.server
         for action in json.loads(body)["actions"]:
             assert action["action"] in ("create", "update")

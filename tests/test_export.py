@@ -250,15 +250,13 @@ def test_what_a_run_wrote_cannot_break_the_card():
     assert written.splitlines()[1] == "a → ``` # not a heading"
 
 
-def test_what_is_not_known_is_not_said():
+def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
     card = export.model_card({"name": "n", "held_out_loss": float("nan")})
     assert "## Results" not in card and "## Training" not in card
     assert "None" not in card and "nan" not in card
     assert "not recorded" in card and "model-index" not in metadata(card)
-
-
-def test_without_its_template_the_card_is_hugging_faces_form_to_fill_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_CARD_TEMPLATE", tmp_path / "not-there.md")  # a copied export.py
+    # Without its template, as in a copied export.py: Hugging Face's own form, to be filled in.
+    monkeypatch.setattr(export, "_CARD_TEMPLATE", tmp_path / "not-there.md")
     card = export.model_card({"name": "mine"})
     assert "# Model Card for mine" in card and "[More Information Needed]" in card
     assert metadata(card)["pipeline_tag"] == "text-generation"

@@ -19,11 +19,8 @@ from tinytrain import export, hub
 from tinytrain.hub import download_wikipedia, upload
 
 HUBS = ("modelscope", "huggingface")
-FILE = "wikipedia-cn-20230720-filtered.json"
-WIKIPEDIA = {
-    "modelscope": "datasets/AI-ModelScope/wikipedia-cn-20230720-filtered",
-    "huggingface": "datasets/pleisto/wikipedia-cn-20230720-filtered",
-}
+WIKIPEDIA = "wikipedia-cn-20230720-filtered"
+FILE = f"{WIKIPEDIA}.json"
 # Larger than two of the 10 MB pieces in which Hugging Face's client writes.
 TEXT = random.Random(0).randbytes(25_000_000)
 both_hubs = pytest.mark.parametrize("name", HUBS)
@@ -32,8 +29,10 @@ both_hubs = pytest.mark.parametrize("name", HUBS)
 @pytest.fixture
 def server():
     server = Hub()
-    for repository in WIKIPEDIA.values():
-        server.repositories[repository] = {"files": {FILE: TEXT, "README.md": b"text"}}
+    for owner in ("AI-ModelScope", "pleisto"):
+        server.repositories[f"datasets/{owner}/{WIKIPEDIA}"] = {
+            "files": {FILE: TEXT, "README.md": b"text"}
+        }
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server
     server.closing.set()
@@ -121,7 +120,7 @@ def test_after_a_stop_two_versions_of_a_file_are_not_joined(server, tmp_path, im
         download_wikipedia(tmp_path, "huggingface")
     assert not (tmp_path / FILE).exists()
     server.mode = "ok"
-    server.repositories[WIKIPEDIA["huggingface"]]["files"][FILE] = TEXT[::-1]
+    server.repositories[f"datasets/pleisto/{WIKIPEDIA}"]["files"][FILE] = TEXT[::-1]
     assert download_wikipedia(tmp_path, "huggingface").read_bytes() == TEXT[::-1]
 
 
@@ -134,9 +133,7 @@ def test_after_a_stop_two_versions_of_a_file_are_not_joined(server, tmp_path, im
         ("silent", TimeoutError, "no answer within 0.5 seconds"),
     ],
 )
-def test_errors_come_soon_and_say_what_to_do(
-    server, tmp_path, name, mode, error, words, monkeypatch
-):
+def test_errors_say_soon_what_to_do(server, tmp_path, monkeypatch, name, mode, error, words):
     server.mode = mode
     monkeypatch.setattr(hub, "_TIMEOUT", 0.5 if mode == "silent" else 20)
     started = time.monotonic()
@@ -180,9 +177,7 @@ def contents(folder, names=None):
 
 
 @both_hubs
-def test_an_upload_arrives_comes_back_the_same_and_can_be_replaced(
-    server, name, exported, tmp_path
-):
+def test_an_upload_comes_back_the_same_and_can_be_replaced(server, name, exported, tmp_path):
     address = upload(exported, "ann/tiny", name, TOKEN)
     assert address.startswith(server.endpoint) and address.endswith("ann/tiny")
     repository, sent = server.repositories["ann/tiny"], contents(exported)
