@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinytrain import corpus
-from tinytrain.corpus import describe, load_documents, plot_lengths, plot_sources, split_documents
+from tinytrain.corpus import document_lengths, load_documents, plot_lengths, split_documents
 
 # With all that Python, but not JSON, takes for the end of a line.
 TEXTS = ["春眠不觉晓，处处闻啼鸟。", 'one\n"two" \\', "\0夜来\v\f\x1c\x85风雨声\u2028花落知多少 😀"]
@@ -327,32 +327,21 @@ def test_the_split_is_that_of_the_guide(tmp_path):
 # --- description and plots ------------------------------------------------------------------------
 
 
-def test_describe_counts_characters_not_bytes():
-    counted = describe(Dataset.from_dict({"text": ["春眠", "不觉晓", "处处闻啼鸟"]}))
-    assert counted.pop("mean") == pytest.approx(10 / 3)
-    expected = {"documents": 3, "characters": 10, "shortest": 2, "median": 3, "longest": 5}
-    assert counted == expected
+def test_lengths_are_characters_not_bytes():
+    texts = ["春眠", "不觉晓", "处处闻啼鸟"]
+    assert document_lengths(Dataset.from_dict({"text": texts})).tolist() == [2, 3, 5]
 
 
 def test_plots_draw_without_pyplot_and_without_warnings(tmp_path):
     documents = Dataset.from_dict({"text": ["字" * n for n in (1, 10, 100, 1000, 50)]})
     split = DatasetDict(train=documents.select(range(4)), test=documents.select([4]))
-    # A dollar sign begins no formula.
-    sources = "史记/本纪 史记/世家 史记 https://a$_$b.org/1 https://a$_$b.org/2 x y".split()
-    sources = Dataset.from_dict({"source": sources})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lengths = plot_lengths(split, mark=75, mark_label="one $_$context")
+        lengths = plot_lengths(split, mark=75, mark_label="one $_$context")  # no formula
         lengths.savefig(tmp_path / "lengths.png")
-        bars, all_bars = plot_sources(sources, top=2), plot_sources(sources, top=4)
-        bars.savefig(tmp_path / "sources.png")
     (axes,) = lengths.axes
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "characters in a document"
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend == ["training (4)", "held out (1)"]
     assert axes.get_ylim()[1] > 100  # the one held-out document is 100% of its set
     assert "one $_$context" in [text.get_text().strip() for text in axes.texts]
-    (axes,) = bars.axes
-    assert [bar.get_width() for bar in axes.patches] == [3, 2, 2]
-    assert [text.get_text() for text in axes.get_yticklabels()][1:] == ["a$_$b.org", "others"]
-    assert [bar.get_width() for bar in all_bars.axes[0].patches] == [3, 2, 1, 1]

@@ -49,13 +49,8 @@ def patched(smoke):
 @pytest.fixture(scope="module")
 def exported(patched, smoke, tmp_path_factory):
     """The folder, with everything in it."""
-    history = [{"step": 0, "max_steps": 20}]
-    for step in range(1, 21):
-        history.append({"step": step, "loss": 7 - step / 10})
-        if step % 10 == 0:
-            history.append({"step": step, "eval_loss": 7.1 - step / 10})
     facts = {"name": "tiny", "text": "encyclopedia", "documents": (270, 30), "gguf": "model.gguf"}
-    facts |= {"recipe": {"optimizer": "muon", "learning_rate": 0.008}, "history": history}
+    facts |= {"recipe": {"optimizer": "muon", "learning_rate": 0.008}}
     facts |= {"seconds": 75.2, "tokens": 10240, "held_out_loss": 5.1, "cloze_after": 0.25}
     facts |= {"bits_per_character": 6.25, "interval": (6.0, 6.5)}
     facts["completions"] = [("法国的首都是", "巴黎。"), ("日本的货币是", "日元。")]
@@ -169,7 +164,7 @@ def test_a_failure_leaves_what_was_there(patched, smoke, tmp_path, monkeypatch):
     write(tmp_path / "out", "first")
     before = content()
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(export, "model_card", lambda facts: 1 / 0)
+        patch.setattr(export, "_model_card", lambda facts: 1 / 0)
         write(tmp_path / "out", "second")
     with pytest.raises(ValueError, match="'fp8' is neither 'float32' nor 'bfloat16'"):
         write(tmp_path / "out", "second", "fp8")
@@ -189,15 +184,11 @@ def test_the_card_tells_the_run_to_readers_and_hubs(exported):
     assert data["license"] == "mit" and data["language"] == "zh" and "datasets" not in data
     assert data["pipeline_tag"] == "text-generation" and data["library_name"] == "transformers"
     assert data["tasks"] == ["text-generation"]
-    results = {result.metric_type: result.metric_value for result in loaded.data.eval_results}
-    assert results == {"loss": 5.1, "bits_per_character": 6.25}
     for words in (
         "# tiny",
         "| `learning_rate` | 0.008 |",
         "| time | 1 min 15 s |",
         "| tokens seen | 10,240 |",
-        "| 10 | 6.450 | 6.100 |",  # the mean of 6.9 to 6.0, and the held-out loss
-        "| 20 | 5.450 | 5.100 |",
         "![The losses and the learning rate of the run](loss.png)",
         "6.250 (95% interval 6.000 to 6.500)",
         "| questions about facts of the text, right | 25% |",
@@ -217,13 +208,13 @@ def test_the_card_tells_the_run_to_readers_and_hubs(exported):
         ("encyclopedia", None, "mit", "a program writes from a list of some"),
         ("wikipedia", None, "cc-by-sa-3.0", "under CC BY-SA 3.0"),
         ("secret/日记.txt", None, "unknown", "license of the text is not known"),
-        ("/ann/secret/diary.txt", None, "unknown", "`diary.txt`"),
-        (r"C:\ann\secret\diary.txt", None, "unknown", "`diary.txt`"),
-        ("mine.txt", "cc0-1.0", "cc0-1.0", "`mine.txt`"),
+        ("/ann/secret/diary.txt", None, "unknown", " diary.txt. "),
+        (r"C:\ann\secret\diary.txt", None, "unknown", " diary.txt. "),
+        ("mine.txt", "cc0-1.0", "cc0-1.0", " mine.txt. "),
     ],
 )
 def test_each_text_has_its_license_unless_you_know_it_better(text, given, license, words):
-    card = export.model_card({"name": "n", "text": text, "license": given})
+    card = export._model_card({"name": "n", "text": text, "license": given})
     assert metadata(card)["license"] == license
     assert words in card
     assert "secret" not in card and "ann" not in card  # of a path only the name is told
@@ -235,7 +226,7 @@ def test_what_a_run_wrote_cannot_break_the_card():
     nasty = "---\nlicense: apache-2.0\n---\n```` # <script>| \x00\u202e"
     facts = {"name": nasty, "text": "a`b``.txt", "machine": nasty, "held_out_loss": 1.0}
     facts["completions"] = [(nasty, nasty), ("a", "```\n# not a heading"), ("```", "")]
-    card = export.model_card(facts)
+    card = export._model_card(facts)
     assert metadata(card)["license"] == "unknown"
     body = card.split("\n---\n", 1)[1]
     tokens = MarkdownIt("commonmark").enable("table").parse(body)
@@ -251,13 +242,13 @@ def test_what_a_run_wrote_cannot_break_the_card():
 
 
 def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):
-    card = export.model_card({"name": "n", "held_out_loss": float("nan")})
+    card = export._model_card({"name": "n", "held_out_loss": float("nan")})
     assert "## Results" not in card and "## Training" not in card
     assert "None" not in card and "nan" not in card
-    assert "not recorded" in card and "model-index" not in metadata(card)
+    assert "not recorded" in card
     # Without its template, as in a copied export.py: Hugging Face's own form, to be filled in.
     monkeypatch.setattr(export, "_CARD_TEMPLATE", tmp_path / "not-there.md")
-    card = export.model_card({"name": "mine"})
+    card = export._model_card({"name": "mine"})
     assert "# Model Card for mine" in card and "[More Information Needed]" in card
     assert metadata(card)["pipeline_tag"] == "text-generation"
 

@@ -164,7 +164,7 @@ def test_a_hub_that_cannot_be_reached(exported, tmp_path, name, monkeypatch):
 def exported(tmp_path_factory):
     """A folder like those of `export_model`, which are loaded in test_export.py."""
     folder = tmp_path_factory.mktemp("exported")
-    card = export.model_card({"name": "tiny", "text": "encyclopedia"})
+    card = export._model_card({"name": "tiny", "text": "encyclopedia"})
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
     for seed, name in enumerate(("model.safetensors", "model.gguf", "loss.png")):
