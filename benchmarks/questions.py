@@ -60,7 +60,8 @@ def variants(text: str | None, quick: bool) -> dict[str, dict[str, Recipe]]:
             for n in (1024, 4096, 16_384)
         },
     }
-    if quick:  # ours, and one beside it
+    if quick:  # two questions; ours, and one beside it
+        found = {question: found[question] for question in ("context", "vocabulary")}
         for question, recipes in found.items():
             other = next(value for value in recipes if value != OURS[question])
             found[question] = {value: recipes[value] for value in (OURS[question], other)}

@@ -243,7 +243,6 @@ def test_a_plan_spends_its_budget():
 def test_more_to_spend_wants_a_larger_model_and_more_tokens():
     small, large = best_plan(plan_sizes(1e17)), best_plan(plan_sizes(1e19))
     assert small.parameters < large.parameters and small.tokens < large.tokens
-    assert large.row()["parameters"] == f"{large.parameters / 1e6:.0f}M"
     assert 15 < large.tokens_per_parameter < 30
     # A text too short for the budget: rather a larger model than reading it once more.
     short = best_plan(plan_sizes(1e19, corpus_tokens=1e8))
