@@ -87,6 +87,7 @@ def run_notebook(path: Path, begun: float) -> nbformat.NotebookNode:
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_execute=announce,
         record_timing=False,
+        coalesce_streams=True,
         extra_arguments=["--log-level=40"],  # the kernel's own warnings are not for the reader
     )
     client.begun = begun

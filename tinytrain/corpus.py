@@ -439,7 +439,7 @@ def _write_documents(rows: Iterable[tuple[object, object]], target: Path, path: 
     if skipped:
         all_ = kept + skipped.total()
         logger.warning(f"{path}: left out {skipped.total():,} of {all_:,} documents: {counts}")
-    logger.info(f"{path}: {kept:,} documents")
+    logger.info(f"{Path(path).name}: {kept:,} documents")
     return content_hash.hexdigest()
 
 

@@ -298,7 +298,7 @@ def write_encyclopedia(path: str | Path, seed: int = 2222) -> Path:
     lines = [json.dumps(a, ensure_ascii=False) for a in build_encyclopedia(seed)]
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, "[\n" + ",\n".join(lines) + "\n]\n")
-    logger.info("Wrote %d articles to %s", len(lines), path)
+    logger.info("Wrote %d articles to %s", len(lines), path.name)
     return path
 
 
