@@ -165,7 +165,7 @@ def chain(text, limits=None, own_tokenizer=False):
         split = steps.get_split(recipe)
     if limits:
         cannot_read_whole(text)
-    characters = sum(document_lengths(documents).sum() for documents in split.values())
+    characters = int(sum(document_lengths(part).sum() for part in split.values()))
     with measured("tokenizer", limits):
         tokenizer = steps.get_tokenizer(recipe)
     with measured("split to blocks", limits):
