@@ -9,6 +9,9 @@ import pytest
 
 # Nothing here may reach out for a hub or write into a home folder's history of experiments.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What `make test` hands down is not for a make that a test starts.
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)
