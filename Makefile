@@ -32,10 +32,10 @@ test-notebooks: .venv/ready
 	rm -rf "$(TEST_RUNS)"
 	TINYTRAIN_RUNS="$(TEST_RUNS)" TINYTRAIN_RECIPE=pocket TINYTRAIN_MAX_STEPS=60 \
 		$(BIN)/python -m pytest -v -n 1 $(NBVAL) notebooks/*.ipynb notebooks/zh/*.ipynb
-	TINYTRAIN_RUNS="$(TEST_RUNS)" $(BIN)/python -m pytest -v tests/test_default_run.py
+	TINYTRAIN_RUNS="$(TEST_RUNS)" $(BIN)/python -m pytest -v tests/test_default_run.py tests/test_notebooks.py
 
 test-package: .venv/ready
-	$(BIN)/python -m pytest -v -n 1 --ignore=tests/test_default_run.py
+	$(BIN)/python -m pytest -v -n 1 --ignore=tests/test_default_run.py --ignore=tests/test_notebooks.py
 
 .venv/browser: .venv/ready
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt playwright
