@@ -19,6 +19,7 @@ def no_choice_from_outside(monkeypatch):
     """The recipes of the tests are their own, whatever the shell has set."""
     monkeypatch.delenv("TINYTRAIN_RECIPE", raising=False)
     monkeypatch.delenv("TINYTRAIN_CORPUS", raising=False)
+    monkeypatch.delenv("TINYTRAIN_MAX_STEPS", raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ def test_seed_is_the_guide_number_for_number():
     assert seed.tokens_per_step == 16 * 8 * 512
 
 
-def test_the_environment_selects_recipe_and_text(monkeypatch):
+def test_the_environment_selects_recipe_text_and_length(monkeypatch):
     assert get_recipe().name == "pocket"
     assert get_recipe(has_gpu=True).name == "wiki"
     monkeypatch.setenv("TINYTRAIN_RECIPE", "smoke")
@@ -45,6 +45,11 @@ def test_the_environment_selects_recipe_and_text(monkeypatch):
     assert get_recipe("seed").name == "seed"  # a name in the notebook wins
     monkeypatch.setenv("TINYTRAIN_CORPUS", "my/text.jsonl")
     assert get_recipe("seed").corpus == "my/text.jsonl"
+    monkeypatch.setenv("TINYTRAIN_MAX_STEPS", "60")
+    assert get_recipe("seed").max_steps == 60
+    monkeypatch.setenv("TINYTRAIN_MAX_STEPS", "0")
+    with pytest.raises(ValueError, match="TINYTRAIN_MAX_STEPS is '0'"):
+        get_recipe("seed")
 
 
 def test_an_unknown_recipe_names_the_known_ones():
