@@ -152,6 +152,15 @@ def test_plot_shows_the_curves_and_the_loss_of_a_uniform_guess(tmp_path):
     assert callbacks.replay(path).texts[0].get_text() == "step 0 of 0"
 
 
+def test_the_axis_follows_a_loss_that_falls():
+    plot = _LossPlot(4096)
+    for step, loss in enumerate((8.3, 6.1, 2.2)):
+        plot.add([{"step": step, "loss": loss}])
+        plot.update("", "", 3)
+        low, high = plot.figure.axes[0].get_ylim()
+        assert low <= loss < low + 2 and high == 9
+
+
 def test_the_plot_is_kept_as_a_picture_is_the_only_display_and_can_be_replayed(run):
     folder, _, trainer = run
     picture = imread(folder / "loss.png")

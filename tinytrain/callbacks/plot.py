@@ -327,7 +327,7 @@ class _LossPlot:
         loss.relim()
         loss.autoscale_view()
         low, high = loss.get_ylim()
-        loss.set_ylim(math.floor(low), math.ceil(high))
+        loss.set_ylim(math.floor(low), math.ceil(high), auto=True)  # and again next time
         rate.set_ylim(0, 1.1 * max(rates, default=0) or 1)
         rate.set_xlim(0, max(max_steps, 1))
         self._headline.set_text(headline)
