@@ -229,7 +229,7 @@ def estimate(
 
     Without a probe, time is the operations over 0.4 of the hardware's peak, which may be wrong by a
     factor of two either way. With the time and the memory of a few real steps, which
-    `tinytrain.steps.probe` measures, only the number of steps is left to multiply.
+    `tinytrain.runs.probe` measures, only the number of steps is left to multiply.
 
     Parameters
     ----------

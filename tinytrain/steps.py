@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinytrain import corpus, duplicates, encyclopedia, hub, modeling, qwen, tokenization
-from tinytrain.common import write_json
+from tinytrain.common import write_json, writing_to
 from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, Recipe
 
 if TYPE_CHECKING:
@@ -69,13 +69,8 @@ def run_folder(recipe: Recipe) -> Path:
             path = path.parent
         name += "-" + path.name.split(".")[0]
     folder = runs_folder() / name
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"cannot write to {folder} ({error.strerror}): choose another folder in TINYTRAIN_RUNS",
-        ) from error
     return folder
 
 
