@@ -4,7 +4,13 @@ from unittest.mock import Mock
 
 import pytest
 
-from tinytrain.common import atomic_write, format_seconds, setup_logging
+from tinytrain.common import (
+    atomic_write,
+    damaged_file,
+    format_seconds,
+    hash_files,
+    setup_logging,
+)
 
 
 def test_the_format_is_the_guides_on_screen_and_in_the_file(tmp_path, capsys):
@@ -48,3 +54,15 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         atomic_write(path, "new")
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_flipped_bit_and_a_missing_file_are_found_by_name(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "weights").write_bytes(bytes(1000))
+    (tmp_path / "config").write_text("{}")
+    hashes = hash_files(tmp_path)
+    assert damaged_file(tmp_path, hashes) is None
+    (tmp_path / "a" / "weights").write_bytes(bytes(500) + b"\x01" + bytes(499))
+    assert damaged_file(tmp_path, hashes) == "a/weights"
+    (tmp_path / "config").unlink()
+    assert damaged_file(tmp_path, {"config": hashes["config"]}) == "config"

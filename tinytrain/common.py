@@ -10,6 +10,7 @@ by a line every few seconds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -142,6 +143,29 @@ def writing_to(folder: str | Path) -> Iterator[None]:
             f"cannot write to {folder} ({error.strerror}): "
             "choose another folder (notebooks: TINYTRAIN_RUNS)",
         ) from error
+
+
+def hash_files(folder: str | Path) -> dict[str, str]:
+    """Return a hash of each file in a folder and below it, by its path from there.
+
+    XXH3 tells damage as well as SHA-256 does, at the speed of the disk; it is no protection
+    against somebody who wants to deceive.
+    """
+    import xxhash
+
+    hashes = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+            hashes[path.relative_to(folder).as_posix()] = digest
+    return hashes
+
+
+def damaged_file(folder: str | Path, hashes: dict[str, str]) -> str | None:
+    """Return the first file that is missing or differs from its `hash_files`; None if all agree."""
+    now = hash_files(folder)
+    return next((name for name, value in hashes.items() if now.get(name) != value), None)
 
 
 def write_json(path: str | Path, values: Any, sync: bool = False) -> None:
