@@ -265,6 +265,7 @@ def run(smoke, monkeypatch):
     model.save_pretrained(folder / "model")
     smoke.tokenizer.save_pretrained(folder / "model")
     (folder / "model" / "training_args.bin").write_bytes(b"a pickle")
+    runs._write_inputs(folder / "model", runs.run_inputs(smoke.recipe, "float32"), 2, 2)
     lines = [{"step": 0, "max_steps": 2}, {"step": 2, "seconds": 61.0, "tokens": 99, "loss": 5.0}]
     history = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "history.jsonl").write_text(history, encoding="utf-8")
@@ -311,6 +312,8 @@ def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
     model = steps.get_model(recipe)
     for part in (model, reduced):
         part.save_pretrained(steps.run_folder(recipe) / "model")
+    inputs = runs.run_inputs(recipe, "float32")
+    runs._write_inputs(steps.run_folder(recipe) / "model", inputs, 1, 1)
     folder = runs.export_run(recipe, whole_vocabulary=True)
 
     loaded = AutoModelForCausalLM.from_pretrained(folder)

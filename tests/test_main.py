@@ -132,7 +132,7 @@ def test_the_text_is_got_and_cut_into_blocks(capsys, tmp_path):
     assert run("tokenize", *mine, "--set", "context_length=16", "vocab_size=270") == 0
     shown = capsys.readouterr().out
     assert "blocks of 16, " in shown and "270 tokens in the vocabulary" in shown
-    assert (tmp_path / "elsewhere" / "smoke-mine" / "blocks").is_dir()
+    assert list((tmp_path / "elsewhere").glob("smoke-mine-*/blocks"))
 
 
 def test_training_leaves_what_the_notebook_leaves(trained):
@@ -171,6 +171,17 @@ def test_a_model_is_measured(trained, with_model, capsys):
     # By whole documents here, by blocks of 64 tokens there.
     assert float(line.split()[3]) == pytest.approx(summary["bits_per_character"], rel=0.05)
     assert "perplexity" in shown and "questions right" in shown
+
+
+def test_a_model_is_not_measured_on_what_it_was_trained_on(trained, with_model, capsys):
+    for change in ("test_size=0.5", "max_documents=100", "hidden_size=128"):
+        for step in (["evaluate"], ["generate", "北京"], ["export"]):
+            assert run(*step, "--set", change) == 1
+            assert f"trained with {change.split('=')[0]}=" in capsys.readouterr().err
+    model = ["--model", str(trained / "smoke" / "model")]
+    assert run("evaluate", *model, "--set", "test_size=0.5") == 1
+    assert "Add --set test_size=0.1" in capsys.readouterr().err
+    assert run("generate", "北京", *model, "--set", "test_size=0.5", "--max-new-tokens", "1") == 0
 
 
 def test_a_text_is_continued_on_stdout_alone(with_model, capsys):

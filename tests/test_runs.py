@@ -1,7 +1,6 @@
 """A training put together: what a run leaves, what it goes by, what is measured."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -72,7 +71,67 @@ def test_a_trained_model_is_trained_once_and_only_from_the_same_inputs(tmp_path,
 
     other, _ = runs.get_trained(replace(recipe, learning_rate=1e-4))
     assert not torch.equal(other.get_input_embeddings().weight, model.get_input_embeddings().weight)
-    # Without its checkpoints a model is what there is.
-    shutil.rmtree(tmp_path / "smoke" / "checkpoints")
-    kept, _ = runs.get_trained(recipe)
-    assert torch.equal(kept.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    # It does not depend on its checkpoints, and damaged it is made again from them.
+    weights = other.get_input_embeddings().weight
+    recipe = replace(recipe, learning_rate=1e-4)
+    checkpoints = tmp_path / "smoke" / "checkpoints"
+    checkpoints.rename(tmp_path / "elsewhere")
+    assert torch.equal(runs.get_trained(recipe)[0].get_input_embeddings().weight, weights)
+    (tmp_path / "elsewhere").rename(checkpoints)
+    damaged = bytearray(saved.read_bytes())
+    damaged[-1000] ^= 1
+    saved.write_bytes(damaged)
+    with pytest.raises(ValueError, match="model.safetensors is missing or damaged"):
+        runs.load_trained(recipe)
+    assert torch.equal(runs.get_trained(recipe)[0].get_input_embeddings().weight, weights)
+
+
+def test_a_model_is_not_used_for_what_it_was_not_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
+    recipe = replace(RECIPES["smoke"], max_steps=2, eval_steps=2, save_steps=2, sample_steps=2)
+    recipe = replace(recipe, max_documents=100)
+    with pytest.raises(FileNotFoundError, match="smoke/model: .*--set max_documents=100 max_steps"):
+        runs.load_trained(recipe)
+    runs.train_recipe(recipe)
+    for change in ({"test_size": 0.5}, {"hidden_size": 128}, {"max_documents": None}, {"seed": 1}):
+        other = replace(recipe, **change)
+        name, value = next(iter(change.items()))
+        kept = f"trained with {name}={getattr(recipe, name)}, and"
+        for use in (runs.load_trained, runs.export_run, runs.trained_recipe):
+            with pytest.raises(ValueError, match=kept):
+                use(other)
+        # What was not asked for is taken from the model.
+        assert runs.trained_recipe(other, asked=()) == recipe
+        with pytest.raises(ValueError, match=kept):
+            runs.trained_recipe(other, asked={name})
+    assert "max_documents" in runs.export_run(recipe).joinpath("README.md").read_text("utf-8")
+
+    # What a run is started over with has no results of the earlier one.
+    runs.train_recipe(replace(recipe, seed=1))
+    earlier = {path.name for path in (tmp_path / "smoke" / "checkpoints-1").iterdir()}
+    assert {"model", "summary.json", "history.jsonl", "checkpoint-2"} <= earlier
+
+
+def test_texts_of_the_same_name_have_runs_of_their_own(tmp_path, monkeypatch):
+    lines = [json.dumps({"text": f"第{n}篇，编号{n * 7}。" * 9}) + "\n" for n in range(60)]
+    texts = tmp_path / "A" / "train.jsonl", tmp_path / "B" / "train.jsonl"
+    for path, some in zip(texts, (lines[:40], lines[20:]), strict=True):
+        path.parent.mkdir()
+        path.write_text("".join(some), encoding="utf-8")
+    recipe = replace(RECIPES["smoke"], vocab_size=300, context_length=16, max_steps=2)
+    first, second = (replace(recipe, corpus=str(path)) for path in texts)
+    assert steps.run_folder(first) != steps.run_folder(second)
+    runs.train_recipe(first)
+    with pytest.raises(FileNotFoundError, match=f"no trained model.*--corpus {texts[1]}"):
+        runs.load_trained(second)
+    # The same text under another path, relative or moved, is the same run.
+    monkeypatch.chdir(tmp_path)
+    moved = texts[0].rename(tmp_path / "moved.jsonl")
+    for path in ("moved.jsonl", "./moved.jsonl", str(moved)):
+        again = replace(recipe, corpus=path)
+        assert runs.train_recipe(again)["finished"]
+    history = read_history(steps.run_folder(again))
+    assert [line["step"] for line in history if "max_steps" in line] == [0]
+    # Read as lines of plain text it is another one.
+    plain = moved.rename(tmp_path / "moved.txt")
+    assert not (steps.run_folder(replace(recipe, corpus=str(plain))) / "split").exists()

@@ -2,7 +2,9 @@ import importlib
 import json
 import linecache
 import os
+import re
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def test_any_step_builds_what_it_lacks(mine):
     blocks = steps.get_blocks(mine)
     assert len(blocks["train"]) > len(blocks["test"]) > 0
     assert {len(row) for row in blocks["train"]["input_ids"]} == {32}
-    assert steps.run_folder(mine).name == "smoke-我的"
+    assert re.fullmatch(r"smoke-我的-[0-9a-f]{8}", steps.run_folder(mine).name)
     config = steps.get_config(mine)
     assert config.vocab_size == len(steps.get_tokenizer(mine))
     assert config.max_position_embeddings >= 32
@@ -116,7 +118,7 @@ def test_a_folder_of_shards_is_a_text_too(mine, tmp_path):
     shards = replace(mine, corpus=f"{folder}{os.sep}")
     pattern = replace(mine, corpus=str(folder / "part-?.jsonl"))
     for recipe in (shards, pattern):
-        assert steps.run_folder(recipe).name == "smoke-texts"
+        assert steps.run_folder(recipe).name.startswith("smoke-texts-")
         split = steps.get_split(recipe)
         assert split["train"]["text"][:] == whole["train"]["text"][:]
     before = modified(steps.run_folder(shards) / "split")
@@ -207,12 +209,54 @@ def test_qwens_tokens_can_be_reduced_by_the_recipe(mine):
     assert steps.get_config(padded).vocab_size == 151_936
 
 
-def test_a_killed_build_is_cleared_away_and_a_broken_result_rebuilt(mine):
+def test_a_killed_build_is_cleared_away(mine):
     folder = steps.run_folder(mine)
-    leftover = folder / "blocks.0123abcd.building"
-    (leftover / "parts").mkdir(parents=True)
+    for run in range(2):  # before a build, and beside a result
+        leftover = folder / f"blocks.0123abc{run}.building"
+        (leftover / "parts").mkdir(parents=True)
+        steps.get_blocks(mine)
+        assert not list(folder.glob("*.building"))
+
+
+def test_a_damaged_result_is_built_again(mine, caplog):
+    caplog.set_level("INFO")
     steps.get_blocks(mine)
-    assert not list(folder.glob("*.building"))
+    folder = steps.run_folder(mine)
+    before = {path: path.read_bytes() for path in modified(folder)}
+    parts = ("split", "tokenizer", "blocks")
+    for number, (path, content) in enumerate(sorted(before.items())):
+        if path.suffix == ".lock":
+            continue
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        damage = (flipped, content[: len(content) // 2], None)[number % 3]
+        path.unlink() if damage is None else path.write_bytes(damage)
+        caplog.clear()
+        steps.get_blocks(mine)
+        steps.get_split(mine)
+        part = path.relative_to(folder).parts[0]
+        assert re.search(f"{part} (is|was) .* is rebuilt", caplog.text) and part in parts
+        if path.suffix == ".arrow":
+            assert path.read_bytes() == content
+
+
+def test_a_result_is_loaded_before_another_process_may_replace_it(tmp_path):
+    def build(folder, inputs):
+        (folder / "number").write_text(str(inputs["number"]))
+
+    def load(folder):
+        return (folder / "number").read_text()
+
+    def load_slowly(folder):
+        other.start()
+        other.join(0.5)
+        return load(folder)
+
+    arguments = (tmp_path / "result", {"number": 2}, build, load)
+    other = threading.Thread(target=steps._build_once, args=arguments)
+    assert steps._build_once(tmp_path / "result", {"number": 1}, build, load_slowly) == "1"
+    other.join()
+    assert load(tmp_path / "result") == "2"
 
 
 def test_only_code_that_decides_a_result_rebuilds_it(tmp_path, monkeypatch):

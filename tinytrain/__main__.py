@@ -101,6 +101,8 @@ def evaluate(options: argparse.Namespace) -> None:
     from tinytrain import evaluation, generation
 
     model, tokenizer = _load_model(options)
+    if options.model:
+        runs.check_held_out(options.recipe, options.model)
     texts = list(steps.get_split(options.recipe)["test"]["text"])
     print(f"{len(texts):,} held-out documents; in brackets, what 95 of 100 such samples would give")
     losses = []
@@ -138,14 +140,20 @@ def export(options: argparse.Namespace) -> None:
 
     _show_no_bars()
     setup_logging()
+    options.recipe = runs.trained_recipe(options.recipe, options.changed)
     folder = runs.export_run(options.recipe, options.dtype, options.gguf, options.whole_vocabulary)
     if options.upload:
         print(upload(folder, options.upload, to=options.to, private=not options.public))
 
 
 def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
-    """Return a trained model, on the GPU if there is one, and its tokenizer."""
+    """Return a trained model, on the GPU if there is one, and its tokenizer.
+
+    The run's own goes with the recipe that it was trained with, whatever was changed then.
+    """
     _show_no_bars()
+    if options.model is None:
+        options.recipe = runs.trained_recipe(options.recipe, options.changed)
     return runs.load_trained(options.recipe, options.model)
 
 
@@ -179,6 +187,7 @@ def _parse_recipe(options: argparse.Namespace) -> Recipe:
         has_gpu = torch.cuda.is_available()
     recipe = get_recipe(options.recipe, has_gpu=has_gpu)
     changes = dict(_parse_change(text) for text in options.set)
+    options.changed = set(changes)
     if options.corpus:
         changes["corpus"] = options.corpus
     return replace(recipe, **changes)

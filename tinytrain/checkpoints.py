@@ -124,6 +124,7 @@ def train(
     fresh: bool = False,
     halve_batch: bool = False,
     make_model: Callable[[], PreTrainedModel] | None = None,
+    results: Sequence[Path] = (),
 ) -> None:
     """Train to the end, from the newest complete checkpoint if there is one.
 
@@ -148,6 +149,8 @@ def train(
     make_model : callable, optional
         Returns the model as it was before the training: needed to start over in a session that
         has trained it already.
+    results : sequence of Path
+        Files and folders with what came out of the run, moved aside as well if it starts over.
 
     Raises
     ------
@@ -168,7 +171,7 @@ def train(
     trainer.args.save_total_limit = None  # the keeper removes them
     _quiet_transformers()
     try:
-        with _opened_by_rank_zero(trainer, inputs, fresh) as checkpoint:
+        with _opened_by_rank_zero(trainer, inputs, fresh, results) as checkpoint:
             while not _train_from(checkpoint, trainer, halve_batch, make_model):
                 _halve_batch(trainer)
                 checkpoint = last_checkpoint(folder)
@@ -270,10 +273,13 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def _opened_by_rank_zero(trainer: Trainer, inputs: dict, fresh: bool) -> Iterator[Path | None]:
+def _opened_by_rank_zero(
+    trainer: Trainer, inputs: dict, fresh: bool, results: Sequence[Path]
+) -> Iterator[Path | None]:
     """Lock the folder and give all ranks the checkpoint, or the error, that rank 0 has found."""
     folder = Path(trainer.args.output_dir)
     files = [Path(c.path) for c in trainer.callback_handler.callbacks if getattr(c, "path", None)]
+    files += results
     found: Path | Exception | None = None
     with ExitStack() as stack:
         if rank() == 0:
@@ -325,7 +331,7 @@ def _move_aside(folder: Path, files: Sequence[Path]) -> Path:
         number += 1
     os.replace(folder, aside)
     for path in files:
-        if path.is_file():
+        if path.exists():
             os.replace(path, aside / path.name)
     return aside
 

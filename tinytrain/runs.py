@@ -12,15 +12,17 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import shlex
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinytrain import evaluation, export, generation, modeling, qwen, steps, tokenization
-from tinytrain.common import rank, setup_logging, world_size, write_json
-from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, Recipe
+from tinytrain.common import hash_files, rank, setup_logging, world_size, write_json
+from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, RECIPES, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -306,12 +308,10 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     watching = watch(recipe, folder, tokenizer, model.config.vocab_size, tokens)
     arguments = {"fsdp": True} if fsdp else {}
     trainer = assemble(mine, folder / "checkpoints", precision, watching, model, **arguments)
-    untrained = partial(steps.get_model, recipe)
-    train(trainer, run_inputs(recipe, precision), fresh, recipe.halve_batch, untrained)
+    inputs, untrained = run_inputs(recipe, precision), partial(steps.get_model, recipe)
+    train(trainer, inputs, fresh, recipe.halve_batch, untrained, run_results(recipe))
 
-    trainer.save_model(str(folder / "model"))
-    if rank() == 0:
-        tokenizer.save_pretrained(folder / "model")
+    save_trained(recipe, trainer, tokenizer, inputs)
     result = {"finished": trainer.state.global_step >= trainer.state.max_steps}
     if result["finished"]:
         loss = trainer.evaluate(blocks["test"], metric_key_prefix="full")["full_loss"]
@@ -373,13 +373,61 @@ def _choose_precision(recipe: Recipe) -> str:
 
 def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
     """Return what decides the outcome of a training run, for `tinytrain.checkpoints.train`."""
-    inputs = {
-        **asdict(recipe),
+    return {
+        **_recipe_inputs(recipe),
         "precision": precision,
         "text": steps.text_hash(steps.get_text(recipe)),
         "tokenizer_fingerprint": tokenization.fingerprint(steps.get_tokenizer(recipe)),
     }
-    return {name: inputs[name] for name in inputs if name not in DISPLAY_AND_SPEED_FIELDS}
+
+
+def _recipe_inputs(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields that decide an outcome; a text counts by its content, not by its place."""
+    left_out = {"corpus", *DISPLAY_AND_SPEED_FIELDS}
+    return {name: value for name, value in asdict(recipe).items() if name not in left_out}
+
+
+def run_results(recipe: Recipe) -> list[Path]:
+    """Return what a run leaves besides its checkpoints, which another run must not be taken for."""
+    return [steps.run_folder(recipe) / name for name in ("model", "summary.json")]
+
+
+def save_trained(
+    recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Any]
+) -> Path:
+    """Save a trained model, its tokenizer, and what it was made from, to ``model`` in the run.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Whose folder is used.
+    trainer : transformers.Trainer
+        With the model, trained to its end or stopped.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The model's.
+    inputs : dict
+        What `run_inputs` returned before the training. They go into ``inputs.json``, with the step
+        that was reached and hashes of the files, and tell `load_trained` what the model is.
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+    folder = steps.run_folder(recipe) / "model"
+    if rank() == 0:
+        (folder / "inputs.json").unlink(missing_ok=True)  # until all the rest is written
+    trainer.save_model(str(folder))
+    if rank() == 0:
+        tokenizer.save_pretrained(folder)
+        _write_inputs(folder, inputs, trainer.state.global_step, trainer.state.max_steps)
+    return folder
+
+
+def _write_inputs(folder: Path, inputs: dict[str, Any], step: int, max_steps: int) -> None:
+    files = {n: value for n, value in hash_files(folder).items() if n != "inputs.json"}
+    made = {"inputs": inputs, "step": step, "max_steps": max_steps, "files": files}
+    write_json(folder / "inputs.json", made)
 
 
 def get_trained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -388,10 +436,97 @@ def get_trained(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     A model trained from other inputs, a changed recipe for example, is not taken for it. One whose
     training was stopped early is. The model is in float32, on the GPU if there is one.
     """
-    if not _is_trained(recipe, steps.run_folder(recipe)):
-        logger.info("recipe %s has not been trained yet: training it now", recipe.name)
+    folder = steps.run_folder(recipe) / "model"
+    made = steps.read_inputs(folder)
+    if not made or steps.find_damage(folder) or _differences(made, run_inputs(recipe, "")):
+        logger.info("there is no trained model of recipe %s yet: training it now", recipe.name)
         train_recipe(recipe)
     return load_trained(recipe)
+
+
+def _differences(made: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
+    """Return the names of inputs that a model was not made from.
+
+    The precision is none of them: it depends on the machine, and a model may come from another.
+    """
+    kept = made["inputs"]
+    inputs = json.loads(json.dumps(inputs))  # as they were read back
+    return [n for n in inputs if n != "precision" and kept.get(n) != inputs[n]]
+
+
+def trained_recipe(recipe: Recipe, asked: Collection[str] | None = None) -> Recipe:
+    """Return the recipe that the model in a run's folder was trained with.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Tells the folder, and what must be true of the model.
+    asked : collection of str, optional
+        The fields in which the model must agree with the recipe; by default all that decide an
+        outcome. The others are taken from the model.
+
+    Returns
+    -------
+    Recipe
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no model.
+    ValueError
+        If the model is incomplete or damaged, or was made from something else.
+    """
+    folder = steps.run_folder(recipe) / "model"
+    again = f"`{_training_command(recipe)}`"
+    made = steps.read_inputs(folder)
+    if made is None and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"there is no trained model in {folder}: notebook 05 makes one, or {again}"
+        )
+    if damaged := steps.find_damage(folder):
+        raise ValueError(
+            f"{folder / damaged} is missing or damaged: {again} makes the model again, in "
+            "seconds if its last checkpoint is good"
+        )
+    inputs = _recipe_inputs(recipe)
+    if recipe.corpus == "encyclopedia":  # the Wikipedia is one file; your own text has its folder
+        inputs["text"] = steps.text_hash(steps.get_text(recipe))
+    changed = [n for n in _differences(made, inputs) if asked is None or n in {"text", *asked}]
+    if changed:
+        other = ", ".join(f"{name}={made['inputs'].get(name)}" for name in changed)
+        raise ValueError(
+            f"the model in {folder.parent} was trained with {other}, and that is not what is asked "
+            f"for: leave the change out, or train such a model with {again}"
+        )
+    known = {n: made["inputs"].get(n) for n in _recipe_inputs(recipe) if n != "precision"}
+    return replace(recipe, **known)
+
+
+def check_held_out(recipe: Recipe, folder: Path) -> None:
+    """Raise a ValueError if a model was trained on documents that the recipe holds out."""
+    made = steps.read_inputs(folder)
+    if made and made["inputs"]["text"] == steps.text_hash(steps.get_text(recipe)):
+        for name in ("max_documents", "test_size", "split_seed"):
+            kept = made["inputs"][name]
+            if kept != getattr(recipe, name):
+                raise ValueError(
+                    f"{folder} was trained with {name}={kept}: documents that are held out here "
+                    f"were in its training set. Add --set {name}={kept}"
+                )
+
+
+def _training_command(recipe: Recipe) -> str:
+    """Return the command that trains a recipe, with all that differs from the recipe's own."""
+    plain = RECIPES.get(recipe.name, recipe)
+    command = f"python -m tinytrain train --recipe {recipe.name}"
+    if recipe.corpus != plain.corpus:
+        command += f" --corpus {shlex.quote(recipe.corpus)}"
+    changed = [n for n, value in asdict(recipe).items() if value != getattr(plain, n)]
+    values = [f"{n}={getattr(recipe, n)}" for n in changed if n not in ("name", "corpus")]
+    command += f" --set {' '.join(values)}" if values else ""
+    if runs := os.environ.get("TINYTRAIN_RUNS"):
+        command += f" --runs {shlex.quote(runs)}"
+    return command
 
 
 def load_trained(
@@ -405,42 +540,30 @@ def load_trained(
     ------
     FileNotFoundError
         If there is none.
+    ValueError
+        If it is damaged or was trained with another recipe; see `trained_recipe`.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder = folder or steps.run_folder(recipe) / "model"
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"there is no trained model in {folder}: notebook 05 makes one, or `python -m "
-            f"tinytrain train --recipe {recipe.name}`"
-        )
+    if folder is None:
+        trained_recipe(recipe)
+        folder = steps.run_folder(recipe) / "model"
+    elif not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"there is no model in {folder}: it has no config.json")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").to(device)
     return model, tokenization.load_tokenizer(folder)
-
-
-def _is_trained(recipe: Recipe, folder: Path) -> bool:
-    """Tell whether the run's folder holds a model, and one trained from these inputs."""
-    from tinytrain.checkpoints import checkpoint_inputs, last_checkpoint
-
-    if not (folder / "model" / "config.json").is_file():
-        return False
-    checkpoint = last_checkpoint(folder / "checkpoints")
-    if checkpoint is None:
-        logger.warning("%s has no checkpoints any more: its model is taken as it is", folder.name)
-        return True
-    before = checkpoint_inputs(checkpoint)
-    # The precision depends on the machine; a model may have come from another one.
-    return before == json.loads(json.dumps(run_inputs(recipe, before.get("precision", ""))))
 
 
 def save_summary(recipe: Recipe, **values: Any) -> None:
     """Write the results of a run, which JSON can hold, to ``summary.json`` in its folder."""
     from tinytrain.hardware import machine_name
 
+    folder = steps.run_folder(recipe)
     facts = {"recipe": recipe.name, "corpus": recipe.corpus, "machine": machine_name()}
-    write_json(steps.run_folder(recipe) / "summary.json", {**facts, **values})
+    step = (steps.read_inputs(folder / "model") or {}).get("step")  # of the model it tells about
+    write_json(folder / "summary.json", {**facts, "step": step, **values})
 
 
 def _run_facts(recipe: Recipe) -> dict[str, Any]:
@@ -453,6 +576,7 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
     from tinytrain.callbacks import read_history
 
     folder = steps.run_folder(recipe)
+    made = steps.read_inputs(folder / "model")
     tokenizer, split = steps.get_tokenizer(recipe), steps.get_split(recipe)
     if recipe.tokenizer == "own":
         kind = "byte-level byte pairs, trained on the text"
@@ -470,12 +594,15 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
         "recipe": {name: value for name, value in asdict(recipe).items() if name not in left_out},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
+    facts["steps"] = made["step"], made["max_steps"]
     if (folder / "history.jsonl").is_file():
-        last = read_history(folder)[-1]
-        facts |= {name: last.get(name, 0) for name in ("seconds", "tokens")}
-    if (folder / "summary.json").is_file():
+        for line in read_history(folder):
+            if line.get("step", 0) <= made["step"]:  # it may have gone on since
+                facts |= {name: line[name] for name in ("seconds", "tokens") if name in line}
+    with suppress(OSError, ValueError):  # a summary that is missing or damaged
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        facts |= {name: summary[name] for name in summary if name not in ("recipe", "corpus")}
+        if summary.pop("step", None) == made["step"]:
+            facts |= {name: summary[name] for name in summary if name not in ("recipe", "corpus")}
     return facts
 
 
@@ -513,7 +640,8 @@ def export_run(
     FileNotFoundError
         If there is no trained model.
     ValueError
-        If ``whole_vocabulary`` is asked for and the vocabulary is not a reduced one.
+        If it was trained with another recipe, or if ``whole_vocabulary`` is asked for and the
+        vocabulary is not a reduced one.
     """
     run = steps.run_folder(recipe)
     model, tokenizer = load_trained(recipe)

@@ -4,7 +4,7 @@ A notebook shows a step from within; these functions do the same with the same h
 can open any notebook first: what it needs and does not find is built. A result is used again only
 if it was built from the same inputs, which are written beside it as ``inputs.json``: hashes of the
 text and of the tokenizer, the hyperparameters that matter, and the code of the functions that
-decide the result.
+decide the result. A result that was damaged since, as the hashes of its files tell, is rebuilt.
 
 This module joins the others, as `runs`, `widgets` and the command line do; copy from those, not
 from here.
@@ -24,14 +24,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinytrain import corpus, duplicates, encyclopedia, hub, modeling, qwen, tokenization
-from tinytrain.common import write_json, writing_to
+from tinytrain.common import damaged_file, hash_files, write_json, writing_to
 from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, Recipe
 
 if TYPE_CHECKING:
@@ -60,15 +60,19 @@ def runs_folder() -> Path:
 def run_folder(recipe: Recipe) -> Path:
     """Return the folder of a run, made if need be.
 
-    A text of your own gets a folder of its own: ``runs/pocket-mytext`` beside ``runs/pocket``.
+    A text of your own has a folder of its own, ``runs/pocket-mytext-1a2b3c4d`` beside
+    ``runs/pocket``. The last part is a hash of the text: other texts of the same name have other
+    folders, and the same text has this one wherever you move it.
     """
-    name = recipe.name
+    folder = runs_folder() / recipe.name
     if recipe.corpus not in ("encyclopedia", "wikipedia"):
-        path = Path(recipe.corpus).absolute()
+        path = get_text(recipe)
+        digest = text_hash(path)[:8]
         while glob.has_magic(path.name) and not path.exists():  # "texts/*.jsonl" counts as "texts"
             path = path.parent
-        name += "-" + path.name.split(".")[0]
-    folder = runs_folder() / name
+        name = re.sub(r"\W+", "_", path.resolve().name.lstrip(".").split(".")[0])[:40]
+        earlier = sorted(folder.parent.glob(f"{recipe.name}-*-{digest}"))  # before it was renamed
+        folder = earlier[0] if earlier else folder.with_name(f"{recipe.name}-{name}-{digest}")
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -97,8 +101,8 @@ def get_text(recipe: Recipe, source: str = "modelscope") -> Path:
     if recipe.corpus == "encyclopedia":
         files = [Path(encyclopedia.__file__), _DATA / "encyclopedia.json", _DATA / "phrases.json"]
         inputs = {"seed": recipe.split_seed, "code": [_file_hash(file)[:16] for file in files]}
-        folder = _build_once(run_folder(recipe) / "text", inputs, _write_encyclopedia)
-        return folder / "encyclopedia.json"
+        folder = run_folder(recipe) / "text"
+        return _build_once(folder, inputs, _write_encyclopedia, lambda f: f / "encyclopedia.json")
     if recipe.corpus == "wikipedia":
         downloads = runs_folder() / "downloads"
         with _one_at_a_time(downloads):
@@ -122,12 +126,23 @@ def get_split(recipe: Recipe) -> DatasetDict:
     The recipe's fields under "text" decide. Columns are ``text`` and ``source``. The duplicates
     found are written beside them as ``duplicates.json``; see `get_duplicates`.
     """
+    return _get_split(recipe)[0]
+
+
+def get_duplicates(recipe: Recipe) -> list[dict[str, Any]]:
+    """Return the pairs that `get_split` found: kind, similarity and how both texts begin."""
+    return _get_split(recipe)[1]
+
+
+def _get_split(recipe: Recipe) -> tuple[DatasetDict, list[dict[str, Any]]]:
     from datasets import load_from_disk
 
     path = get_text(recipe)
 
     def build(folder: Path, inputs: dict[str, Any]) -> None:
         documents = corpus.load_documents(path, folder=folder / "documents")
+        if text_hash(path) != inputs["text"]:
+            raise RuntimeError(f"{path} has changed while it was read: do the same again")
         if recipe.max_documents is not None and recipe.max_documents < len(documents):
             documents = documents.select(range(recipe.max_documents))
         split = corpus.split_documents(documents, recipe.test_size, recipe.split_seed)
@@ -148,15 +163,11 @@ def get_split(recipe: Recipe) -> DatasetDict:
         del documents, split  # Windows cannot delete an open file
         shutil.rmtree(folder / "documents", ignore_errors=True)
 
-    folder = _build_once(run_folder(recipe) / "split", _split_inputs(recipe, path), build)
-    return load_from_disk(str(folder / "split"))
+    def load(folder: Path) -> tuple[DatasetDict, list[dict[str, Any]]]:
+        found = json.loads((folder / "duplicates.json").read_text(encoding="utf-8"))
+        return load_from_disk(str(folder / "split")), found
 
-
-def get_duplicates(recipe: Recipe) -> list[dict[str, Any]]:
-    """Return the pairs that `get_split` found: kind, similarity and how both texts begin."""
-    get_split(recipe)
-    path = run_folder(recipe) / "split" / "duplicates.json"
-    return json.loads(path.read_text(encoding="utf-8"))
+    return _build_once(run_folder(recipe) / "split", _split_inputs(recipe, path), build, load)
 
 
 def _split_inputs(recipe: Recipe, path: Path) -> dict[str, Any]:
@@ -191,7 +202,8 @@ def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         "vocab_size": recipe.vocab_size,
         "code": _code_hash(tokenization.train_tokenizer, qwen.reduce_tokenizer),
     }
-    return tokenization.load_tokenizer(_build_once(run_folder(recipe) / "tokenizer", inputs, build))
+    folder = run_folder(recipe) / "tokenizer"
+    return _build_once(folder, inputs, build, tokenization.load_tokenizer)
 
 
 def is_reduced(recipe: Recipe) -> bool:
@@ -227,8 +239,8 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
         "packing": recipe.packing,
         "code": _code_hash(make_blocks),
     }
-    folder = _build_once(run_folder(recipe) / "blocks", inputs, build)
-    return load_from_disk(str(folder / "blocks"))
+    folder = run_folder(recipe) / "blocks"
+    return _build_once(folder, inputs, build, lambda f: load_from_disk(str(f / "blocks")))
 
 
 def get_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen2Config:
@@ -304,51 +316,82 @@ def reference_curve(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _build_once(
-    folder: Path, inputs: dict[str, Any], build: Callable[[Path, dict[str, Any]], None]
-) -> Path:
-    """Return the folder, rebuilt unless it was built from the same inputs.
+    folder: Path,
+    inputs: dict[str, Any],
+    build: Callable[[Path, dict[str, Any]], None],
+    load: Callable[[Path], Any],
+) -> Any:
+    """Return what is loaded from the folder, rebuilt unless it was built from the same inputs.
 
-    In a distributed run the first process of each machine builds and the others wait; should it
-    fail, the launcher ends them too.
+    It is loaded before another process, with other inputs, may rebuild the folder. In a distributed
+    run the first process of each machine builds and the others wait; should it fail, the launcher
+    ends them too.
     """
-    while not _is_built(folder, inputs):
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            _build(folder, inputs, build)
-        else:
-            time.sleep(0.1)
-    return folder
+    inputs = json.loads(json.dumps(inputs))  # as they will be read back
+    while True:
+        with _one_at_a_time(folder):
+            for leftover in folder.parent.glob(f"{folder.name}.*.building"):  # of a killed process
+                shutil.rmtree(leftover, ignore_errors=True)
+            reason = _why_build(folder, inputs)
+            if reason and os.environ.get("LOCAL_RANK", "0") == "0":
+                if folder.exists():
+                    logger.info("%s %s and is rebuilt", folder.name, reason)
+                _build(folder, inputs, build)
+                reason = ""
+            if not reason:
+                return load(folder)
+        time.sleep(0.1)
 
 
 def _build(
     folder: Path, inputs: dict[str, Any], build: Callable[[Path, dict[str, Any]], None]
 ) -> None:
-    with _one_at_a_time(folder):
-        if _is_built(folder, inputs):  # another process has built it meanwhile
-            return
-        for leftover in folder.parent.glob(f"{folder.name}.*.building"):  # of a killed process
-            shutil.rmtree(leftover, ignore_errors=True)
+    building, old = (
+        folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.building") for _ in range(2)
+    )
+    building.mkdir(parents=True)
+    try:
+        build(building, inputs)
+        write_json(building / "inputs.json", {"inputs": inputs, "files": hash_files(building)})
         if folder.exists():
-            logger.info("%s was made from other inputs and is rebuilt", folder.name)
-        building, old = (
-            folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.building") for _ in range(2)
-        )
-        building.mkdir(parents=True)
-        try:
-            build(building, inputs)
-            write_json(building / "inputs.json", inputs)
-            if folder.exists():
-                os.replace(folder, old)  # so that no kill leaves a part of it under its name
-            os.replace(building, folder)
-        finally:
-            for leftover in (building, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            os.replace(folder, old)  # so that no kill leaves a part of it under its name
+        os.replace(building, folder)
+    finally:
+        for leftover in (building, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _is_built(folder: Path, inputs: dict[str, Any]) -> bool:
-    path = folder / "inputs.json"
-    if not path.is_file():
-        return False
-    return json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(inputs))
+def _why_build(folder: Path, inputs: dict[str, Any]) -> str:
+    """Return why a result has to be built, or an empty string."""
+    built = read_inputs(folder)
+    if built is None:
+        return "is incomplete"
+    if built["inputs"] != inputs:
+        return "was made from other inputs"
+    damaged = find_damage(folder)
+    return f"is damaged ({damaged})" if damaged else ""
+
+
+def read_inputs(folder: Path) -> dict[str, Any] | None:
+    """Return what ``inputs.json`` says of a result; None if it is missing or damaged."""
+    try:
+        built = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
+        return built if {"inputs", "files"} <= built.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """Return the first file of a result that is not as it was built, or None."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return _find_damage(folder, *((path, *_version(path)) for path in files))
+
+
+@cache
+def _find_damage(folder: Path, *files: tuple) -> str | None:
+    """Read the whole result, which takes a while and is asked for often."""
+    built = read_inputs(folder)
+    return damaged_file(folder, built["files"]) if built else "inputs.json"
 
 
 def _one_at_a_time(folder: Path) -> AbstractContextManager:
@@ -359,7 +402,10 @@ def _one_at_a_time(folder: Path) -> AbstractContextManager:
     """
     from filelock import FileLock, Timeout
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing_to(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder.parent, os.W_OK):
+        return nullcontext()  # somebody else's run: nothing can be built there, but read
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
         return lock.acquire(timeout=0)
@@ -369,18 +415,25 @@ def _one_at_a_time(folder: Path) -> AbstractContextManager:
 
 
 def text_hash(path: Path) -> str:
-    """Return a hash of the text: of one file, or of the names and hashes of several."""
+    """Return a hash of the text: of its files and their names, without the folder.
+
+    Of a single file's name only the format counts: ``.json`` and ``.txt`` are read differently.
+    """
     files = corpus.text_files(path)
-    hashes = [_file_hash(file) for file in files]
-    if files == [path]:
-        return hashes[0]
-    names = "".join(f"{hash_} {file.name}\n" for hash_, file in zip(hashes, files, strict=True))
-    return hashlib.sha256(names.encode()).hexdigest()
+    names = [file.name for file in files]
+    if len(files) == 1:
+        names = [Path(names[0].removesuffix(".gz").removesuffix(".xz")).suffix]
+    lines = [f"{_file_hash(file)} {name}\n" for file, name in zip(files, names, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _file_hash(path: Path) -> str:
+    return _hash_of_version(path, *_version(path))
+
+
+def _version(path: Path) -> tuple[int, int, int]:
     about = path.stat()  # what changes when a file is written to
-    return _hash_of_version(path, about.st_ino, about.st_size, about.st_mtime_ns)
+    return about.st_ino, about.st_size, about.st_mtime_ns
 
 
 @cache
