@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinytrain import steps
+from tinytrain import runs, steps
 from tinytrain.recipes import RECIPES
 
 
@@ -92,6 +92,17 @@ def test_what_breaks_off_leaves_nothing_half_built(mine, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         steps.get_blocks(replace(mine, context_length=16))
     assert modified(steps.run_folder(mine)) == before
+
+
+def test_blocks_that_edited_code_makes_differ_for_a_run_as_well(mine, monkeypatch):
+    before, pack = runs.run_inputs(mine, "float32"), steps.tokenization.pack_documents
+
+    def pack_fewer(documents, *arguments, **options):
+        return pack(documents.select(range(len(documents) // 2)), *arguments, **options)
+
+    monkeypatch.setattr(steps.tokenization, "pack_documents", pack_fewer)
+    after = runs.run_inputs(mine, "float32")
+    assert [name for name in after if after[name] != before[name]] == ["blocks"]
 
 
 def test_duplicates_are_dropped_or_only_counted(mine):

@@ -377,6 +377,7 @@ def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
         **_recipe_inputs(recipe),
         "precision": precision,
         "text": steps.text_hash(steps.get_text(recipe)),
+        "blocks": steps.blocks_hash(recipe),
         "tokenizer_fingerprint": tokenization.fingerprint(steps.get_tokenizer(recipe)),
     }
 

@@ -243,6 +243,14 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
     return _build_once(folder, inputs, build, lambda f: load_from_disk(str(f / "blocks")))
 
 
+def blocks_hash(recipe: Recipe) -> str:
+    """Return a hash of the blocks of a recipe: it tells the text, the split and the code."""
+    get_blocks(recipe)
+    files = read_inputs(run_folder(recipe) / "blocks")["files"]
+    kept = {name: value for name, value in files.items() if name.endswith(".arrow")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def get_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen2Config:
     """Return the configuration of a recipe's model, fitted to its tokenizer.
 
