@@ -33,6 +33,7 @@ class Recipe:
 
     # --- text ---------------------------------------------------------------------------------
     corpus: str = "wikipedia"  # "encyclopedia" (built in), "wikipedia" (download) or a path
+    text_field: str | None = None  # holds the text in JSON and parquet; None: a usual name is found
     max_documents: int | None = None  # take only the first ones; None takes all
     test_size: float = 0.1  # share of the documents that the model never trains on
     split_seed: int = 2222  # the guide's
