@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,8 +19,10 @@ from datasets import Dataset, DatasetDict, load_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinytrain import corpus
+from tinytrain import corpus, steps
+from tinytrain.__main__ import _parse_change
 from tinytrain.corpus import document_lengths, load_documents, plot_lengths, split_documents
+from tinytrain.recipes import RECIPES
 
 # With all that Python, but not JSON, takes for the end of a line.
 TEXTS = ["春眠不觉晓，处处闻啼鸟。", 'one\n"two" \\', "\0夜来\v\f\x1c\x85风雨声\u2028花落知多少 😀"]
@@ -432,6 +435,40 @@ def test_a_held_out_set_of_another_size_than_asked_for_is_remarked_on(caplog, le
         caplog.clear()
         split_documents(documents, seed=seed)
         assert ("of the characters" in caplog.text) == warns
+
+
+# --- through the recipe, and in the notebook ------------------------------------------------------
+
+
+def test_the_recipe_names_the_field_and_a_pattern_may_pass_an_odd_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "[书]").mkdir()
+    write(tmp_path / "[书]" / "a.jsonl", as_lines([{"body": f"第{i}篇"} for i in range(9)]))
+    recipe = replace(RECIPES["smoke"], corpus=str(tmp_path / "[书]" / "*.jsonl"))
+    with pytest.raises(ValueError, match=r"it has 'body'\. .*--set text_field="):
+        steps.get_split(recipe)
+    split = steps.get_split(replace(recipe, **dict([_parse_change("text_field=body")])))
+    assert len(split["train"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("count", "source"), [(2, "s"), (10, r"$\foo{$ x $y^$"), (9, "长" * 200_000)]
+)
+def test_notebook_02_takes_few_documents_and_any_source(
+    tmp_path, monkeypatch, capsys, count, source
+):
+    rows = [{"body": chr(0x4E00 + i) * 30, "source": source} for i in range(count)]
+    corpus = str(write(tmp_path / "a.jsonl", as_lines(rows)))
+    recipe = replace(RECIPES["smoke"], corpus=corpus, text_field="body")
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path / "runs"))
+    names = {"Path": Path, "recipe": recipe}
+    notebook = Path(__file__).parent.parent / "notebooks" / "02_data_split.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    for source in ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"][2:]:
+        exec(source, names)
+    names["plot_lengths"](names["split"]).savefig(tmp_path / "lengths.png")
+    assert f"{count} documents, {30 * count} characters" in capsys.readouterr().out
+    assert max(map(len, names["sources"])) <= 40
 
 
 # --- description and plots ------------------------------------------------------------------------

@@ -50,10 +50,10 @@ _NO_TEXT = re.compile(
 _OTHER_FILES = {
     b"\x1f\x8b": "a gzip file; let its name end in .gz",
     b"\xfd7zXZ": "an xz file; let its name end in .xz",
-    b"PAR1": "a parquet file; let its name end in .parquet",
+    b"PAR1\x15": "a parquet file; let its name end in .parquet",
     b"PK\3\4": "a zip or .docx file; unpack it, or save its text as .txt",
-    b"BZh": "a bzip2 file; unpack it",
-    b"%PDF": "a PDF; save its text as .txt",
+    b"BZh9": "a bzip2 file; unpack it",
+    b"%PDF-": "a PDF; save its text as .txt",
     b"version https://git-lfs": "a Git LFS pointer; `git lfs pull` fetches the text itself",
 }
 _ENCODINGS = ("gb18030", "big5-hkscs", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
@@ -132,7 +132,8 @@ def text_files(path: str | Path) -> list[Path]:
     ----------
     path : str or Path
         A file, or a folder or a pattern with ``*``, ``?`` or ``**``, of which the files count
-        whose names end like a format that can be read.
+        whose names end like a format that can be read. Licences, metadata, and a text's second
+        copy do not; a folder without a text is looked through two levels down.
 
     Returns
     -------
@@ -238,7 +239,7 @@ def _check_start(path: Path) -> None:
     with _open(path) as file:
         start = file.read(4096)
     for first, kind in _OTHER_FILES.items():
-        if start.startswith(first) and (first != b"PAR1" or _format(path) != ".parquet"):
+        if start.startswith(first) and (first[:3] != b"PAR" or _format(path) != ".parquet"):
             raise ValueError(f"{path}: is {kind}")
     if 10 * start.count(0) > len(start) and _format(path) not in (".parquet", ".arrow"):
         raise _another_encoding(path, f"{path}: is full of NUL bytes", start)
@@ -487,10 +488,7 @@ def _another_encoding(path: Path, place: str, sample: bytes, start: int = 0) -> 
 
 
 def _common_share(sample: bytes | bytearray, encoding: str, start: int = 0) -> float:
-    """Return how many of the characters that an encoding decides are frequent in Chinese texts.
-
-    Other encodings land on rare ones. (charset_normalizer takes short Chinese for Big5.)
-    """
+    """Return how many of the letters are frequent in Chinese; a wrong encoding gives rare ones."""
     if encoding in _ENCODINGS[2:]:  # characters begin only at each second or fourth byte
         letters = sample[-start % 4 :].decode(encoding, errors="replace")
     else:  # they all write ASCII alike
