@@ -1,5 +1,6 @@
 """Tests of loading, checking and splitting text."""
 
+import bz2
 import gzip
 import json
 import logging
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,8 +19,10 @@ from datasets import Dataset, DatasetDict, load_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tinytrain import corpus
+from tinytrain import corpus, steps
+from tinytrain.__main__ import _parse_change
 from tinytrain.corpus import document_lengths, load_documents, plot_lengths, split_documents
+from tinytrain.recipes import RECIPES
 
 # With all that Python, but not JSON, takes for the end of a line.
 TEXTS = ["春眠不觉晓，处处闻啼鸟。", 'one\n"two" \\', "\0夜来\v\f\x1c\x85风雨声\u2028花落知多少 😀"]
@@ -39,7 +43,7 @@ def as_lines(rows):
 
 def as_parquet(columns):
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
+    pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -84,14 +88,14 @@ def test_the_fields_of_a_document(tmp_path):
 
 
 def test_texts_that_are_no_text_are_skipped_and_counted_once(tmp_path, caplog):
-    texts = ["a", "", None, " \n\u3000", 5, ["x"], "\ud83d", "b", None]
+    texts = ["a", "", None, " \n\u3000", 5, ["x"], "\ud83d", "b", None, "\0\0"]
     path = write(tmp_path / "a.json", json.dumps([{"text": text} for text in texts]))
     with caplog.at_level(logging.WARNING):
         assert load_documents(path)["text"][:] == ["a", "b"]
     (record,) = caplog.records
     message = record.getMessage()
-    assert "left out 7 of 9 documents" in message
-    for part in ("2 empty", "2 null", "2 not a string", "1 with half a character"):
+    assert "left out 8 of 10 documents" in message
+    for part in ("3 empty", "2 null", "2 not a string", "1 with half a character"):
         assert part in message
 
 
@@ -116,6 +120,13 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
 # --- bad input ------------------------------------------------------------------------------------
 
 NOT_UTF8 = pa.array([b"\xff"]).view(pa.string())
+KOREAN = "대한민국은 동아시아의 한반도 남부에 위치한 공화국이다. 서울은 수도이며 인구가 많다."
+JAPANESE = (
+    "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。日本の首都は東京である。"
+)
+RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива."
+POEM = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"
+TRADITIONAL = "這一篇文章是用繁體中文寫成的，內容關於臺灣的歷史與文化。"
 CHINESE = json.dumps([{"text": "春眠不觉晓，处处闻啼鸟。夜来风雨声。"}] * 20, ensure_ascii=False)
 
 
@@ -144,8 +155,21 @@ CHINESE = json.dumps([{"text": "春眠不觉晓，处处闻啼鸟。夜来风雨
         ("cut.parquet", as_parquet({"text": ["a" * 99]})[:-20], ["as parquet", "again"]),
         ("bytes.parquet", as_parquet({"text": NOT_UTF8}), ["as parquet"]),
         ("latin.txt", "1\nnaïve, übel".encode("latin-1"), ["byte 4", "line 2", "0xef", "UTF-8"]),
-        ("end.txt", "春\n夏".encode()[:-1], ["byte 4 (line 2)", "0xe5"]),
-        ("big5.txt", "這一篇文章是用繁體中文寫成的".encode("big5"), ["byte 0", "UTF-8"]),
+        ("end.txt", "春\n夏".encode()[:-1], ["byte 4 (line 2)", "0xe5", "cut off"]),
+        ("korean.txt", KOREAN.encode("euc-kr"), ["byte 0", "could not be recognised"]),
+        ("japanese.txt", JAPANESE.encode("euc-jp"), ["byte 0", "could not be recognised"]),
+        ("japanese.txt", JAPANESE.encode("shift_jis"), ["byte 0", "could not be recognised"]),
+        ("russian.txt", RUSSIAN.encode("koi8-r"), ["byte 0", "could not be recognised"]),
+        ("two.txt", (POEM + "\n").encode() + POEM.encode("gb18030"), ["line 2", "all before is"]),
+        ("nul.txt", bytes(5000), ["NUL", "could not be recognised"]),
+        ("a.txt", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(range(256)), ["is a PDF", "as .txt"]),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}'), ["is a gzip file", "end in .gz"]),
+        ("a.json", lzma.compress(b'{"text": "a"}'), ["is an xz file", "end in .xz"]),
+        ("a.txt", bz2.compress(b"a"), ["is a bzip2 file", "unpack"]),
+        ("a.txt", b"PK\3\4" + bytes(99), ["is a zip or .docx file", "unpack"]),
+        ("a.json", as_parquet({"text": ["a"]}), ["is a parquet file", "end in .parquet"]),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", ["git lfs pull"]),
+        ("two.parquet", as_parquet(pa.table([["a"], ["b"]], ["text"] * 2)), ["two columns"]),
         ("bad.json", CHINESE.encode()[:200] + b"\xff" + CHINESE.encode()[200:], ["is not UTF-8"]),
         ("name.csv", "text\na", [".json", ".parquet", ".xz"]),
         ("noname", "a", [".json", ".txt"]),
@@ -174,17 +198,45 @@ def test_a_damaged_compressed_file(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("encoding", "suffix"), [("gb18030", ""), ("utf-16", ".gz"), ("gb18030", ".xz")]
+    ("encoding", "suffix"), [("gb18030", ""), ("utf-16", ".gz"), ("gb18030", ".xz"), ("big5", "")]
 )
 def test_another_encoding_is_recognised_and_the_given_lines_convert_it(tmp_path, encoding, suffix):
-    long_start = "\n" * 100_001
-    path = write(tmp_path / f"古诗.json{suffix}", (long_start + CHINESE).encode(encoding))
+    text = TRADITIONAL if encoding == "big5" else POEM
+    content = "\n" * 100_001 + json.dumps([{"text": text}] * 20, ensure_ascii=False)
+    path = write(tmp_path / f"古'诗.json{suffix}", content.encode(encoding))
     with pytest.raises(ValueError, match=f"looks like {encoding.upper()}") as caught:
         load_documents(path)
     code = str(caught.value).split("\n", 1)[1]
     subprocess.run([sys.executable, "-c", code], check=True)
-    documents = load_documents(tmp_path / "古诗-utf8.json")
-    assert documents["text"][:] == [row["text"] for row in json.loads(CHINESE)]
+    assert load_documents(tmp_path / "古'诗-utf8.json")["text"][:] == [text] * 20
+    assert load_documents(tmp_path)["text"][:] == [text] * 20  # and not the old file too
+
+
+@pytest.mark.parametrize("encoding", ["utf-32", "utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("text", [POEM, TRADITIONAL, "The quick brown fox."])
+def test_utf_16_and_32_are_recognised_without_a_mark_too(tmp_path, encoding, text):
+    path = write(tmp_path / "a.txt", f"a\n\n{text}\n".encode(encoding))
+    with pytest.raises(ValueError, match=f"looks like {encoding.upper()}\\."):
+        load_documents(path)
+
+
+def test_a_bad_byte_does_not_end_the_conversion(tmp_path):
+    good = (POEM + "\n\n").encode("gb18030")
+    path = write(tmp_path / "a.txt", good + b"\xff" + good * 2)
+    with pytest.raises(ValueError, match="looks like GB18030") as caught:
+        load_documents(path)
+    code = str(caught.value).split("\n", 1)[1]
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert shown.stdout.startswith(b"1 characters could not be read")
+    assert load_documents(tmp_path / "a-utf8.txt")["text"][:] == [POEM, "\ufffd" + POEM, POEM]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-utf8.txt", "a.txt"]
+
+
+def test_marks_of_joined_files_are_no_text(tmp_path):
+    lines = as_lines([{"text": "a"}])
+    joined = {"a.jsonl": "\ufeff" + lines + "\ufeff" + lines, "a.txt": "\ufeffa\n\n\ufeffa\n"}
+    for name, content in joined.items():
+        assert load_documents(write(tmp_path / name, content))["text"][:] == ["a", "a"]
 
 
 def test_a_missing_path_names_what_could_be_meant(tmp_path):
@@ -196,6 +248,7 @@ def test_a_missing_path_names_what_could_be_meant(tmp_path):
             load_documents(tmp_path / missing)
         assert str(tmp_path / missing) in str(caught.value)
         assert "notes.md," not in str(caught.value)
+    write(tmp_path / "LICENSE.txt", "")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty is a folder without a text.* holds no"):
         load_documents(tmp_path / "empty")
@@ -229,6 +282,55 @@ def test_a_folder_is_read_in_the_order_of_its_names_and_a_pattern_chooses(shards
     assert load_documents(shards.parent / "**" / "*.txt.xz")["text"][:] == ["d", "e\nf"]
     odd = shards.rename(shards.with_name("[1]"))  # a name, and not the pattern of "1"
     assert len(load_documents(odd)) == 6
+
+
+def test_folders_as_people_have_them(tmp_path, caplog):
+    def read(name):
+        return load_documents(tmp_path / name)["text"][:]
+
+    folder = tmp_path / "[书]" / "clone"
+    for name in (".git/a.txt", "README.txt", "LICENSE-MIT.TXT", "requirements_dev.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, "no text")
+    for name in ("configuration.json", "dataset_infos.json", ".hidden.jsonl"):
+        write(folder / name, "{}")
+    (folder / "data").mkdir()
+    write(folder / "data" / "train-0.jsonl", as_lines([{"text": "a"}]))
+    write(folder / "data" / "train-0.jsonl.gz", as_lines([{"text": "a"}]))
+    assert read("[书]/clone") == read("[书]/clone/**") == read("[书]/*/data/*.jsonl*") == ["a"]
+    assert read("[书]/clone/README.txt") == ["no text"]
+    for left_out in ("train-0.jsonl.gz", "LICENSE-MIT.TXT, README.txt", "configuration.json"):
+        assert left_out in caplog.text
+    (folder / "more").mkdir()
+    write(folder / "more" / "train-1.txt", "b")
+    with pytest.raises(FileNotFoundError, match=r"several folders: .*data, .*more; .*\*\*"):
+        read("[书]/clone")
+    assert read("[书]/clone/**") == ["a", "b"]
+
+
+def test_what_datasets_has_saved_is_loaded(tmp_path):
+    documents = Dataset.from_dict({"text": ["a", "b", "c"], "source": ["x", "y", "z"]})
+    documents.shuffle(seed=1).save_to_disk(tmp_path / "one")
+    assert load_documents(tmp_path / "one").to_dict() == documents.shuffle(seed=1).to_dict()
+    DatasetDict(train=documents, test=documents).save_to_disk(tmp_path / "two")
+    with pytest.raises(FileNotFoundError, match="several folders: .*test, .*train;"):
+        load_documents(tmp_path / "two")
+    path = write(tmp_path / "a.arrow", b"nothing of the kind")
+    with pytest.raises(ValueError, match="cannot read it as arrow"):
+        load_documents(path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_too_little_memory_names_the_file(tmp_path, monkeypatch, name):
+    def fail(*_):
+        raise MemoryError
+
+    for reader in ("_read_text", "_json_lines", "_read_table"):
+        monkeypatch.setattr(corpus, reader, fail)
+    path = write(tmp_path / name, "{}")
+    with pytest.raises(ValueError, match="does not fit in memory") as caught:
+        load_documents(path)
+    assert str(path) in str(caught.value)
 
 
 def test_a_bad_shard_is_named_and_nothing_is_left_of_it(shards, tmp_path):
@@ -322,6 +424,51 @@ def test_the_split_is_that_of_the_guide(tmp_path):
         assert split[name]["text"][:] == guide[name]["completion"][:]
     with pytest.raises(ValueError, match="cannot split 1 document"):
         split_documents(split["test"].select([0]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "warns"), [([30, 90_000, 20], True), ([9] * 10, False), ([9_000] + [9] * 9, True)]
+)
+def test_a_held_out_set_of_another_size_than_asked_for_is_remarked_on(caplog, lengths, warns):
+    documents = Dataset.from_dict({"text": ["字" * n for n in lengths]})
+    for seed in range(5):
+        caplog.clear()
+        split_documents(documents, seed=seed)
+        assert ("of the characters" in caplog.text) == warns
+
+
+# --- through the recipe, and in the notebook ------------------------------------------------------
+
+
+def test_the_recipe_names_the_field_and_a_pattern_may_pass_an_odd_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "[书]").mkdir()
+    write(tmp_path / "[书]" / "a.jsonl", as_lines([{"body": f"第{i}篇"} for i in range(9)]))
+    recipe = replace(RECIPES["smoke"], corpus=str(tmp_path / "[书]" / "*.jsonl"))
+    with pytest.raises(ValueError, match=r"it has 'body'\. .*--set text_field="):
+        steps.get_split(recipe)
+    split = steps.get_split(replace(recipe, **dict([_parse_change("text_field=body")])))
+    assert len(split["train"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("count", "source"), [(2, "s"), (10, r"$\foo{$ x $y^$"), (9, "长" * 200_000)]
+)
+def test_notebook_02_takes_few_documents_and_any_source(
+    tmp_path, monkeypatch, capsys, count, source
+):
+    rows = [{"body": chr(0x4E00 + i) * 30, "source": source} for i in range(count)]
+    corpus = str(write(tmp_path / "a.jsonl", as_lines(rows)))
+    recipe = replace(RECIPES["smoke"], corpus=corpus, text_field="body")
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path / "runs"))
+    names = {"Path": Path, "recipe": recipe}
+    notebook = Path(__file__).parent.parent / "notebooks" / "02_data_split.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    for source in ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"][2:]:
+        exec(source, names)
+    names["plot_lengths"](names["split"]).savefig(tmp_path / "lengths.png")
+    assert f"{count} documents, {30 * count} characters" in capsys.readouterr().out
+    assert max(map(len, names["sources"])) <= 40
 
 
 # --- description and plots ------------------------------------------------------------------------

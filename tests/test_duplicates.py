@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
+from tinytrain import duplicates
 from tinytrain.duplicates import drop_duplicates, find_duplicates
 
 
@@ -60,6 +61,26 @@ def test_short_and_unmarked_texts_are_compared_too():
     assert [(d.test, d.train, d.kind) for d in found] == expected
 
 
+@pytest.mark.parametrize(("changed", "near"), [(3, 20), (12, 0)])
+def test_texts_from_one_template_are_not_all_compared(monkeypatch, changed, near):
+    rng = np.random.default_rng(0)
+    template, texts = random_text(rng, 300), []
+    for _ in range(220):
+        text = list(template)
+        for place in rng.integers(0, 300, changed):
+            text[place] = random_text(rng, 1)
+        texts.append("".join(text))
+    comparisons, jaccard = [], duplicates._jaccard
+    monkeypatch.setattr(duplicates, "_jaccard", lambda *a: comparisons.append(1) or jaccard(*a))
+    monkeypatch.setattr(duplicates, "_COMPARISONS", 40)
+    monkeypatch.setattr(duplicates, "_MORE_COMPARISONS", 10)
+    train, test = texts[20:] + texts[:2] * 3, texts[:20]
+    found = find_duplicates(split_of(train, test))
+    assert len(comparisons) <= 20 * (40 if near == 0 else 15)
+    assert [tuple(d) for d in found[:2]] == [(0, 200, 1.0, "exact"), (1, 201, 1.0, "exact")]
+    assert len(found) == max(near, 2)
+
+
 def test_only_held_out_copies_are_dropped():
     split = split_of(["甲", "乙", "丙"], ["乙", "丁", "丙"])
     clean = drop_duplicates(split, find_duplicates(split))
@@ -74,5 +95,5 @@ def test_what_makes_no_sense_is_refused():
     for threshold in (0, -1, 1.5):
         with pytest.raises(ValueError, match="threshold"):
             find_duplicates(split, threshold=threshold)
-    with pytest.raises(ValueError, match="all 2 held-out documents .*test_size"):
+    with pytest.raises(ValueError, match="all 2 held-out .*test_size.*drop_duplicates=false"):
         drop_duplicates(split, find_duplicates(split))

@@ -9,7 +9,6 @@ line. The price is that file: as much disk as the text has bytes without compres
 from __future__ import annotations
 
 import atexit
-import codecs
 import glob
 import gzip
 import io
@@ -17,11 +16,13 @@ import json
 import logging
 import lzma
 import os
+import re
 import shutil
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import groupby, islice, repeat
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -34,12 +35,35 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
+_warn_once = cache(logger.warning)  # the files are asked for in each step
 
 _TEXT_FIELDS = ("completion", "text", "content")
-_FORMATS = (".json", ".jsonl", ".ndjson", ".txt", ".parquet")
+_FORMATS = (".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow")
 _COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
 _DAMAGED = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError)
 _PIECE = 1 << 18  # characters or bytes read at once
+# What collections have beside their texts, under names like those of texts.
+_NO_TEXT = re.compile(
+    r"(?i)(readme|licen[cs]e|copying|changelog|requirements)(?![a-z]).*\.txt"
+    r"|(config|configuration|dataset_(info|infos|dict)|state)\.json"
+)
+_OTHER_FILES = {
+    b"\x1f\x8b": "a gzip file; let its name end in .gz",
+    b"\xfd7zXZ": "an xz file; let its name end in .xz",
+    b"PAR1\x15": "a parquet file; let its name end in .parquet",
+    b"PK\3\4": "a zip or .docx file; unpack it, or save its text as .txt",
+    b"BZh9": "a bzip2 file; unpack it",
+    b"%PDF-": "a PDF; save its text as .txt",
+    b"version https://git-lfs": "a Git LFS pointer; `git lfs pull` fetches the text itself",
+}
+_ENCODINGS = ("gb18030", "big5-hkscs", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+# Frequent characters that simplified and traditional Chinese have in common: a third of any text.
+_COMMON = frozenset(
+    "的一是了不在人有我他上大地中你生年就那和要她出也得自以家可下而能小多然心好看起成只如事把用想"
+    "作面最女但前些所同日手又行意方它回位分老因很名法世什使身者被高已其此常正感明力理文本公特做外"
+    "相西果走十全信重三工物真打太新比才便夫再部水像等加主海受表德少代先口由死安性光白或住教命花色"
+    "之去道月天子於二四山王市城古食友立民平化北南京入原合政思放星春河清百石秋空科各任何元直雨落里"
+)
 
 
 def load_documents(
@@ -47,10 +71,10 @@ def load_documents(
 ) -> Dataset:
     """Load the documents of a file, or of all files of a folder, in their order.
 
-    Reads JSON arrays, JSON lines, plain text and parquet (``.json .jsonl .ndjson .txt .parquet``),
-    each also with ``.gz`` or ``.xz`` behind. In plain text, blank lines separate the documents;
-    without any, each line is a document. Empty texts, and values that are not text, are left out
-    and counted in one warning. The text may be larger than the memory.
+    Reads JSON arrays, JSON lines, plain text, parquet (``.json .jsonl .ndjson .txt .parquet``) and
+    what ``datasets`` saves, each also with ``.gz`` or ``.xz`` behind. In plain text, blank lines
+    separate the documents; without any, each line is one. Empty texts, and values that are not
+    text, are left out and counted in one warning. The text may be larger than the memory.
 
     Parameters
     ----------
@@ -108,7 +132,8 @@ def text_files(path: str | Path) -> list[Path]:
     ----------
     path : str or Path
         A file, or a folder or a pattern with ``*``, ``?`` or ``**``, of which the files count
-        whose names end like a format that can be read.
+        whose names end like a format that can be read. Licences, metadata, and a text's second
+        copy do not; a folder without a text is looked through two levels down.
 
     Returns
     -------
@@ -123,28 +148,56 @@ def text_files(path: str | Path) -> list[Path]:
                 f"{' '.join(_FORMATS)}, perhaps followed by {' or '.join(_COMPRESSIONS)}"
             )
         return [path]
-    if path.is_dir():
-        files, problem = _readable(path.iterdir()), f"{path} is a folder without a text"
+    if path.is_dir():  # downloads from a hub have "data" in between
+        depths = (_choose(matching_files(path / below)) for below in ("*", "*/*", "*/*/*"))
+        files, problem = next(filter(None, depths), []), f"{path} is a folder without a text"
+        if len(parents := sorted({str(file.parent) for file in files})) > 1:
+            several = f"{path} has texts in several folders: {', '.join(parents):.500}"
+            raise FileNotFoundError(f"{several}; give the path of one, or {path / '**'} for all")
     else:
-        found = map(Path, glob.glob(str(path), recursive=True))
-        files, problem = _readable(found), f"there is no file {path}"
+        files, problem = _choose(matching_files(path)), f"there is no file {path}"
     if not files:
         nearest = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
         raise FileNotFoundError(f"{problem}; {_candidates(nearest)}")
     return files
 
 
+def matching_files(pattern: Path) -> list[Path]:
+    """Return the files of a pattern; a folder that is there means itself, even if named ``[1]``."""
+    folder = next(folder for folder in pattern.parents if folder.is_dir())
+    below = Path(glob.escape(str(folder)), pattern.relative_to(folder))
+    return [Path(file) for file in glob.glob(str(below), recursive=True)]
+
+
 def _format(path: Path) -> str | None:
     """Return the suffix that tells the format; None if the name does not tell."""
-    name = path.name.lower()
-    for suffix in _COMPRESSIONS:
-        name = name.removesuffix(suffix)
+    name = _uncompressed(path).name.lower()
     return next((suffix for suffix in _FORMATS if name.endswith(suffix)), None)
+
+
+def _uncompressed(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in _COMPRESSIONS else path
+
+
+def _converted(path: Path) -> Path:
+    """Return the name for a file in UTF-8 that is read in place of this one."""
+    plain = _uncompressed(path)
+    return plain.with_name(f"{plain.stem}-utf8{plain.suffix}")
 
 
 def _readable(paths: Iterable[Path]) -> list[Path]:
     # Hidden files are not texts: some systems leave them beside each file.
     return sorted(p for p in paths if _format(p) and not p.name.startswith(".") and p.is_file())
+
+
+def _choose(paths: Iterable[Path]) -> list[Path]:
+    """Return the texts among files, each once, in the order of their names."""
+    files = _readable(paths)
+    texts = [f for f in files if not _NO_TEXT.fullmatch(f.name) and not _converted(f).exists()]
+    chosen = sorted({_uncompressed(file): file for file in reversed(texts)}.values())
+    if left_out := sorted(file.name for file in {*files}.difference(chosen)):
+        _warn_once(f"left out, no texts by their names or there twice: {', '.join(left_out):.500}")
+    return chosen
 
 
 def _candidates(folder: Path) -> str:
@@ -159,14 +212,17 @@ def _candidates(folder: Path) -> str:
 def _read_file(path: Path, text_field: str | None) -> Iterator[tuple[object, object]]:
     """Read a file, and say what is wrong with it."""
     try:
-        if _format(path) == ".parquet":
-            rows = _read_parquet(path, text_field)
+        _check_start(path)
+        if _format(path) in (".parquet", ".arrow"):
+            rows = _read_table(path, text_field)
         elif _format(path) == ".txt":
             rows = zip(_read_text(path), repeat(None), strict=False)
         else:
             rows = _read_json(path, text_field)
         for text, source in rows:
             yield text, path.name if source is None else source
+    except MemoryError:
+        raise ValueError(f"{path}: one of its lines or documents does not fit in memory") from None
     except (*_DAMAGED, ValueError) as error:
         if damage := _damage(path):  # what is decompressed wrongly has other errors, too
             raise ValueError(
@@ -176,6 +232,17 @@ def _read_file(path: Path, text_field: str | None) -> Iterator[tuple[object, obj
         if isinstance(error, UnicodeDecodeError):
             raise _wrong_encoding(path) from None
         raise
+
+
+def _check_start(path: Path) -> None:
+    """Refuse what the first bytes show to be no text."""
+    with _open(path) as file:
+        start = file.read(4096)
+    for first, kind in _OTHER_FILES.items():
+        if start.startswith(first) and (first[:3] != b"PAR" or _format(path) != ".parquet"):
+            raise ValueError(f"{path}: is {kind}")
+    if 10 * start.count(0) > len(start) and _format(path) not in (".parquet", ".arrow"):
+        raise _another_encoding(path, f"{path}: is full of NUL bytes", start)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -198,8 +265,8 @@ def _read_text(path: Path) -> Iterator[str]:
             parts = ("".join(group) for blank, group in groupby(lines, str.isspace) if not blank)
         else:
             parts = (line for line in lines if not line.isspace())
-        for part in parts:
-            yield part.replace("\r\n", "\n").strip("\n")
+        for part in parts:  # of joined files, later ones have a mark too
+            yield part.replace("\r\n", "\n").replace("\ufeff", "").strip("\n")
 
 
 def _read_json(path: Path, text_field: str | None) -> Iterator[tuple[object, object]]:
@@ -227,12 +294,11 @@ def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
             if line.isspace():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.removeprefix("\ufeff"))
             except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{path}, line {number}: not valid JSON: {getattr(error, 'msg', error)}. Each "
-                    "line has to be one whole object; correct this one, or fetch the file again if "
-                    "it is the last"
+                    "line has to be one whole object; correct it, or fetch the file again"
                 ) from None
             yield f"line {number}", row
 
@@ -332,26 +398,34 @@ def _find_field(fields: Iterable[str], place: str, wanted: str | None) -> str:
             return name
     raise ValueError(
         f"{place}: has no field {' or '.join(map(repr, names))}; it has "
-        f"{', '.join(map(repr, fields)) or 'no fields'}. Say which holds the text: text_field=..."
+        f"{', '.join(map(repr, fields)) or 'no fields'}. Choose one: --set text_field=... or TINYTRAIN_TEXT_FIELD=..."
     )
 
 
-def _read_parquet(path: Path, text_field: str | None) -> Iterator[tuple[object, object]]:
+def _read_table(path: Path, text_field: str | None) -> Iterator[tuple[object, object]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    kind = _format(path)[1:]
     with _open(path) as whole:
         try:
-            file = pq.ParquetFile(whole, buffer_size=_PIECE, pre_buffer=False)
-            names = file.schema_arrow.names
+            if kind == "arrow":
+                file = pa.ipc.open_stream(whole)
+                names = file.schema.names
+            else:
+                file = pq.ParquetFile(whole, buffer_size=_PIECE, pre_buffer=False)
+                names = file.schema_arrow.names
             text_field = _find_field(names, str(path), text_field)
             wanted = [name for name in names if name in (text_field, "source")]
-            for batch in file.iter_batches(batch_size=100, columns=wanted):
-                for row in batch.to_pylist():
+            if len(wanted) > len(set(wanted)):
+                raise ValueError(f"{path}: has two columns of one name: {wanted}; rename one")
+            read = getattr(file, "iter_batches", None)  # only parquet has it
+            for batch in read(batch_size=100, columns=wanted) if read else file:
+                for row in batch.select(wanted).to_pylist():
                     yield row[text_field], row.get("source")
         except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{path}: cannot read it as parquet ({error}); the file is damaged or cut off, or "
+                f"{path}: cannot read it as {kind} ({error}); the file is damaged or cut off, or "
                 "is something else. Fetch or write it again"
             ) from None
 
@@ -370,46 +444,57 @@ def _damage(path: Path) -> Exception | None:
 def _wrong_encoding(path: Path) -> ValueError:
     """Say where a file stops being UTF-8, and what it looks like."""
     start = number = 0
+    before = bytearray()
     with _open(path) as file:
         for line in file:
             number += 1
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                bad = error.start
+                bad, is_cut = error.start, error.reason == "unexpected end of data"
                 break
             start += len(line)
+            before += line[: _PIECE - len(before)]
         sample = (line + file.read(_PIECE))[:100_000]
-    place = f"{path}: byte {start + bad} (line {number}) is not UTF-8"
-    encoding = _guess_encoding(sample)
-    if encoding is None:
-        return ValueError(f"{place}: 0x{line[bad]:02x}; repair that place or save it as UTF-8")
+    place = f"{path}: byte {start + bad} (line {number}), 0x{line[bad]:02x}, is not UTF-8"
+    if is_cut:  # only a last line without an end can be
+        return ValueError(f"{place}: the file is cut off there. Fetch or copy it again")
+    if _common_share(before, "utf-8") > 0.2:
+        place, sample = f"{place}, while all before is", b""  # two files in one
+    return _another_encoding(path, place, sample, start)
+
+
+def _another_encoding(path: Path, place: str, sample: bytes, start: int = 0) -> ValueError:
+    """Say which encoding it seems to be, and how to convert it."""
+    shares = {name: _common_share(sample, name, start) for name in _ENCODINGS}
+    encoding = max(shares, key=shares.get)
+    if not start and (marked := json.detect_encoding(sample)) in ("utf-16", "utf-32"):
+        encoding = marked
+    elif shares[encoding] < 0.2:
+        return ValueError(
+            f"{place}, and its encoding could not be recognised. Repair that place, fetch the "
+            "file again, or save it as UTF-8 with an editor that shows the text right"
+        )
     opener = {".gz": "gzip.open", ".xz": "lzma.open"}.get(path.suffix.lower(), "open")
-    plain = path if opener == "open" else path.with_suffix("")
-    target = plain.with_name(f"{plain.stem}-utf8{plain.suffix}")
+    target = _converted(path)
     return ValueError(
         f"{place}; it looks like {encoding.upper()}. Convert it with these lines of Python, then "
-        f"load {target}:\n"
-        f"import gzip, lzma; text = {opener}({str(path)!r}, 'rt', encoding='{encoding}')\n"
-        f"open({str(target)!r}, 'w', encoding='utf-8').writelines(text)"
+        f"load {target}:\nimport gzip, lzma, os; new = {str(target)!r}\n"
+        f"old = {opener}({str(path)!r}, 'rt', encoding={encoding!r}, errors='replace')\n"
+        "open(new + '.part', 'w', encoding='utf-8').writelines(old)\n"
+        "os.replace(new + '.part', new); text = open(new, encoding='utf-8')\n"
+        "print(sum(line.count('\\ufffd') for line in text), 'characters could not be read')"
     )
 
 
-def _guess_encoding(sample: bytes) -> str | None:
-    """Tell, from a bad line on, another encoding from UTF-8 with a few bad bytes.
-
-    charset_normalizer takes short Chinese for Big5, and gives up if the sample ends in a character.
-    """
-    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    as_utf8 = sample.decode("utf-8", errors="replace")
-    if 2 * as_utf8.count("\ufffd") < sum(char > "\x7f" for char in as_utf8):
-        return None
-    # Everyday Chinese is in GB2312, the oldest part of GB18030; other encodings rarely land there.
-    as_gb = sample.decode("gb18030", errors="replace")[:-4]  # the sample may end in a character
-    foreign = "".join(char for char in as_gb if char > "\x7f")
-    common = len(foreign.encode("gb2312", errors="ignore")) // 2
-    return "gb18030" if foreign and common > 0.8 * len(foreign) else None
+def _common_share(sample: bytes | bytearray, encoding: str, start: int = 0) -> float:
+    """Return how many of the letters are frequent in Chinese; a wrong encoding gives rare ones."""
+    if encoding in _ENCODINGS[2:]:  # characters begin only at each second or fourth byte
+        letters = sample[-start % 4 :].decode(encoding, errors="replace")
+    else:  # they all write ASCII alike
+        letters = re.sub(r"[\0-\x7f]", "", sample.decode(encoding, errors="replace"))
+    letters = [char for char in letters if char.isalnum() or char in "\0\ufffd"]
+    return sum(char in _COMMON or "0" <= char <= "z" for char in letters) / max(len(letters), 8)
 
 
 def _write_documents(rows: Iterable[tuple[object, object]], target: Path, path: str | Path) -> str:
@@ -434,7 +519,7 @@ def _write_documents(rows: Iterable[tuple[object, object]], target: Path, path: 
         raise ValueError(
             f"{path} holds no documents"
             + (f" with text ({counts})" if counts else "")
-            + "; choose another file, or another field with text_field=..."
+            + "; choose another file, or another field with --set text_field=..."
         )
     if skipped:
         all_ = kept + skipped.total()
@@ -452,7 +537,7 @@ def _usable(
             skipped["null"] += 1
         elif not isinstance(text, str):
             skipped["not a string"] += 1
-        elif not text or text.isspace():
+        elif not text.strip().strip("\0"):  # a crash leaves NUL bytes
             skipped["empty"] += 1
         else:
             # Names may hold halves of characters too, which no file can store.
@@ -498,14 +583,21 @@ def split_documents(documents: Dataset, test_size: float = 0.1, seed: int = 2222
             f"cannot split {len(documents)} document(s): one is needed to train on and one to "
             "hold out. If this is one long text, put blank lines between its parts"
         )
-    return documents.train_test_split(test_size=test_size, seed=seed)
+    split = documents.train_test_split(test_size=test_size, seed=seed)
+    share = document_lengths(split["test"]).sum() / max(document_lengths(documents).sum(), 1)
+    if not test_size / 10 < share < test_size + 0.2:
+        logger.warning(
+            f"held out: {test_size:.1%} of the documents, {share:.2%} of the characters. They are "
+            "few or differ much in length; cut long ones into parts, or choose another split_seed"
+        )
+    return split
 
 
 def document_lengths(documents: Dataset) -> np.ndarray:
     """Return the number of characters of each document, as int64."""
     import numpy as np
 
-    batches = documents.select_columns("text").iter(batch_size=1000)
+    batches = documents.select_columns("text").iter(batch_size=100)
     lengths = (len(text) for batch in batches for text in batch["text"])
     return np.fromiter(lengths, np.int64, len(documents))
 

@@ -33,6 +33,7 @@ class Recipe:
 
     # --- text ---------------------------------------------------------------------------------
     corpus: str = "wikipedia"  # "encyclopedia" (built in), "wikipedia" (download) or a path
+    text_field: str | None = None  # holds the text in JSON and parquet; None: a usual name is found
     max_documents: int | None = None  # take only the first ones; None takes all
     test_size: float = 0.1  # share of the documents that the model never trains on
     split_seed: int = 2222  # the guide's
@@ -174,9 +175,10 @@ RECIPES = {recipe.name: recipe for recipe in (SMOKE, POCKET, SEED, WIKI, QWEN)}
 def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
     """Return the recipe of this run.
 
-    Three variables of the environment let one notebook serve all runs: ``TINYTRAIN_RECIPE`` selects
-    the recipe if no name is given, ``TINYTRAIN_CORPUS`` replaces its text by a file of your own,
-    and ``TINYTRAIN_MAX_STEPS`` ends it after so many optimiser steps.
+    Variables of the environment let one notebook serve all runs: ``TINYTRAIN_RECIPE`` selects the
+    recipe if no name is given, ``TINYTRAIN_CORPUS`` replaces its text by a file of your own, in
+    which ``TINYTRAIN_TEXT_FIELD`` holds the text, and ``TINYTRAIN_MAX_STEPS`` ends it after so many
+    optimiser steps.
 
     Parameters
     ----------
@@ -205,6 +207,8 @@ def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
     recipe = RECIPES[name]
     if corpus := os.environ.get("TINYTRAIN_CORPUS"):
         recipe = replace(recipe, corpus=corpus)
+    if field := os.environ.get("TINYTRAIN_TEXT_FIELD"):
+        recipe = replace(recipe, text_field=field)
     if steps := os.environ.get("TINYTRAIN_MAX_STEPS"):
         if not steps.isdecimal() or int(steps) < 1:
             raise ValueError(

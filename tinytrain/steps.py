@@ -108,7 +108,7 @@ def get_text(recipe: Recipe, source: str = "modelscope") -> Path:
         with _one_at_a_time(downloads):
             return hub.download_wikipedia(downloads, source=source)
     for path in (Path(recipe.corpus), _project_folder() / recipe.corpus):
-        if path.exists() or glob.glob(str(path), recursive=True):
+        if path.exists() or corpus.matching_files(path):
             return path.absolute()
     raise FileNotFoundError(
         f"the corpus {recipe.corpus!r} is neither 'encyclopedia', 'wikipedia', a file nor a "
@@ -140,7 +140,7 @@ def _get_split(recipe: Recipe) -> tuple[DatasetDict, list[dict[str, Any]]]:
     path = get_text(recipe)
 
     def build(folder: Path, inputs: dict[str, Any]) -> None:
-        documents = corpus.load_documents(path, folder=folder / "documents")
+        documents = corpus.load_documents(path, recipe.text_field, folder / "documents")
         if text_hash(path) != inputs["text"]:
             raise RuntimeError(f"{path} has changed while it was read: do the same again")
         if recipe.max_documents is not None and recipe.max_documents < len(documents):
@@ -171,7 +171,7 @@ def _get_split(recipe: Recipe) -> tuple[DatasetDict, list[dict[str, Any]]]:
 
 
 def _split_inputs(recipe: Recipe, path: Path) -> dict[str, Any]:
-    names = ("max_documents", "test_size", "split_seed", "drop_duplicates")
+    names = ("text_field", "max_documents", "test_size", "split_seed", "drop_duplicates")
     code = _code_hash(
         corpus.load_documents,
         corpus.split_documents,
