@@ -17,9 +17,8 @@ for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
 @pytest.fixture(autouse=True)
 def no_choice_from_outside(monkeypatch):
     """The recipes of the tests are their own, whatever the shell has set."""
-    monkeypatch.delenv("TINYTRAIN_RECIPE", raising=False)
-    monkeypatch.delenv("TINYTRAIN_CORPUS", raising=False)
-    monkeypatch.delenv("TINYTRAIN_MAX_STEPS", raising=False)
+    for name in ("RECIPE", "CORPUS", "TEXT_FIELD", "MAX_STEPS"):
+        monkeypatch.delenv(f"TINYTRAIN_{name}", raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -398,7 +398,8 @@ def _find_field(fields: Iterable[str], place: str, wanted: str | None) -> str:
             return name
     raise ValueError(
         f"{place}: has no field {' or '.join(map(repr, names))}; it has "
-        f"{', '.join(map(repr, fields)) or 'no fields'}. Choose one: --set text_field=... or TINYTRAIN_TEXT_FIELD=..."
+        f"{', '.join(map(repr, fields)) or 'no fields'}. Choose one: --set text_field=... or, in "
+        "notebooks, TINYTRAIN_TEXT_FIELD"
     )
 
 
