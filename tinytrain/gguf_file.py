@@ -24,6 +24,8 @@ except ImportError as error:
         "a GGUF file is written with GGML's package gguf: pip install gguf"
     ) from error
 
+from tinytrain.common import EXPORT_MARK, hash_file, write_json
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -57,8 +59,10 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     folder = Path(folder)
-    path = folder / "model.gguf"
-    config = AutoConfig.from_pretrained(folder)
+    path, mark = folder / "model.gguf", folder / EXPORT_MARK
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no exported model in {folder}: config.json is missing")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type != "qwen2":
         raise ValueError(f"write_gguf is for Qwen2 models, and {folder} holds {config.model_type}")
     _check_pre_tokenizer(folder)
@@ -74,12 +78,16 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
             generation = GenerationConfig.from_pretrained(folder)
             writer.add_sampling_temp(generation.temperature)
             writer.add_sampling_top_p(generation.top_p)
-            _add_tokenizer(writer, AutoTokenizer.from_pretrained(folder), config.vocab_size)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            _add_tokenizer(writer, tokenizer, config.vocab_size)
             gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer)
             _add_weights(writer, folder, config.num_hidden_layers)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+        if mark.is_file():  # so that the next export may replace it
+            hashes = json.loads(mark.read_text(encoding="utf-8"))
+            write_json(mark, hashes | {path.name: hash_file(temporary)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
