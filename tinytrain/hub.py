@@ -94,8 +94,8 @@ def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
         logger.info("downloading %s from %s to %s", path.name, source, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         client.download(path)
-        if not path.is_file():  # ModelScope's client takes an empty list of files for success
-            raise _WrongContent("the answer is not a hub's, or the file is not there")
+        if not path.is_file():  # for ModelScope's client an empty list of files is a success
+            raise _WrongContent("nothing arrived")
 
     place = f"{source} ({client.endpoint}, {hub.wikipedia}/{path.name})"
     _explain_errors(lambda: _ask(client.file_url(path.name)), transfer, place, advice)
@@ -236,7 +236,7 @@ class _HuggingFace:
         from huggingface_hub import HfApi, get_token
 
         # The client reads HF_ENDPOINT only when it is imported first.
-        self.api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+        self.api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
         self.repo_id, self.endpoint, self.token = repo_id, self.api.endpoint, token or get_token()
 
     def file_url(self, name: str) -> str:
@@ -251,7 +251,7 @@ class _HuggingFace:
         found = get_hf_file_metadata(url, timeout=_TIMEOUT, endpoint=self.endpoint)
         sha256 = found.etag or ""  # of a large file
         if not (found.commit_hash and found.size and re.fullmatch("[0-9a-f]{64}", sha256)):
-            raise _WrongContent("the answer is not a hub's, but a log-in page's or a proxy's")
+            raise _WrongContent("no hash of it is named")
         # Named after its version, so that parts of two versions are never joined.
         partial = path.with_name(f"{path.name}.{sha256[:16]}.incomplete")
         with partial.open("a+b") as file:
@@ -259,7 +259,7 @@ class _HuggingFace:
             file.seek(0)
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 file.truncate(0)
-                raise _WrongContent("something else than the file arrived (its SHA-256 differs)")
+                raise _WrongContent("its SHA-256 differs")
         os.replace(partial, path)
 
     def upload(self, folder: Path, files: list[str], private: bool) -> str:
@@ -303,7 +303,7 @@ def _continue(file: BinaryIO, url: str, size: int) -> None:
                             raise TimeoutError(f"less than 1 kB/s for {_SLOW_SECONDS:g} seconds")
                         before, until = file.tell(), time.monotonic() + _SLOW_SECONDS
             if file.tell() <= begin:
-                raise _WrongContent("the file ends too early")
+                raise _WrongContent("it ends too early")
         except Exception as error:  # a cut connection; OSError is the disk's, or the one above
             if isinstance(error, OSError) or file.tell() <= begin:
                 raise
@@ -382,7 +382,10 @@ def _explained(error: Exception, begun: bool, place: str, advice: str, token: st
     kind = type(causes[-1]).__name__
     wrong = {"_WrongContent", "FileIntegrityError", "FileSizeMismatchError", "JSONDecodeError"}
     if kind in wrong and not token:
-        return ConnectionError(f"{place}: {said}. It is not kept; try again later.{advice}")
+        return ConnectionError(
+            f"{place}: the answer is not the file ({one_line(causes[-1])[:150]}) and is not kept: "
+            f"maybe a log-in page or a proxy answers instead of the hub.{advice}"
+        )
     number = getattr(error, "errno", None)
     if begun and number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return OSError(number, f"{place}: the transfer stopped, as the disk says: {error}")
