@@ -143,7 +143,7 @@ def writing_to(folder: str | Path) -> Iterator[None]:
     except Exception as error:
         # safetensors and tokenizers have errors of their own: "... (os error 28)".
         found = re.search(r"([^:]*) \(os error (\d+)\)", str(error))
-        if not found and not isinstance(error, OSError):
+        if not found and not getattr(error, "errno", None):
             raise
         number, said = (int(found[2]), found[1]) if found else (error.errno, error.strerror)
         raise OSError(

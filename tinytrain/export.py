@@ -107,14 +107,7 @@ def export_model(
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16'")
     folder = Path(folder).expanduser().absolute()
-    target = folder.resolve()  # not the link that may lead there
-    is_export = (target / EXPORT_MARK).is_file()
-    if target.is_file() or (target.is_dir() and not is_export and any(target.iterdir())):
-        raise FileExistsError(
-            f"{folder} is a file, or holds something other than an earlier export, and is left "
-            "alone: name a new folder"
-        )
-    with _building_beside(target) as building, writing_to(folder):
+    with writing_to(folder), _building_beside(folder) as building:
         _plain_model(model, dtype).save_pretrained(building)
         _plain_tokenizer(tokenizer, model.config).save_pretrained(building)
         for file in map(Path, files):
@@ -140,20 +133,26 @@ def export_model(
 @contextlib.contextmanager
 def _building_beside(folder: Path) -> Iterator[Path]:
     """Give a new folder to write to, which then takes the place of the earlier export."""
+    is_export = (folder / EXPORT_MARK).is_file()
+    if folder.is_file() or (folder.is_dir() and not is_export and any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} is a file, or holds something other than an earlier export, and is left "
+            "alone: name a new folder"
+        )
+    if folder.is_dir() and not os.access(folder, os.W_OK):  # though its parent may be writable
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    folder = folder.resolve()  # not the link that may lead there
     for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.*.tinytrain-export"):
         with contextlib.suppress(OSError):  # a Timeout, too: another process is writing there
             FileLock(leftover / _LOCK, timeout=0).acquire().lock.release()
             shutil.rmtree(leftover)
     building = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tinytrain-export")
-    with writing_to(folder):
-        if folder.exists() and not os.access(folder, os.W_OK):  # though its parent may be writable
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        write_json(building / EXPORT_MARK, {})
     try:
+        building.mkdir(parents=True)
         with FileLock(building / _LOCK):
             yield building
             hashes = hash_files(building)
-            names = hashes.keys() - {EXPORT_MARK, _LOCK}
+            names = hashes.keys() - {_LOCK}
             write_json(building / EXPORT_MARK, {name: hashes[name] for name in sorted(names)})
         (building / _LOCK).unlink(missing_ok=True)
         _take_place(building, folder, names)
@@ -171,11 +170,8 @@ def _take_place(new: Path, folder: Path, names: Set[str]) -> None:
                 "away or rename it, or export to a new folder"
             )
     ours = {folder / name for name in {*old, EXPORT_MARK}}
-    with writing_to(folder):
-        try:
-            if not folder.exists():
-                os.replace(new, folder)
-                return
+    try:
+        if folder.exists():
             # Files that are not ours are in both folders for a moment, under a second name.
             shutil.copytree(
                 folder,
@@ -186,8 +182,10 @@ def _take_place(new: Path, folder: Path, names: Set[str]) -> None:
                 dirs_exist_ok=True,
             )
             _exchange(new, folder)
-        except OSError:
-            _move_files(new, folder, names, old)
+        else:
+            os.replace(new, folder)
+    except OSError:
+        _move_files(new, folder, names, old)
 
 
 def _unchanged_files(folder: Path) -> set[str]:
@@ -256,7 +254,8 @@ def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast, config: Any) -> PreTrai
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.padding_side = "left"  # several prompts at once: each must end where writing begins
+    # Several prompts at once: each must end where writing begins. Saved is what is in init_kwargs.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     return tokenizer
 
 
