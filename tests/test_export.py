@@ -383,20 +383,23 @@ def test_each_text_has_its_license_unless_you_know_it_better(text, given, licens
 
 
 def test_what_a_run_wrote_cannot_break_the_card():
-    nasty = "---\nlicense: apache-2.0\n---\n```` # <script>| \x00\u202e"
+    nasty = "---\nlicense: apache-2.0\n---\n```` # <script>| \x00\u202e\u2028{{ 7*7 }}{% raw %}$x$"
+    nasty += "<!-- ![x](y) \x1b[31m\udcff"
     facts = {"name": nasty, "text": "a`b``.txt", "machine": nasty, "held_out_loss": 1.0}
     facts["completions"] = [(nasty, nasty), ("a", "```\n# not a heading"), ("```", "")]
+    card = export._model_card(facts | {"license": nasty + "\x85"})
+    assert metadata(card)["license"].startswith("--- license: apache-2.0 --- ````")
     card = export._model_card(facts)
-    assert metadata(card)["license"] == "unknown"
+    assert metadata(card)["license"] == "unknown" and r"\{\{ 7\*7 \}\}" in card and r"\$x\$" in card
     body = card.split("\n---\n", 1)[1]
     tokens = MarkdownIt("commonmark").enable("table").parse(body)
     headings = [tokens[n + 1].content for n, t in enumerate(tokens) if t.type == "heading_open"]
     assert headings[1:] == ["How to use it", "Limits", "Data", "Training", "Results"]
     assert not any(token.type.startswith("html") for token in tokens)
     inline = [child for token in tokens for child in token.children or ()]
-    assert not any(child.type.startswith("html") for child in inline)
+    assert not any(child.type.startswith("html") or child.type == "image" for child in inline)
     assert "a`b``.txt" in "".join(child.content for child in inline)
-    assert "\x00" not in card and "\u202e" not in card
+    assert not set("\x00\u202e\u2028\x1b\udcff") & {*card}
     (written,) = [token.content for token in tokens if token.info == "text"]
     assert written.splitlines()[1] == "a → ``` # not a heading"
 

@@ -321,7 +321,7 @@ def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
     text = facts.get("text", "")
     return ModelCardData(
         language="zh",
-        license=facts.get("license") or _LICENSES.get(text, "unknown"),
+        license=one_line(facts.get("license") or _LICENSES.get(text, "unknown")),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["qwen2", "chinese", "from-scratch", "tinytrain"],
@@ -348,4 +348,4 @@ def _settings(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _escape(text: Any) -> str:
     """Return a text that markdown shows as it is."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", one_line(text))
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", one_line(text))

@@ -24,7 +24,7 @@ except ImportError as error:
         "a GGUF file is written with GGML's package gguf: pip install gguf"
     ) from error
 
-from tinytrain.common import EXPORT_MARK, hash_file, write_json
+from tinytrain.common import EXPORT_MARK, hash_file, one_line, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -60,8 +60,6 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
 
     folder = Path(folder)
     path, mark = folder / "model.gguf", folder / EXPORT_MARK
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no exported model in {folder}: config.json is missing")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type != "qwen2":
         raise ValueError(f"write_gguf is for Qwen2 models, and {folder} holds {config.model_type}")
@@ -73,7 +71,7 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
         with contextlib.closing(writer):
             writer.add_type(gguf.GGUFType.MODEL)
             if name:
-                writer.add_name(name)
+                writer.add_name(one_line(name))
             _add_sizes(writer, config)
             generation = GenerationConfig.from_pretrained(folder)
             writer.add_sampling_temp(generation.temperature)
