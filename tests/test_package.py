@@ -99,8 +99,7 @@ def test_nothing_unpickles_or_runs_code_from_elsewhere():
         assert "load_dataset(" not in text, path
         # Without it, a folder with code makes transformers ask at the terminal, and "y" runs it.
         for node in ast.walk(ast.parse(python_of(path))):
-            if isinstance(node, ast.Call) and re.match(
-                r"Auto\w+\.from_pretrained", ast.unparse(node)
-            ):
+            function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if re.fullmatch(r"Auto\w+\.from_pretrained", function):
                 given = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 assert given.get("trust_remote_code") == "False" or None in given, (path, given)

@@ -98,11 +98,6 @@ def export_model(
         or changed would be overwritten.
     OSError
         If the folder cannot be written to.
-
-    Examples
-    --------
-    >>> export_model(model, tokenizer, "mine")  # doctest: +SKIP
-    PosixPath('mine')
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16'")
@@ -137,7 +132,7 @@ def _building_beside(folder: Path) -> Iterator[Path]:
     if folder.is_file() or (folder.is_dir() and not is_export and any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} is a file, or holds something other than an earlier export, and is left "
-            "alone: name a new folder"
+            "alone: move it away or name a new folder"
         )
     if folder.is_dir() and not os.access(folder, os.W_OK):  # though its parent may be writable
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -169,18 +164,15 @@ def _take_place(new: Path, folder: Path, names: Set[str]) -> None:
                 f"{folder / name} is not as an export wrote it and would be overwritten: move it "
                 "away or rename it, or export to a new folder"
             )
-    ours = {folder / name for name in {*old, EXPORT_MARK}}
+
+    def leave_out(where: str, found: list[str]) -> list[str]:
+        ours = {folder / name for name in {*old, EXPORT_MARK}}
+        return [name for name in found if Path(where, name) in ours]
+
     try:
         if folder.exists():
             # Files that are not ours are in both folders for a moment, under a second name.
-            shutil.copytree(
-                folder,
-                new,
-                symlinks=True,
-                ignore=lambda where, found: [n for n in found if Path(where, n) in ours],
-                copy_function=os.link,
-                dirs_exist_ok=True,
-            )
+            shutil.copytree(folder, new, True, leave_out, os.link, dirs_exist_ok=True)
             _exchange(new, folder)
         else:
             os.replace(new, folder)
@@ -276,22 +268,6 @@ def _model_card(facts: Mapping[str, Any]) -> str:
         ``machine``, ``seconds``, ``tokens``, ``held_out_loss``, ``bits_per_character`` and its
         ``interval`` (low, high), ``cloze_after`` (a share), ``completions`` (pairs), ``picture``
         and ``gguf`` (names of files beside the card), ``versions`` (of libraries).
-
-    Returns
-    -------
-    str
-        Markdown after a block of YAML.
-
-    Raises
-    ------
-    KeyError
-        If there is no name.
-
-    Examples
-    --------
-    >>> card = _model_card({"name": "mine", "text": "/home/me/diary.txt"})
-    >>> "diary.txt" in card, "/home/me" in card
-    (True, False)
     """
     from huggingface_hub import ModelCard
 

@@ -31,16 +31,9 @@ logger = logging.getLogger(__name__)
 _TIMEOUT = 20.0  # seconds for a hub's first answer, and until the next piece of a transfer
 _SLOW_SECONDS = 60.0  # with less than 1 kB/s for so long, a transfer is given up
 _WIKIPEDIA_FILE = "wikipedia-cn-20230720-filtered.json"
-_COMMIT_MESSAGE = "Upload of tinytrain"
+_COMMIT = {"commit_message": "Upload of tinytrain"}
 # What is uploaded of a folder without the list of what an export wrote.
-_EXPORTED = (
-    "README.md",
-    "*config.json",
-    "tokenizer.json",
-    "model*.safetensors*",
-    "*.gguf",
-    "*.png",
-)
+_EXPORTED = "README.md *config.json tokenizer.json model*.safetensors* *.gguf *.png".split()
 
 
 def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
@@ -95,7 +88,7 @@ def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         client.download(path)
         if not path.is_file():  # for ModelScope's client an empty list of files is a success
-            raise _WrongContent("nothing arrived")
+            raise ValueError("nothing arrived")
 
     place = f"{source} ({client.endpoint}, {hub.wikipedia}/{path.name})"
     _explain_errors(lambda: _ask(client.file_url(path.name)), transfer, place, advice)
@@ -220,8 +213,7 @@ class _ModelScope:
             exist_ok=True,
         )
         # Without its cache: that would be a file among those to upload.
-        options = {"commit_message": _COMMIT_MESSAGE, "use_cache": False}
-        api.upload_folder(self.repo_id, folder, allow_patterns=files, **options)
+        api.upload_folder(self.repo_id, folder, allow_patterns=files, use_cache=False, **_COMMIT)
         return f"{self.endpoint}/models/{self.repo_id}"
 
 
@@ -251,7 +243,7 @@ class _HuggingFace:
         found = get_hf_file_metadata(url, timeout=_TIMEOUT, endpoint=self.endpoint)
         sha256 = found.etag or ""  # of a large file
         if not (found.commit_hash and found.size and re.fullmatch("[0-9a-f]{64}", sha256)):
-            raise _WrongContent("no hash of it is named")
+            raise ValueError("no hash of it is named")
         # Named after its version, so that parts of two versions are never joined.
         partial = path.with_name(f"{path.name}.{sha256[:16]}.incomplete")
         with partial.open("a+b") as file:
@@ -259,22 +251,15 @@ class _HuggingFace:
             file.seek(0)
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 file.truncate(0)
-                raise _WrongContent("its SHA-256 differs")
+                raise ValueError("its SHA-256 differs")
         os.replace(partial, path)
 
     def upload(self, folder: Path, files: list[str], private: bool) -> str:
         self.api.create_repo(self.repo_id, private=private, exist_ok=True)
         self.api.upload_folder(
-            repo_id=self.repo_id,
-            folder_path=folder,
-            allow_patterns=files,
-            commit_message=_COMMIT_MESSAGE,
+            repo_id=self.repo_id, folder_path=folder, allow_patterns=files, **_COMMIT
         )
         return f"{self.endpoint}/{self.repo_id}"
-
-
-class _WrongContent(Exception):
-    """What a hub's address answers is not what was asked for."""
 
 
 def _continue(file: BinaryIO, url: str, size: int) -> None:
@@ -292,7 +277,7 @@ def _continue(file: BinaryIO, url: str, size: int) -> None:
             with get_session().stream("GET", url, **options) as response:
                 response.raise_for_status()
                 if response.status_code != 206:  # the whole file
-                    file.seek(0)
+                    before = file.seek(0)
                     file.truncate()
                 for piece in response.iter_raw():
                     bar.update(file.write(piece))
@@ -303,7 +288,7 @@ def _continue(file: BinaryIO, url: str, size: int) -> None:
                             raise TimeoutError(f"less than 1 kB/s for {_SLOW_SECONDS:g} seconds")
                         before, until = file.tell(), time.monotonic() + _SLOW_SECONDS
             if file.tell() <= begin:
-                raise _WrongContent("it ends too early")
+                raise ValueError("it ends too early")
         except Exception as error:  # a cut connection; OSError is the disk's, or the one above
             if isinstance(error, OSError) or file.tell() <= begin:
                 raise
@@ -380,14 +365,14 @@ def _explained(error: Exception, begun: bool, place: str, advice: str, token: st
             f"later.{advice}"
         )
     kind = type(causes[-1]).__name__
-    wrong = {"_WrongContent", "FileIntegrityError", "FileSizeMismatchError", "JSONDecodeError"}
-    if kind in wrong and not token:
+    wrong = isinstance(causes[-1], ValueError) or re.match("File(Integrity|SizeMismatch)", kind)
+    if begun and wrong and not token:
         return ConnectionError(
             f"{place}: the answer is not the file ({one_line(causes[-1])[:150]}) and is not kept: "
             f"maybe a log-in page or a proxy answers instead of the hub.{advice}"
         )
     number = getattr(error, "errno", None)
-    if begun and number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    if begun and number in (errno.ENOSPC, errno.EROFS, errno.EACCES):
         return OSError(number, f"{place}: the transfer stopped, as the disk says: {error}")
     if not begun and "timeout" in kind.lower():
         return TimeoutError(

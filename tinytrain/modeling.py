@@ -187,8 +187,8 @@ def build_model(config: Qwen2Config, seed: int = 0) -> Qwen2ForCausalLM:
 def load_model(folder: str | Path) -> PreTrainedModel:
     """Load a causal language model in float32 from a folder, your own or a stranger's.
 
-    No code in the folder is run, no pickle is opened, nothing is fetched, and every weight of the
-    model must be in the files: transformers alone would draw missing ones at random.
+    No code in the folder is run, no pickle is opened, and every weight of the model must be in the
+    files: transformers alone would draw missing ones at random.
 
     Raises
     ------
@@ -203,15 +203,11 @@ def load_model(folder: str | Path) -> PreTrainedModel:
 
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
-    pickles = sorted(folder.glob("pytorch_model*"))
-    if pickles and not files:
-        raise FileNotFoundError(
-            f"{pickles[0]} may be a pickle, which can run any code, and is not opened: ask for "
-            "safetensors, or convert it where you trust it (save_pretrained of transformers does)"
-        )
     if not files or not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"no model in {folder}: it needs config.json, and the weights as safetensors"
+            f"no model in {folder}: it needs config.json, and the weights as safetensors (a .bin "
+            "may be a pickle, which can run any code, and is not opened: ask for safetensors, or "
+            "convert it where you trust it, by save_pretrained of transformers)"
         )
     file = folder / "model.safetensors.index.json"
     level = transformers_log.get_verbosity()
