@@ -22,7 +22,9 @@ class Hub(ThreadingHTTPServer):
     `repositories` holds, by name ("datasets/…" for data), whether each is private, under which
     license, and its files. `mode` is how it behaves: "ok", "silent" (accepts and never answers), a
     number (every request ends in that error), "cut" (the next long answer breaks off), "cut
-    always", or "stall" (long answers stop in the middle and never end).
+    always", "stall" (long answers stop in the middle and never end), "log-in" (a page instead of
+    any answer), "wrong" (other bytes, as many as announced), "too long" or "too short" (whatever
+    was announced), or "drip" (long answers go on byte by byte).
     """
 
     daemon_threads = True
@@ -75,6 +77,8 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if hub.mode == "silent":
             return hub.closing.wait()
+        if hub.mode == "log-in":
+            return self.reply(200, b"<html>Who are you?</html>", Content_Type="text/html")
         if isinstance(hub.mode, int):
             said = "tea only, " + self.headers.get("Authorization", "")
             return self.reply(hub.mode, {"error": said, "Message": said})
@@ -107,7 +111,13 @@ class Handler(BaseHTTPRequestHandler):
             first, last = int(wanted[1]), int(wanted[2] or last)
             headers["Content_Range"] = f"bytes {first}-{last}/{len(content)}"
         part = content[first : last + 1]
-        whole = hub.mode == "ok" or last < CUT_AT or self.command == "HEAD"
+        if hub.mode == "wrong":
+            part = bytes(byte ^ 1 for byte in part[:99]) + part[99:]
+        odd = {"too long": part + b"x" * 10**6, "too short": part[:-1000]}
+        if self.command == "GET" and hub.mode in odd and len(part) > 1000:
+            headers.pop("Content_Range", None)
+            return self.reply(206 if wanted else 200, odd[hub.mode], **headers)
+        whole = hub.mode in ("ok", "wrong") or last < CUT_AT or self.command == "HEAD"
         sent = part if whole else part[: max(0, CUT_AT - first)]
         if self.command == "GET":
             hub.requests.append({"file": name, "start": first, "sent": len(sent)})
@@ -115,6 +125,11 @@ class Handler(BaseHTTPRequestHandler):
         if not whole:
             if hub.mode == "cut":
                 hub.mode = "ok"
+            elif hub.mode == "drip":
+                for byte in part[len(sent) :]:
+                    if hub.closing.wait(0.02):
+                        break
+                    self.wfile.write(bytes([byte]))
             elif hub.mode == "stall":
                 hub.stalled.set()
                 hub.closing.wait()

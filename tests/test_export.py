@@ -109,8 +109,8 @@ def test_it_loads_without_tinytrain_and_says_the_same(patched, smoke, exported, 
 
 
 def test_the_folder_holds_what_generation_needs_and_nothing_of_training(patched, smoke, exported):
-    files = "README.md config.json generation_config.json history.jsonl loss.png model.gguf"
-    files += " model.safetensors tokenizer.json tokenizer_config.json"
+    files = ".tinytrain.json README.md config.json generation_config.json history.jsonl loss.png"
+    files += " model.gguf model.safetensors tokenizer.json tokenizer_config.json"
     assert sorted(os.listdir(exported)) == files.split()
     config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["Qwen2ForCausalLM"] and config["use_cache"] is True
@@ -130,6 +130,24 @@ def test_the_folder_holds_what_generation_needs_and_nothing_of_training(patched,
     ids = torch.tensor(smoke.blocks["test"]["input_ids"][:2])
     with torch.compiler.set_stance("force_eager"):  # compiling takes long
         assert patched(input_ids=ids, labels=ids).logits is None
+
+
+def test_prompts_written_together_are_continued_as_one_at_a_time(smoke, taught, tmp_path):
+    """Padding belongs on the left: it must not come between a prompt and what follows it."""
+    smoke.tokenizer.padding_side = "right"  # as tokenizers of earlier runs have it
+    folder = export.export_model(taught, smoke.tokenizer, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = ["法", "日本的首都", "网页<script>x</script>&lt;", "法国的首都是巴"]
+
+    def write(texts):
+        given = tokenizer(texts, return_tensors="pt", padding=True)
+        written = model.generate(**given, do_sample=False, max_new_tokens=12)
+        return tokenizer.batch_decode(written[:, given["input_ids"].shape[1] :], True)
+
+    together = write(prompts)
+    assert together == [write([prompt])[0] for prompt in prompts]
+    assert "东京" in together[1]
 
 
 def test_bfloat16_takes_half_the_space_and_moves_the_logits_a_little(
@@ -170,9 +188,151 @@ def test_a_failure_leaves_what_was_there(patched, smoke, tmp_path, monkeypatch):
         write(tmp_path / "out", "second", "fp8")
     with pytest.raises(FileExistsError, match="something other than an earlier export"):
         write(tmp_path, "second")
+    with pytest.raises(FileExistsError, match="README.md is a file"):
+        write(tmp_path / "out" / "README.md", "second")
+    with pytest.raises(OSError, match="cannot write to .*choose another folder"):
+        write(tmp_path / ("长" * 90), "second")
+    if sys.platform != "win32":
+        import resource
+
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for most in (300, 50_000):  # as on a full disk, in a file of Python's and in one of Rust's
+            with pytest.raises(OSError, match="cannot write to .*choose another folder"):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+                try:
+                    write(tmp_path / "out", "second")
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(OSError, match="cannot write to .*Permission denied"):
+            write(tmp_path / "out", "second")
     assert content() == before and os.listdir(tmp_path) == ["out"]
     write(tmp_path / "out", "second")
     assert b"# second" in content()["README.md"] and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("where", ["beside", "inside", "through a link"])
+def test_only_what_an_export_wrote_is_replaced(patched, smoke, tmp_path, monkeypatch, where):
+    """Also with the working folder inside, and without the step that only Linux has."""
+    real = tmp_path / "我的 model [1]"
+
+    def write(name, **options):
+        given = folder if where != "inside" else "."
+        return export.export_model(patched, smoke.tokenizer, given, {"name": name}, **options)
+
+    folder = real
+    (tmp_path / "loss.png").write_bytes(b"\x89PNG")
+    real.mkdir()
+    if where == "inside":
+        monkeypatch.chdir(real)
+    elif where == "through a link":
+        folder = tmp_path / "link"
+        folder.symlink_to(real)
+    write("first", files=[tmp_path / "loss.png"])
+    foreign = {
+        ".git/objects/1": b"git",
+        "notes.txt": b"mine",
+        "model.gguf": b"theirs",
+        ".env": b"k",
+    }
+    for name, content in foreign.items():
+        (real / name).parent.mkdir(parents=True, exist_ok=True)
+        (real / name).write_bytes(content)
+    (real / "empty").mkdir()
+    leftover, theirs = real.with_name(f"{real.name}.ab.tinytrain-export"), real.with_name("other")
+    for path in (leftover, theirs):
+        path.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"half a model")
+    write("second")
+    assert {name: (real / name).read_bytes() for name in foreign} == foreign
+    assert (real / "empty").is_dir() and not (real / "loss.png").exists()
+    assert "# second" in (real / "README.md").read_text(encoding="utf-8")
+    assert (
+        theirs.is_dir()
+        and not leftover.exists()
+        and (where != "through a link" or folder.is_symlink())
+    )
+
+    (real / "README.md").write_text("my own card", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="README.md is not as an export .* new folder"):
+        write("third")
+    assert (real / "README.md").read_text(encoding="utf-8") == "my own card"
+    (real / "README.md").rename(real / "mine.md")
+    with pytest.raises(FileExistsError, match="model.gguf is not as an export"):
+        write("third", finish=lambda new: (new / "model.gguf").write_bytes(b"ours"))
+    assert (real / "model.gguf").read_bytes() == b"theirs"
+    write("third")
+    assert "# third" in (real / "README.md").read_text(encoding="utf-8")
+    assert (real / "mine.md").read_text(encoding="utf-8") == "my own card"
+    assert {path.name for path in tmp_path.iterdir()} <= {real.name, "other", "link", "loss.png"}
+    AutoModelForCausalLM.from_pretrained(real, trust_remote_code=False)
+
+
+KILLED = """
+import json, logging, os, signal, sys
+from pathlib import Path
+from safetensors.torch import load_file
+from test_copied_helpers import SETTING
+exec(SETTING.replace('sys.modules["tinytrain"] = None', ""))
+from tinytrain.export import export_model
+
+folder, models = Path("out"), [model(), model()]
+models[1].requires_grad_(False).model.norm.weight += 1
+left = None
+
+def count(event, arguments):
+    global left
+    changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "ctypes.dlsym")
+    if left is not None and (changes or event == "open" and arguments[2] & os.O_ACCMODE):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def write(number):
+    export_model(models[number], tokenizer(), folder, {"name": f"number {number}"})
+
+def found():
+    weight = load_file(folder / "model.safetensors")["model.norm.weight"]
+    assert (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
+    (number,) = (n for n in (0, 1) if torch.equal(weight, models[n].model.norm.weight))
+    assert f"# number {number}" in (folder / "README.md").read_text()
+    assert (folder / ".git" / "HEAD").read_text() == "ref" and (folder / "notes").is_file()
+    return number
+
+write(0)
+(folder / ".git").mkdir()
+(folder / ".git" / "HEAD").write_text("ref")
+(folder / "notes").write_text("mine")
+write(0)
+sys.addaudithook(count)
+seen, moment, status = [], 1, -1
+while status:
+    before = found()
+    child = os.fork()
+    if not child:
+        left = moment
+        write(1 - before)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    seen.append(found() != before)
+    assert len(os.listdir()) <= 2, os.listdir()
+    moment += 4
+assert seen.count(False) > 7 and seen.count(True) > 1, seen
+left = None
+write(0)
+assert os.listdir() == ["out"]
+print("survived", len(seen))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes several steps")
+def test_killed_at_any_moment_it_leaves_the_old_export_or_the_new_one(tmp_path):
+    paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(export.__file__))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-X", "utf8", "-c", KILLED]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("survived"), done.stderr[-2000:]
 
 
 # --- the card ---------------------------------------------------------------------------------
@@ -223,20 +383,23 @@ def test_each_text_has_its_license_unless_you_know_it_better(text, given, licens
 
 
 def test_what_a_run_wrote_cannot_break_the_card():
-    nasty = "---\nlicense: apache-2.0\n---\n```` # <script>| \x00\u202e"
+    nasty = "---\nlicense: apache-2.0\n---\n```` # <script>| \x00\u202e\u2028{{ 7*7 }}{% raw %}$x$"
+    nasty += "<!-- ![x](y) \x1b[31m\udcff"
     facts = {"name": nasty, "text": "a`b``.txt", "machine": nasty, "held_out_loss": 1.0}
     facts["completions"] = [(nasty, nasty), ("a", "```\n# not a heading"), ("```", "")]
+    card = export._model_card(facts | {"license": nasty + "\x85"})
+    assert metadata(card)["license"].startswith("--- license: apache-2.0 --- ````")
     card = export._model_card(facts)
-    assert metadata(card)["license"] == "unknown"
+    assert metadata(card)["license"] == "unknown" and r"\{\{ 7\*7 \}\}" in card and r"\$x\$" in card
     body = card.split("\n---\n", 1)[1]
     tokens = MarkdownIt("commonmark").enable("table").parse(body)
     headings = [tokens[n + 1].content for n, t in enumerate(tokens) if t.type == "heading_open"]
     assert headings[1:] == ["How to use it", "Limits", "Data", "Training", "Results"]
     assert not any(token.type.startswith("html") for token in tokens)
     inline = [child for token in tokens for child in token.children or ()]
-    assert not any(child.type.startswith("html") for child in inline)
+    assert not any(child.type.startswith("html") or child.type == "image" for child in inline)
     assert "a`b``.txt" in "".join(child.content for child in inline)
-    assert "\x00" not in card and "\u202e" not in card
+    assert not set("\x00\u202e\u2028\x1b\udcff") & {*card}
     (written,) = [token.content for token in tokens if token.info == "text"]
     assert written.splitlines()[1] == "a → ``` # not a heading"
 
@@ -332,6 +495,14 @@ def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
 
 
 # --- GGUF -------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_of_an_earlier_model_is_not_left_beside_the_new_one(patched, smoke, tmp_path):
+    for _ in range(2):
+        folder = export.export_model(patched, smoke.tokenizer, tmp_path / "out")
+        assert not (folder / "model.gguf").exists()
+        gguf_file.write_gguf(folder)
+        gguf_file.write_gguf(folder)
 
 
 def test_gguf_says_what_llama_cpp_needs(exported, smoke):

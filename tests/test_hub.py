@@ -16,6 +16,7 @@ import pytest
 from hubs import TOKEN, Hub, sha256
 
 from tinytrain import export, hub
+from tinytrain.common import EXPORT_MARK, hash_files, write_json
 from tinytrain.hub import download_wikipedia, upload
 
 HUBS = ("modelscope", "huggingface")
@@ -145,15 +146,44 @@ def test_errors_say_soon_what_to_do(server, tmp_path, monkeypatch, name, mode, e
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "mode", "words"),
+    [
+        ("modelscope", "log-in", "not the file .*and is not kept"),
+        ("modelscope", "wrong", "not the file .*Hash mismatch"),
+        ("huggingface", "log-in", "not the file .no hash"),
+        ("huggingface", "wrong", "not the file .its SHA-256"),
+        ("huggingface", "too short", "transfer stopped .* run this again"),
+        ("huggingface", "too long", None),  # what is too much is cut off
+        # ModelScope's client gives up by itself, after some tries of a minute.
+        ("huggingface", "drip", "stopped .TimeoutError: less than 1 kB/s"),
+    ],
+)
+def test_what_is_not_the_file_is_never_kept_for_it(
+    server, tmp_path, monkeypatch, name, mode, words, impatient
+):
+    server.mode = mode
+    monkeypatch.setattr(hub, "_SLOW_SECONDS", 0.3)
+    if words:
+        with pytest.raises(ConnectionError, match=words) as caught:
+            download_wikipedia(tmp_path, name)
+        for word in (server.endpoint, FILE, *HUBS, "_ENDPOINT"):
+            assert word in str(caught.value)
+        assert not (tmp_path / FILE).exists()
+        server.mode = "ok"
+    assert download_wikipedia(tmp_path, name).read_bytes() == TEXT
+    assert [path.name for path in tmp_path.glob("wiki*")] == [FILE]
+
+
 @both_hubs
 def test_a_hub_that_cannot_be_reached(exported, tmp_path, name, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
     for variable in ("MODELSCOPE_ENDPOINT", "HF_ENDPOINT"):
         monkeypatch.setenv(variable, endpoint)
-    with pytest.raises(ConnectionError, match="cannot be reached .*Another source is"):
+    with pytest.raises(ConnectionError, match=f"{endpoint}.*cannot be reached .*Another source is"):
         download_wikipedia(tmp_path / "data", name)
-    with pytest.raises(ConnectionError, match="cannot be reached .*Check the network"):
+    with pytest.raises(ConnectionError, match=f"{endpoint}.*cannot be reached .*Check the network"):
         upload(exported, "ann/tiny", name, TOKEN)
 
 
@@ -200,6 +230,31 @@ def test_an_upload_comes_back_the_same_and_can_be_replaced(server, name, exporte
     assert {*os.listdir(folder)} == {*os.listdir(exported)} == {*sent}
     upload(folder, "ann/public", name, TOKEN, private=False)
     assert server.repositories["ann/public"]["private"] is False
+
+
+@both_hubs
+@pytest.mark.parametrize("marked", [True, False])
+def test_only_files_of_the_export_are_uploaded(server, name, exported, tmp_path, marked):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    if marked:
+        files = {**hash_files(folder), "a [1].png": "", "gone.png": ""}
+        (folder / "a [1].png").write_bytes(b"picture")
+        write_json(folder / EXPORT_MARK, files)
+    sent = contents(folder) | ({EXPORT_MARK: None} if marked else {})
+    (folder / "README.md").write_text(sent["README.md"].decode() + "mine", encoding="utf-8")
+    for foreign in (
+        ".env",
+        "notes.txt",
+        "a 1.png" if marked else "a.txt",
+        ".git/config",
+        "x/y.json",
+    ):
+        (folder / foreign).parent.mkdir(exist_ok=True)
+        (folder / foreign).write_text("TOKEN=1", encoding="utf-8")
+    upload(folder, "ann/tiny", name, TOKEN)
+    files = server.repositories["ann/tiny"]["files"]
+    assert files.keys() == sent.keys() - {EXPORT_MARK}
+    assert files["README.md"].endswith(b"mine")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a folder's address is written otherwise")

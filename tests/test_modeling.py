@@ -1,6 +1,9 @@
 import functools
+import io
 import json
 import math
+import pickle
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -17,6 +20,7 @@ from tinytrain.modeling import (
     expand_vocabulary,
     expected_initial_loss,
     initial_loss,
+    load_model,
     qwen2_config,
     recipe_config,
 )
@@ -178,6 +182,82 @@ def test_ours_passes_the_first_checkpoint_and_loads_again(tmp_path, tied):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, loaded.eval()(ids).logits)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A small model in a folder, and code beside it that would leave a file."""
+    folder = tmp_path_factory.mktemp("saved")
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
+    build_model(small_config(**shape)).save_pretrained(folder)
+    for name in ("code.py", "custom_generate/generate.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"open({str(folder / 'executed')!r}, 'w')", encoding="utf-8")
+    return folder
+
+
+AUTO_MAP = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"auto_map": AUTO_MAP}, None),  # Qwen2 needs none of it
+        ({"auto_map": AUTO_MAP, "model_type": "mine"}, "needs code of its own, which is never run"),
+        ({"model_type": "mine"}, "does not recognize this architecture"),
+        ({"model_type": "llama"}, "do not fit its config.json .unexpected_keys: .*bias"),
+        ({"num_hidden_layers": 3, "layer_types": None}, "missing_keys: model.layers.2"),
+        ({"vocab_size": 501}, "mismatched_keys: .*embed_tokens.*500.*501"),
+        ("no config", "no model in .*: it needs config.json, and the weights as safetensors"),
+        ("cut off", "model.safetensors cannot be loaded .*: make or download it again"),
+        ("bits flipped", "model.safetensors cannot be loaded"),
+        ("gguf", "no model in .*model.gguf"),
+        ("pickle", "no model in .*a .bin may be a pickle.* ask for safetensors, or convert"),
+        ("index to a pickle", "index.json cannot be loaded .it names other files"),
+        ("index to the outside", "index.json cannot be loaded .it names other files"),
+    ],
+    ids=str,
+)
+def test_a_strangers_folder_runs_no_code_and_must_fit(saved, tmp_path, capfd, change, words):
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    config, weights = folder / "config.json", folder / "model.safetensors"
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(saved / "executed"), "w"))
+
+    if isinstance(change, dict):
+        values = json.loads(config.read_text(encoding="utf-8")) | change
+        config.write_text(json.dumps(values), encoding="utf-8")
+    elif change == "no config":
+        config.unlink()
+    elif change == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif change == "bits flipped":
+        weights.write_bytes(b"\xff" + weights.read_bytes()[1:])
+    elif change == "gguf":
+        folder = weights.rename(folder / "model.gguf")
+    else:
+        file = io.BytesIO()
+        pickle.dump(Trap(), file)
+        (folder / "pytorch_model.bin").write_bytes(file.getvalue())
+        outside = weights.rename(tmp_path / "outside.safetensors")
+        if change != "pickle":
+            shutil.copy(outside, folder / "other.safetensors")
+            part = (
+                "pytorch_model.bin" if change == "index to a pickle" else "../outside.safetensors"
+            )
+            index = {"metadata": {}, "weight_map": {"model.norm.weight": part}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    if words:
+        with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+            load_model(folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+        assert "LOAD REPORT" not in "".join(capfd.readouterr())
+    else:
+        assert load_model(folder).dtype == torch.float32
+    assert not (saved / "executed").exists()
 
 
 def test_an_expanded_vocabulary_predicts_what_the_reduced_one_did(tmp_path):

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import time
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _LOG_FORMAT = "%(asctime)s - %(levelname)s: %(message)s"
 _DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+EXPORT_MARK = ".tinytrain.json"  # in an exported folder: a hash of each file that we wrote there
 
 PROGRESS = {"progress": True}  # logger.info(..., extra=PROGRESS): a display shows it as well
 _displays: set[int] = set()  # those that show the progress at this moment
@@ -137,29 +140,34 @@ def writing_to(folder: str | Path) -> Iterator[None]:
     """Say of an error of the file system in which folder it happened and what to do."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        # safetensors and tokenizers have errors of their own: "... (os error 28)".
+        found = re.search(r"([^:]*) \(os error (\d+)\)", str(error))
+        if not found and not getattr(error, "errno", None):
+            raise
+        number, said = (int(found[2]), found[1]) if found else (error.errno, error.strerror)
         raise OSError(
-            error.errno,
-            f"cannot write to {folder} ({error.strerror}): "
-            "choose another folder (notebooks: TINYTRAIN_RUNS)",
+            number,
+            f"cannot write to {folder} ({said}): choose another folder (notebooks: TINYTRAIN_RUNS)",
         ) from error
 
 
-def hash_files(folder: str | Path) -> dict[str, str]:
-    """Return a hash of each file in a folder and below it, by its path from there.
+def hash_file(path: str | Path) -> str:
+    """Return a hash of a file's content.
 
     XXH3 tells damage as well as SHA-256 does, at the speed of the disk; it is no protection
     against somebody who wants to deceive.
     """
     import xxhash
 
-    hashes = {}
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-            hashes[path.relative_to(folder).as_posix()] = digest
-    return hashes
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def hash_files(folder: str | Path) -> dict[str, str]:
+    """Return the `hash_file` of each file in a folder and below it, by its path from there."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in files}
 
 
 def damaged_file(folder: str | Path, hashes: dict[str, str]) -> str | None:

@@ -8,18 +8,35 @@ and compare the logits. The wording of the card is in ``data/model_card.md``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
+import errno
+import glob
+import json
 import logging
 import math
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinytrain.common import format_count, format_seconds, one_line
+from filelock import FileLock
+
+from tinytrain.common import (
+    EXPORT_MARK,
+    format_count,
+    format_seconds,
+    hash_file,
+    hash_files,
+    one_line,
+    write_json,
+    writing_to,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -30,7 +47,7 @@ logger = logging.getLogger(__name__)
 _CARD_TEMPLATE = Path(__file__).parent / "data" / "model_card.md"
 _LICENSES = {"encyclopedia": "mit", "wikipedia": "cc-by-sa-3.0"}
 _DATASETS = {"wikipedia": ["pleisto/wikipedia-cn-20230720-filtered"]}
-_TABLE_ROWS = 8  # of the losses in the card
+_LOCK = ".lock"
 
 
 def export_model(
@@ -40,10 +57,13 @@ def export_model(
     facts: Mapping[str, Any] | None = None,
     dtype: str = "float32",
     files: Sequence[str | Path] = (),
+    finish: Callable[[Path], Any] | None = None,
 ) -> Path:
     """Write a folder that plain transformers loads and a hub shows.
 
-    An earlier export there is replaced at the very end: what goes wrong leaves it as it was.
+    An earlier export there is replaced at the very end, in one step where the system can: what goes
+    wrong leaves it as it was. Only files that an export wrote, and nobody changed since, are
+    replaced or removed; ``.tinytrain.json`` remembers them.
 
     Parameters
     ----------
@@ -61,6 +81,8 @@ def export_model(
         number's 24, which moves the logits a little.
     files : sequence of path
         Files to add, such as ``loss.png`` (then shown in the card). Missing ones are passed over.
+    finish : callable, optional
+        Called with the folder before it takes its place, to write more into it.
 
     Returns
     -------
@@ -72,25 +94,15 @@ def export_model(
     ValueError
         If ``dtype`` is something else.
     FileExistsError
-        If the folder holds anything but an earlier export.
-
-    Examples
-    --------
-    >>> export_model(model, tokenizer, "mine")  # doctest: +SKIP
-    PosixPath('mine')
+        If the folder holds something else than an earlier export, or a file there that you wrote
+        or changed would be overwritten.
+    OSError
+        If the folder cannot be written to.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16'")
-    folder = Path(folder).absolute()
-    is_export = all((folder / name).is_file() for name in ("README.md", "config.json"))
-    if folder.exists() and not is_export and any(folder.iterdir()):
-        raise FileExistsError(
-            f"{folder} holds something other than an earlier export and is left alone: "
-            "name a new folder"
-        )
-    building = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.building")
-    building.mkdir(parents=True)
-    try:
+    folder = Path(folder).expanduser().absolute()
+    with writing_to(folder), _building_beside(folder) as building:
         _plain_model(model, dtype).save_pretrained(building)
         _plain_tokenizer(tokenizer, model.config).save_pretrained(building)
         for file in map(Path, files):
@@ -105,27 +117,100 @@ def export_model(
         }
         card = _model_card({**measured, **(facts or {})})
         (building / "README.md").write_text(card, encoding="utf-8")
+        if finish:
+            finish(building)
         for file in building.iterdir():
             file.chmod(0o644)  # safetensors writes for its owner alone
-        _replace_folder(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     logger.info("exported to %s: %s", folder, ", ".join(sorted(os.listdir(folder))))
     return folder
 
 
-def _replace_folder(new: Path, folder: Path) -> None:
-    """Move a finished folder into the place of an earlier one, which comes back if that fails."""
-    before = new.with_suffix(".before")
-    if folder.exists():
-        os.replace(folder, before)
+@contextlib.contextmanager
+def _building_beside(folder: Path) -> Iterator[Path]:
+    """Give a new folder to write to, which then takes the place of the earlier export."""
+    is_export = (folder / EXPORT_MARK).is_file()
+    if folder.is_file() or (folder.is_dir() and not is_export and any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} is a file, or holds something other than an earlier export, and is left "
+            "alone: move it away or name a new folder"
+        )
+    if folder.is_dir() and not os.access(folder, os.W_OK):  # though its parent may be writable
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    folder = folder.resolve()  # not the link that may lead there
+    for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.*.tinytrain-export"):
+        with contextlib.suppress(OSError):  # a Timeout, too: another process is writing there
+            FileLock(leftover / _LOCK, timeout=0).acquire().lock.release()
+            shutil.rmtree(leftover)
+    building = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tinytrain-export")
     try:
-        os.replace(new, folder)
+        building.mkdir(parents=True)
+        with FileLock(building / _LOCK):
+            yield building
+            hashes = hash_files(building)
+            names = hashes.keys() - {_LOCK}
+            write_json(building / EXPORT_MARK, {name: hashes[name] for name in sorted(names)})
+        (building / _LOCK).unlink(missing_ok=True)
+        _take_place(building, folder, names)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _take_place(new: Path, folder: Path, names: Set[str]) -> None:
+    """Put a finished export into its place; files that are not ours stay as they are."""
+    old = _unchanged_files(folder)
+    for name in sorted(names - old):
+        if os.path.lexists(folder / name):
+            raise FileExistsError(
+                f"{folder / name} is not as an export wrote it and would be overwritten: move it "
+                "away or rename it, or export to a new folder"
+            )
+
+    def leave_out(where: str, found: list[str]) -> list[str]:
+        ours = {folder / name for name in {*old, EXPORT_MARK}}
+        return [name for name in found if Path(where, name) in ours]
+
+    try:
+        if folder.exists():
+            # Files that are not ours are in both folders for a moment, under a second name.
+            shutil.copytree(folder, new, True, leave_out, os.link, dirs_exist_ok=True)
+            _exchange(new, folder)
+        else:
+            os.replace(new, folder)
     except OSError:
-        if before.exists():
-            os.replace(before, folder)
-        raise
-    shutil.rmtree(before, ignore_errors=True)
+        _move_files(new, folder, names, old)
+
+
+def _unchanged_files(folder: Path) -> set[str]:
+    """Return the names of the files that an earlier export wrote and nobody has changed since."""
+    try:
+        hashes = json.loads((folder / EXPORT_MARK).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    paths = {name: (folder / name).resolve() for name in hashes}
+    own = {n: p for n, p in paths.items() if p.is_relative_to(folder) and p.is_file()}
+    return {name for name, path in own.items() if hash_file(path) == hashes[name]}
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Exchange two folders in one step, which Linux can; elsewhere it raises OSError.
+
+    A folder in which this process works is refused as well: it would find itself in a removed one.
+    """
+    if sys.platform != "linux" or Path.cwd().is_relative_to(second):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if exchange is None or exchange(here, os.fsencode(first), here, os.fsencode(second), flag):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _move_files(new: Path, folder: Path, names: Set[str], old: Set[str]) -> None:
+    """Replace file by file; killed on the way, it leaves no configuration, so no half a model."""
+    for name in sorted(old, key=lambda name: (folder / name).stat().st_size, reverse=True):
+        (folder / name).unlink()
+    for name in [EXPORT_MARK, *sorted(names - {"config.json"}), "config.json"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(new / name, folder / name)
 
 
 def _plain_model(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
@@ -161,6 +246,8 @@ def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast, config: Any) -> PreTrai
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = config.max_position_embeddings
+    # Several prompts at once: each must end where writing begins. Saved is what is in init_kwargs.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     return tokenizer
 
 
@@ -181,22 +268,6 @@ def _model_card(facts: Mapping[str, Any]) -> str:
         ``machine``, ``seconds``, ``tokens``, ``held_out_loss``, ``bits_per_character`` and its
         ``interval`` (low, high), ``cloze_after`` (a share), ``completions`` (pairs), ``picture``
         and ``gguf`` (names of files beside the card), ``versions`` (of libraries).
-
-    Returns
-    -------
-    str
-        Markdown after a block of YAML.
-
-    Raises
-    ------
-    KeyError
-        If there is no name.
-
-    Examples
-    --------
-    >>> card = _model_card({"name": "mine", "text": "/home/me/diary.txt"})
-    >>> "diary.txt" in card, "/home/me" in card
-    (True, False)
     """
     from huggingface_hub import ModelCard
 
@@ -226,7 +297,7 @@ def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
     text = facts.get("text", "")
     return ModelCardData(
         language="zh",
-        license=facts.get("license") or _LICENSES.get(text, "unknown"),
+        license=one_line(facts.get("license") or _LICENSES.get(text, "unknown")),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["qwen2", "chinese", "from-scratch", "tinytrain"],
@@ -253,4 +324,4 @@ def _settings(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _escape(text: Any) -> str:
     """Return a text that markdown shows as it is."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", one_line(text))
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", one_line(text))

@@ -24,6 +24,8 @@ except ImportError as error:
         "a GGUF file is written with GGML's package gguf: pip install gguf"
     ) from error
 
+from tinytrain.common import EXPORT_MARK, hash_file, one_line, write_json
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -57,8 +59,8 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     folder = Path(folder)
-    path = folder / "model.gguf"
-    config = AutoConfig.from_pretrained(folder)
+    path, mark = folder / "model.gguf", folder / EXPORT_MARK
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type != "qwen2":
         raise ValueError(f"write_gguf is for Qwen2 models, and {folder} holds {config.model_type}")
     _check_pre_tokenizer(folder)
@@ -69,17 +71,21 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
         with contextlib.closing(writer):
             writer.add_type(gguf.GGUFType.MODEL)
             if name:
-                writer.add_name(name)
+                writer.add_name(one_line(name))
             _add_sizes(writer, config)
             generation = GenerationConfig.from_pretrained(folder)
             writer.add_sampling_temp(generation.temperature)
             writer.add_sampling_top_p(generation.top_p)
-            _add_tokenizer(writer, AutoTokenizer.from_pretrained(folder), config.vocab_size)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            _add_tokenizer(writer, tokenizer, config.vocab_size)
             gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer)
             _add_weights(writer, folder, config.num_hidden_layers)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+        if mark.is_file():  # so that the next export may replace it
+            hashes = json.loads(mark.read_text(encoding="utf-8"))
+            write_json(mark, hashes | {path.name: hash_file(temporary)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,30 +2,38 @@
 
 Three things that the clients leave open are added. Before a transfer, one small request asks
 whether the hub answers at all, because the clients repeat a failed request for minutes. An
-interrupted download continues where it stopped: ModelScope's client does so, Hugging Face's only
-within one run, so its transfer function is given a file that stays. (The price is Xet, its faster
-protocol for large files, which cannot be resumed.) And an error says what to do next, and never
-shows your token.
+interrupted download continues where it stopped, and what arrived is compared with the hub's hash of
+it: ModelScope's client does so, Hugging Face's not for a file outside its cache. (The price is Xet,
+its faster protocol for large files, which cannot be resumed.) And an error says what to do next,
+and never shows your token.
 
 For a mirror, set ``MODELSCOPE_ENDPOINT`` or ``HF_ENDPOINT``.
 """
 
 from __future__ import annotations
 
+import errno
+import glob
+import hashlib
+import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from tinytrain.common import one_line
+from tinytrain.common import EXPORT_MARK, one_line
 
 logger = logging.getLogger(__name__)
 
-_TIMEOUT = 20.0  # seconds for a hub's first answer; a transfer may take as long as it needs
+_TIMEOUT = 20.0  # seconds for a hub's first answer, and until the next piece of a transfer
+_SLOW_SECONDS = 60.0  # with less than 1 kB/s for so long, a transfer is given up
 _WIKIPEDIA_FILE = "wikipedia-cn-20230720-filtered.json"
-_COMMIT_MESSAGE = "Upload of tinytrain"
+_COMMIT = {"commit_message": "Upload of tinytrain"}
+# What is uploaded of a folder without the list of what an export wrote.
+_EXPORTED = "README.md *config.json tokenizer.json model*.safetensors* *.gguf *.png".split()
 
 
 def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
@@ -70,16 +78,19 @@ def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
     client = hub(hub.wikipedia)
     (other,) = {*_HUBS} - {source}
     advice = (
-        f' Another source is "{other}". Without a network, take the built-in text (recipe '
-        '"pocket") or a file of your own (TINYTRAIN_CORPUS=path).'
+        f' Another source is "{other}", a mirror can be named in {hub.endpoint_variable}. Without '
+        'a network, take the built-in text (recipe "pocket") or a file of your own '
+        "(TINYTRAIN_CORPUS=path)."
     )
 
     def transfer() -> None:
         logger.info("downloading %s from %s to %s", path.name, source, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         client.download(path)
+        if not path.is_file():  # for ModelScope's client an empty list of files is a success
+            raise ValueError("nothing arrived")
 
-    place = f"{source} ({hub.wikipedia}/{path.name})"
+    place = f"{source} ({client.endpoint}, {hub.wikipedia}/{path.name})"
     _explain_errors(lambda: _ask(client.file_url(path.name)), transfer, place, advice)
     return path
 
@@ -93,7 +104,8 @@ def upload(
 ) -> str:
     """Upload an exported model to ModelScope or Hugging Face.
 
-    A repository that is there already gets the files as a new version.
+    A repository that is there already gets the files as a new version. Only files of the export
+    are sent, your edited card for one; notes, keys and whatever else lies there stay with you.
 
     Parameters
     ----------
@@ -134,16 +146,21 @@ def upload(
             f"{folder} has no config.json with a README.md: export the model first "
             "(tinytrain.export.export_model)"
         )
+    try:
+        names = [*json.loads((folder / EXPORT_MARK).read_text(encoding="utf-8"))]
+    except (OSError, ValueError):
+        names = [path.name for pattern in _EXPORTED for path in folder.glob(pattern)]
+    files = sorted(glob.escape(name) for name in names)
     client = hub(repo_id, token)
     advice = f" Get an access token from {hub.token_page}, for token=... or {hub.token_variable}."
     if not client.token:
         raise PermissionError(f"{to} wants to know who uploads.{advice}")
 
     def transfer() -> str:
-        logger.info("uploading %s to %s/%s", folder, client.endpoint, repo_id)
-        return client.upload(folder, private)
+        logger.info("uploading to %s/%s: %s", client.endpoint, repo_id, ", ".join(files))
+        return client.upload(folder, files, private)
 
-    place = f"{to} ({repo_id})"
+    place = f"{to} ({client.endpoint}, {repo_id})"
     return _explain_errors(
         lambda: _ask(client.endpoint, accept_errors=True), transfer, place, advice, client.token
     )
@@ -153,7 +170,7 @@ class _ModelScope:
     """One repository of modelscope.cn, by the package ``modelscope``."""
 
     wikipedia = "AI-ModelScope/wikipedia-cn-20230720-filtered"
-    token_variable = "MODELSCOPE_API_TOKEN"
+    token_variable, endpoint_variable = "MODELSCOPE_API_TOKEN", "MODELSCOPE_ENDPOINT"
     token_page = "https://modelscope.cn/my/myaccesstoken"
 
     def __init__(self, repo_id: str, token: str | None = None):
@@ -184,7 +201,7 @@ class _ModelScope:
             endpoint=self.endpoint,
         )
 
-    def upload(self, folder: Path, private: bool) -> str:
+    def upload(self, folder: Path, files: list[str], private: bool) -> str:
         from huggingface_hub import ModelCard
         from modelscope.hub.api import HubApi
 
@@ -196,7 +213,7 @@ class _ModelScope:
             exist_ok=True,
         )
         # Without its cache: that would be a file among those to upload.
-        api.upload_folder(self.repo_id, folder, commit_message=_COMMIT_MESSAGE, use_cache=False)
+        api.upload_folder(self.repo_id, folder, allow_patterns=files, use_cache=False, **_COMMIT)
         return f"{self.endpoint}/models/{self.repo_id}"
 
 
@@ -204,14 +221,14 @@ class _HuggingFace:
     """One repository of huggingface.co, by the package ``huggingface_hub``."""
 
     wikipedia = "pleisto/wikipedia-cn-20230720-filtered"
-    token_variable = "HF_TOKEN"
+    token_variable, endpoint_variable = "HF_TOKEN", "HF_ENDPOINT"
     token_page = "https://huggingface.co/settings/tokens, one that may write"
 
     def __init__(self, repo_id: str, token: str | None = None):
         from huggingface_hub import HfApi, get_token
 
         # The client reads HF_ENDPOINT only when it is imported first.
-        self.api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+        self.api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
         self.repo_id, self.endpoint, self.token = repo_id, self.api.endpoint, token or get_token()
 
     def file_url(self, name: str) -> str:
@@ -221,23 +238,62 @@ class _HuggingFace:
 
     def download(self, path: Path) -> None:
         from huggingface_hub import get_hf_file_metadata
-        from huggingface_hub.file_download import http_get
 
         url = self.file_url(path.name)
-        metadata = get_hf_file_metadata(url, timeout=_TIMEOUT)
+        found = get_hf_file_metadata(url, timeout=_TIMEOUT, endpoint=self.endpoint)
+        sha256 = found.etag or ""  # of a large file
+        if not (found.commit_hash and found.size and re.fullmatch("[0-9a-f]{64}", sha256)):
+            raise ValueError("no hash of it is named")
         # Named after its version, so that parts of two versions are never joined.
-        version = "".join(filter(str.isalnum, metadata.etag or ""))[:16]
-        partial = path.with_name(f"{path.name}.{version}.incomplete")
-        with open(partial, "ab") as file:
-            http_get(url, file, resume_size=file.tell(), expected_size=metadata.size)
+        partial = path.with_name(f"{path.name}.{sha256[:16]}.incomplete")
+        with partial.open("a+b") as file:
+            _continue(file, url, found.size)
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                file.truncate(0)
+                raise ValueError("its SHA-256 differs")
         os.replace(partial, path)
 
-    def upload(self, folder: Path, private: bool) -> str:
+    def upload(self, folder: Path, files: list[str], private: bool) -> str:
         self.api.create_repo(self.repo_id, private=private, exist_ok=True)
         self.api.upload_folder(
-            repo_id=self.repo_id, folder_path=folder, commit_message=_COMMIT_MESSAGE
+            repo_id=self.repo_id, folder_path=folder, allow_patterns=files, **_COMMIT
         )
         return f"{self.endpoint}/{self.repo_id}"
+
+
+def _continue(file: BinaryIO, url: str, size: int) -> None:
+    """Download what a file lacks of its size, from Hugging Face, as long as it makes progress."""
+    from huggingface_hub.utils import get_session
+    from tqdm.auto import tqdm
+
+    bar = tqdm(initial=file.tell(), total=size, unit="B", unit_scale=True, disable=None)
+    while file.tell() < size:
+        begin = before = file.tell()
+        headers = {"Range": f"bytes={begin}-", "Accept-Encoding": "identity"}
+        options = {"headers": headers, "timeout": _TIMEOUT, "follow_redirects": True}
+        until = time.monotonic() + _SLOW_SECONDS
+        try:
+            with get_session().stream("GET", url, **options) as response:
+                response.raise_for_status()
+                if response.status_code != 206:  # the whole file
+                    before = file.seek(0)
+                    file.truncate()
+                for piece in response.iter_raw():
+                    bar.update(file.write(piece))
+                    if file.tell() > size:
+                        break
+                    if time.monotonic() > until:
+                        if file.tell() - before < _SLOW_SECONDS * 1024:
+                            raise TimeoutError(f"less than 1 kB/s for {_SLOW_SECONDS:g} seconds")
+                        before, until = file.tell(), time.monotonic() + _SLOW_SECONDS
+            if file.tell() <= begin:
+                raise ValueError("it ends too early")
+        except Exception as error:  # a cut connection; OSError is the disk's, or the one above
+            if isinstance(error, OSError) or file.tell() <= begin:
+                raise
+            time.sleep(1)
+    file.truncate(size)
 
 
 _HUBS = {"modelscope": _ModelScope, "huggingface": _HuggingFace}
@@ -309,6 +365,15 @@ def _explained(error: Exception, begun: bool, place: str, advice: str, token: st
             f"later.{advice}"
         )
     kind = type(causes[-1]).__name__
+    wrong = isinstance(causes[-1], ValueError) or re.match("File(Integrity|SizeMismatch)", kind)
+    if begun and wrong and not token:
+        return ConnectionError(
+            f"{place}: the answer is not the file ({one_line(causes[-1])[:150]}) and is not kept: "
+            f"maybe a log-in page or a proxy answers instead of the hub.{advice}"
+        )
+    number = getattr(error, "errno", None)
+    if begun and number in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+        return OSError(number, f"{place}: the transfer stopped, as the disk says: {error}")
     if not begun and "timeout" in kind.lower():
         return TimeoutError(
             f"{place}: no answer within {_TIMEOUT:g} seconds. Check the network.{advice}"

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinytrain.common import evaluating
+from tinytrain.common import evaluating, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -179,6 +181,65 @@ def build_model(config: Qwen2Config, seed: int = 0) -> Qwen2ForCausalLM:
         model = Qwen2ForCausalLM(config)
     # Only for generating: texts that end earlier than others are filled up with end-of-text.
     model.generation_config.pad_token_id = config.eos_token_id
+    return model
+
+
+def load_model(folder: str | Path) -> PreTrainedModel:
+    """Load a causal language model in float32 from a folder, your own or a stranger's.
+
+    No code in the folder is run, no pickle is opened, and every weight of the model must be in the
+    files: transformers alone would draw missing ones at random.
+
+    Raises
+    ------
+    FileNotFoundError
+        If ``config.json`` or the weights as safetensors are missing.
+    ValueError
+        If the weights are damaged or do not belong to the configuration.
+    """
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_log
+
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no model in {folder}: it needs config.json, and the weights as safetensors (a .bin "
+            "may be a pickle, which can run any code, and is not opened: ask for safetensors, or "
+            "convert it where you trust it, by save_pretrained of transformers)"
+        )
+    file = folder / "model.safetensors.index.json"
+    level = transformers_log.get_verbosity()
+    transformers_log.set_verbosity_error()  # else a table of what does not fit, however long
+    try:
+        if file.is_file():
+            parts = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
+            if not {folder / part for part in parts} <= set(files):
+                raise ValueError("it names other files than the folder's .safetensors")
+        for file in files:
+            with safe_open(file, "pt"):  # finds a file that was cut off
+                pass
+        file = folder
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="float32",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below
+            output_loading_info=True,
+        )
+    except Exception as error:  # each part of the libraries has its own
+        said = "it needs code of its own, which is never run here"
+        if "trust_remote_code" not in str(error):
+            said = one_line(error)[:200]
+        raise ValueError(f"{file} cannot be loaded ({said}): make or download it again") from error
+    finally:
+        transformers_log.set_verbosity(level)
+    wrong = [f"{kind}: {min(map(str, names))}" for kind, names in found.items() if names]
+    if wrong:
+        raise ValueError(f"the weights in {folder} do not fit its config.json ({'; '.join(wrong)})")
     return model
 
 

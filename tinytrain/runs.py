@@ -545,15 +545,12 @@ def load_trained(
         If it is damaged or was trained with another recipe; see `trained_recipe`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     if folder is None:
         trained_recipe(recipe)
         folder = steps.run_folder(recipe) / "model"
-    elif not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"there is no model in {folder}: it has no config.json")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").to(device)
+    model = modeling.load_model(folder).to(device)
     return model, tokenization.load_tokenizer(folder)
 
 
@@ -658,18 +655,15 @@ def export_run(
             "vocab_size": len(tokenizer),
             "parameters": model.num_parameters(),
         }
+    finish = None
     if gguf:
-        from tinytrain.gguf_file import (
-            write_gguf,  # a missing package is reported before the export
-        )
+        from tinytrain.gguf_file import write_gguf  # if gguf is missing, it is said before the work
 
         facts["gguf"] = "model.gguf"
+        finish = partial(write_gguf, name=facts["name"])
     folder = run / ("export-whole" if whole_vocabulary else "export")
     files = (run / "loss.png", run / "history.jsonl")
-    export.export_model(model, tokenizer, folder, facts, dtype, files)
-    if gguf:
-        write_gguf(folder, facts["name"])
-    return folder
+    return export.export_model(model, tokenizer, folder, facts, dtype, files, finish)
 
 
 def _with_whole_vocabulary(recipe: Recipe, model: Any, reduced: Any) -> tuple[Any, Any]:
