@@ -452,6 +452,13 @@ def test_a_run_is_exported_with_its_facts(run, smoke):
     assert all(torch.equal(weights[name], trained[name]) for name in trained)
 
 
+def test_the_card_of_a_stopped_run_says_nothing_of_an_earlier_one(run, smoke):
+    runs._write_inputs(run / "model", runs.run_inputs(smoke.recipe, "float32"), 1, 2)
+    card = (runs.export_run(smoke.recipe) / "README.md").read_text(encoding="utf-8")
+    assert "| stopped at step | 1 of 2 |" in card
+    assert "4.250" not in card and "1 min 01 s" not in card and "## Results" not in card
+
+
 def test_what_an_export_lacks_is_said(run, smoke, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'smoke' has no reduced Qwen2.5 vocabulary"):
         runs.export_run(smoke.recipe, whole_vocabulary=True)

@@ -265,9 +265,10 @@ def _model_card(facts: Mapping[str, Any]) -> str:
         own, of which only the file's name is told; ``license`` if you know it better.
         ``parameters``, ``context``, ``dtype``, ``documents`` (training and held-out),
         ``tokenizer`` (described), ``vocab_size``, ``recipe`` (hyperparameters), ``precision``,
-        ``machine``, ``seconds``, ``tokens``, ``held_out_loss``, ``bits_per_character`` and its
-        ``interval`` (low, high), ``cloze_after`` (a share), ``completions`` (pairs), ``picture``
-        and ``gguf`` (names of files beside the card), ``versions`` (of libraries).
+        ``machine``, ``seconds``, ``stopped`` (at which step), ``tokens``, ``held_out_loss``,
+        ``bits_per_character`` and its ``interval`` (low, high), ``cloze_after`` (a share),
+        ``completions`` (pairs), ``picture`` and ``gguf`` (names of files beside the card),
+        ``versions`` (of libraries).
     """
     from huggingface_hub import ModelCard
 
@@ -314,6 +315,7 @@ def _settings(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
         "precision": facts.get("precision"),
         "machine": facts.get("machine"),
         "time": format_seconds(facts["seconds"]) if "seconds" in facts else None,
+        "stopped at step": facts.get("stopped"),
         "tokens seen": f"{facts['tokens']:,}" if "tokens" in facts else None,
         "weights saved in": facts.get("dtype"),
         **{f"`{name}`": value for name, value in facts.get("recipe", {}).items()},

@@ -592,7 +592,8 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
         "recipe": {name: value for name, value in asdict(recipe).items() if name not in left_out},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    facts["steps"] = made["step"], made["max_steps"]
+    if made["step"] < made["max_steps"]:
+        facts["stopped"] = f"{made['step']:,} of {made['max_steps']:,}"
     if (folder / "history.jsonl").is_file():
         for line in read_history(folder):
             if line.get("step", 0) <= made["step"]:  # it may have gone on since
