@@ -285,6 +285,7 @@ def test_nothing_in_a_checkpoint_is_executed(small_trainer, stopped, tmp_path, n
     path.write_bytes(content)
     completion = json.loads((path.parent / "complete.json").read_text())
     completion["files"][name] = len(content)  # so that the checkpoint counts as complete
+    del completion["hashes"]  # as in older ones
     (path.parent / "complete.json").write_text(json.dumps(completion))
     trainer = small_trainer(stopped)
     if name == "training_args.bin":  # is never read back
