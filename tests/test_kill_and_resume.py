@@ -35,8 +35,12 @@ modules = ("checkpoints", "training", "callbacks", "modeling", "optimizer")
 server.set_forkserver_preload([f"tinytrain.{name}" for name in modules])
 
 
-def run(folder, config, blocks, delay, recipe):
-    """Train in this process, as notebook 05 does, and leave the weights at the end."""
+def run(folder, config, blocks, delay, recipe, terminal=None):
+    """Train in this process, as notebook 05 does, and leave the weights at the end.
+
+    With the name of a terminal, in a session of its own that ends when the terminal closes; with
+    "nohup", as that command starts it.
+    """
     import torch
     from datasets import disable_progress_bars, load_from_disk
     from transformers import Qwen2Config
@@ -50,9 +54,14 @@ def run(folder, config, blocks, delay, recipe):
     torch.set_num_threads(1)
     disable_progress_bars()
     folder = Path(folder)
-    with open(folder / "output.txt", "a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    if terminal == "nohup":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        terminal = None
+    elif terminal:
+        os.setsid()
+    output = os.open(terminal or folder / "output.txt", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     setup_logging(folder / "training.log")
     blocks = load_from_disk(str(blocks))
     model = build_model(Qwen2Config(**config), seed=1)
@@ -93,9 +102,10 @@ def start(smoke, tmp_path_factory):
     DatasetDict(few).save_to_disk(str(blocks))
     config = smoke.config.to_dict() | {"attention_dropout": 0.1}
 
-    def start(folder, delay=0.0, recipe=RECIPE):
+    def start(folder, delay=0.0, recipe=RECIPE, terminal=None):
         folder.mkdir(parents=True, exist_ok=True)
-        process = server.Process(target=run, args=(str(folder), config, str(blocks), delay, recipe))
+        arguments = (str(folder), config, str(blocks), delay, recipe, terminal)
+        process = server.Process(target=run, args=arguments)
         process.start()
         return process
 
@@ -204,23 +214,52 @@ def stop(start, folder, how, least):
     return step, process.exitcode
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, "file"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, "file"])
 def test_asked_to_stop_a_run_ends_in_good_order_and_goes_on(start, whole, tmp_path, how):
     step, exit_code = stop(start, tmp_path, how, 5)
-    # After SIGTERM the signal takes its course; else what comes after the training is reached.
-    assert exit_code == (-signal.SIGTERM if how == signal.SIGTERM else 0)
-    assert (tmp_path / "weights.pt").exists() == (how != signal.SIGTERM)
+    # Such a signal takes its course; else what comes after the training is reached.
+    fatal = how in (signal.SIGTERM, signal.SIGHUP)
+    assert exit_code == (-how if fatal else 0)
+    assert (tmp_path / "weights.pt").exists() != fatal
     assert "the same call goes on from it" in (tmp_path / "training.log").read_text()
     *_, last, end = without_times(tmp_path)
     assert end["end"] == "stopped"
-    assert last["step"] == step and ("eval_loss" in last) == (how != signal.SIGTERM)
+    assert last["step"] == step and ("eval_loss" in last) != fatal
     assert (tmp_path / "loss.png").stat().st_size > 0
     assert not (tmp_path / "STOP").exists()
     finish(start, tmp_path)
     assert f"going on from checkpoint-{step};" in (tmp_path / "training.log").read_text()
-    assert without_times(tmp_path)[-1] == {"step": 24, "tokens": 24 * 512, "end": "finished"}
-    if how == signal.SIGTERM:  # an evaluation more, and dropout draws other numbers
+    assert without_times(tmp_path)[-1] == {"step": 24, "tokens": 2 * 90 * 64, "end": "finished"}
+    if fatal:  # else an evaluation more, and dropout draws other numbers
         assert same_weights(tmp_path, whole)
+
+
+def test_a_closed_window_costs_nothing_and_nohup_is_heeded(start, whole, tmp_path):
+    """A real terminal that closes, so that whatever is printed from then on fails."""
+    master, slave = os.openpty()
+    os.set_blocking(master, False)
+    seen = []
+
+    def goes_on():
+        with suppress(BlockingIOError):  # nothing new, or nobody has opened it yet
+            seen.append(os.read(master, 10_000))
+        return last_step(tmp_path) >= 5
+
+    process = start(tmp_path, delay=0.1, terminal=os.ttyname(slave))
+    wait_for(goes_on)
+    os.close(slave)
+    os.close(master)
+    process.join(30)
+    step = last_step(tmp_path)
+    assert b"training starts" in b"".join(seen)
+    assert process.exitcode == -signal.SIGHUP and 5 <= step < 24
+    assert (tmp_path / "checkpoints" / f"checkpoint-{step}" / "complete.json").exists()
+    process = start(tmp_path, delay=0.02, terminal="nohup")
+    wait_for(lambda: last_step(tmp_path) > step)
+    os.kill(process.pid, signal.SIGHUP)
+    process.join(30)
+    assert process.exitcode == 0 and last_step(tmp_path) == 24
+    assert same_weights(tmp_path, whole)
 
 
 @pytest.mark.soak

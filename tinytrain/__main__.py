@@ -80,8 +80,13 @@ def tokenize(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train, going on from the last checkpoint if there is one; then measure and save the model."""
+    from tinytrain.checkpoints import longer_run
+
     _show_no_bars()
-    recipe = runs.longer(options.recipe, options.more) if options.more else options.recipe
+    recipe = options.recipe
+    if options.more:
+        checkpoints = steps.run_folder(recipe) / "checkpoints"
+        recipe = replace(recipe, max_steps=longer_run(checkpoints, options.more))
     result = runs.train_recipe(recipe, fresh=options.fresh, fsdp=options.fsdp)
     if rank() == 0 and result["finished"]:
         print(f"held-out loss  {result['held_out_loss']:.3f}")

@@ -129,12 +129,6 @@ def _completion(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / _COMPLETION_FILE).read_text(encoding="utf-8"))
 
 
-def steps_of(checkpoint: str | Path) -> tuple[int, int]:
-    """Return the step of a complete checkpoint, and the steps that its run was to have."""
-    state = _state_of(Path(checkpoint))
-    return state.global_step, state.max_steps
-
-
 def _state_of(checkpoint: Path) -> TrainerState:
     return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
@@ -203,6 +197,13 @@ def recorded_precision(checkpoint: str | Path) -> str | None:
     return completion.get("arguments", completion["inputs"]).get("precision")
 
 
+def longer_run(folder: str | Path, more: int) -> int:
+    """Return the steps of a finished run that becomes longer; of an unfinished one, its own."""
+    checkpoint = last_checkpoint(folder)
+    state = _state_of(checkpoint) if checkpoint else TrainerState()
+    return state.max_steps + (more if state.global_step >= state.max_steps else 0)
+
+
 def _made_from(trainer: Trainer, inputs: dict[str, Any] | None) -> dict[str, Any]:
     """Return what decides the outcome: the inputs and, of the Trainer's arguments, the rest."""
     args = trainer.args
@@ -210,8 +211,8 @@ def _made_from(trainer: Trainer, inputs: dict[str, Any] | None) -> dict[str, Any
     arguments["optim"] = str(args.optim.value).removesuffix("_fused")  # the same, computed faster
     arguments["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
     arguments["processes"] = args.world_size
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    arguments[_BATCH] = batch
+    per_process = args.train_batch_size * args.gradient_accumulation_steps
+    arguments[_BATCH] = per_process * args.world_size
     # As they will be read back.
     return json.loads(json.dumps({"inputs": inputs or {}, "arguments": arguments}))
 
@@ -374,10 +375,7 @@ def _quiet_transformers() -> None:
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    """Tell a warning from two expected ones.
-
-    Tied weights are stored once; and batch and rhythm may differ from the checkpoint's.
-    """
+    """Tell a warning from two expected ones: of tied weights, which are stored once, of rhythm."""
     text = record.getMessage()
     tied = "missing keys in the checkpoint" in text and "['lm_head.weight']" in text
     return not tied and "do not match the ones in the `trainer_state.json`" not in text
@@ -435,9 +433,7 @@ def _open_run(trainer: Trainer, made_from: dict, fresh: bool, files: Sequence[Pa
         logger.info("going on from %s; fresh=True would start over", checkpoint.name)
         was, now = recorded_precision(checkpoint), made_from["arguments"]["precision"]
         if was not in (None, now):
-            logger.info(
-                "computed in %s so far, in %s from here on: the last digits differ", was, now
-            )
+            logger.info("computed in %s so far, from here on in %s", was, now)
         return checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     return None

@@ -357,10 +357,7 @@ def _share_right(model: Any, tokenizer: Any, questions: list[Any]) -> float:
 
 
 def choose_precision(recipe: Recipe) -> Precision:
-    """Return what to compute a run in: as before, if it goes on and this machine can do that.
-
-    Otherwise, and for a new run, see `tinytrain.hardware.choose_precision`.
-    """
+    """Return what to compute a run in: as before, if it goes on and this machine can do that."""
     from tinytrain import checkpoints, hardware
 
     checkpoint = checkpoints.last_checkpoint(steps.run_folder(recipe) / "checkpoints")
@@ -368,25 +365,6 @@ def choose_precision(recipe: Recipe) -> Precision:
     if recipe.precision is None and kept and hardware.computes(kept):
         return hardware.Precision(kept, f"{checkpoint.name} was computed in it")
     return hardware.choose_precision(recipe.precision)
-
-
-def longer(recipe: Recipe, more: int) -> Recipe:
-    """Return the recipe with more steps than its run has had; one not finished is finished first.
-
-    Raises
-    ------
-    ValueError
-        If there is no run to make longer.
-    """
-    from tinytrain import checkpoints
-
-    checkpoint = checkpoints.last_checkpoint(steps.run_folder(recipe) / "checkpoints")
-    if checkpoint is None:
-        raise ValueError(
-            f"recipe {recipe.name} has no run that could become longer: train it first"
-        )
-    step, planned = checkpoints.steps_of(checkpoint)
-    return replace(recipe, max_steps=planned + more if step >= planned else planned)
 
 
 def _choose_precision(recipe: Recipe, fresh: bool) -> str:
