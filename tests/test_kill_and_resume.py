@@ -9,6 +9,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
 import sys
 import time
@@ -31,7 +33,7 @@ LONG = replace(RECIPE, max_steps=10_000, logging_steps=1, save_steps=1000, eval_
 KILLS = int(os.environ.get("TINYTRAIN_KILLS", 4))
 
 server = multiprocessing.get_context("forkserver")
-modules = ("checkpoints", "training", "callbacks", "modeling", "optimizer")
+modules = ("checkpoints", "training", "callbacks", "modeling", "optimizer", "__main__", "export")
 server.set_forkserver_preload([f"tinytrain.{name}" for name in modules])
 
 
@@ -196,6 +198,67 @@ def test_killed_while_it_saves_a_run_ends_like_one_never_stopped(start, whole, t
     assert "going on from checkpoint-" in log
     for step in unfinished:
         assert f"checkpoint-{step} is passed over: its writing was not finished" in log
+
+
+STEPS = ("data", "tokenize", "train", "evaluate", "export")
+QUICK = ["--recipe", "smoke", "--set", "max_steps=8", "save_steps=2", "eval_steps=4"]
+
+
+def command(runs, step):
+    """Make a step of the command line; each process has the same number, as in a container."""
+    import torch
+
+    from tinytrain.__main__ import main
+
+    os.getpid = lambda: 7
+    torch.set_num_threads(1)
+    output = os.open(f"{runs}-{step}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.exit(main([step, "--runs", str(runs), *QUICK]))
+
+
+def results(runs):
+    """Return what the steps have written, without what differs each time: dates and durations."""
+    found, evaluated = {}, Path(f"{runs}-evaluate.txt").read_text(encoding="utf-8")
+    for path in sorted(runs.rglob("*")):
+        name = path.relative_to(runs / "smoke").as_posix() if path.is_file() else ""
+        if name and not re.search(
+            r"\.lock$|\.log$|\.png$|\.bin$|^checkpoints|state.json|/README", name
+        ):
+            found[name] = path.read_bytes()
+    for name in ("history.jsonl", "export/history.jsonl"):
+        found[name] = without_times(runs / "smoke" / name)
+    return found | {"evaluated": evaluated.splitlines()[-5:]}
+
+
+def test_killed_in_every_step_of_a_run_the_results_are_the_same(tmp_path):
+    """From the text to the export, with process numbers that repeat."""
+    chance = random.Random(seed := random.randrange(10**6))
+    print(f"random.Random({seed})")
+    whole, runs, kills = tmp_path / "whole" / "runs", tmp_path / "runs", 0
+    whole.parent.mkdir()
+    seconds = {}
+    for step in STEPS:
+        begin = time.monotonic()
+        process = server.Process(target=command, args=(whole, step))
+        process.start()
+        process.join(120)
+        assert process.exitcode == 0, Path(f"{whole}-{step}.txt").read_text()
+        seconds[step] = time.monotonic() - begin
+    while kills < KILLS:
+        shutil.rmtree(runs, ignore_errors=True)
+        for step in STEPS:
+            for attempt in (1, 2):  # killed, then to its end
+                process = server.Process(target=command, args=(runs, step))
+                process.start()
+                process.join(chance.uniform(0, seconds[step]) if attempt == 1 else 120)
+                if attempt == 1:
+                    kills += kill(process)
+            assert process.exitcode == 0, Path(f"{runs}-{step}.txt").read_text()
+        after, before = results(runs), results(whole)
+        assert list(after) == list(before)
+        assert [name for name in before if after[name] != before[name]] == []
 
 
 def stop(start, folder, how, least):
