@@ -170,7 +170,7 @@ def test_arguments_that_decide_the_outcome_do_not_change_unnoticed(
         stopped, [AtStep(1, lambda: 1 / 0), AtStep(11, lambda: 1 / 0)], **change
     )
     with pytest.raises(ZeroDivisionError):
-        train(trainer)
+        train(trainer, {"new_field": None})
     assert trainer.state.global_step == (1 if named else 11)
     assert (named or "going on from checkpoint-10") in caplog.text
     kept = stopped.with_name("checkpoints-1")
@@ -187,7 +187,7 @@ def test_what_an_older_or_a_newer_version_does_not_know_forbids_no_resume(small_
     mark.write_text(json.dumps(completion))
     trainer = small_trainer(stopped, [AtStep(11, lambda: 1 / 0)], learning_rate=1e-3)
     with pytest.raises(ZeroDivisionError):
-        train(trainer, {"new_field": None})
+        train(trainer, {"new_field": 1})
     assert trainer.state.global_step == 11
 
 

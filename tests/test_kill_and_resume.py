@@ -223,9 +223,7 @@ def results(runs):
     found, evaluated = {}, Path(f"{runs}-evaluate.txt").read_text(encoding="utf-8")
     for path in sorted(runs.rglob("*")):
         name = path.relative_to(runs / "smoke").as_posix() if path.is_file() else ""
-        if name and not re.search(
-            r"\.lock$|\.log$|\.png$|\.bin$|^checkpoints|state.json|/README", name
-        ):
+        if name and not re.search(r"\.(lock|log|png|bin)$|^checkpoints|state.json|/README", name):
             found[name] = path.read_bytes()
     for name in ("history.jsonl", "export/history.jsonl"):
         found[name] = without_times(runs / "smoke" / name)

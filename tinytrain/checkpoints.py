@@ -444,8 +444,10 @@ def _changes(checkpoint: Path, now: dict[str, Any], trainer: Trainer) -> str:
     before = _completion(checkpoint)
     changed: dict[str, tuple] = {}
     for part, new in now.items():
-        old = before.get(part, {})  # older checkpoints have no arguments
-        names = {**old, **new} if part == "inputs" else [name for name in old if name in new]
+        old = before.get(part, {})
+        names = {**old, **new}
+        if part == "arguments" or "arguments" not in before:  # of another version: what both know
+            names = [name for name in old if name in new]
         for name in names:
             if old.get(name) != new.get(name):
                 changed.setdefault(name, (old.get(name), new.get(name)))
