@@ -60,8 +60,7 @@ class _CheckpointKeeper(TrainerCallback):
 
     The Trainer writes straight into a checkpoint's folder, so that a crash leaves a part of one,
     and it tells old from new by the clock, which may jump. Here the last thing written is
-    ``complete.json``, with size and hash of every file and what decides the run's outcome; the
-    step tells the age.
+    ``complete.json``, with sizes, hashes and what the run was made from; the step tells the age.
     """
 
     def __init__(self, limit: int | None, made_from: dict[str, Any]):
@@ -137,22 +136,17 @@ def _why_incomplete(checkpoint: Path, thorough: bool = False) -> str:
     """Return what a checkpoint lacks, or an empty string; read its files if it is thorough."""
     if not (checkpoint / _COMPLETION_FILE).exists():
         return "its writing was not finished"
+    name = _COMPLETION_FILE
     try:
         completion = _completion(checkpoint)
-        sizes, _ = completion["files"].items(), completion["inputs"].items()
+        completion["inputs"].items()
+        for name, size in completion["files"].items():
+            if (checkpoint / name).stat().st_size != size:
+                return f"{name} is damaged"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return f"{_COMPLETION_FILE} is damaged"
-    for name, size in sizes:
-        path = checkpoint / name
-        try:
-            found = path.stat().st_size
-        except OSError:
-            found = None
-        if found != size:
-            return f"{name} is missing or has not its {size:,} bytes"
-    if thorough and (name := damaged_file(checkpoint, completion.get("hashes", {}))):
-        return f"{name} is damaged: it is not what was written"
-    return ""
+        return f"{name} is missing or damaged"
+    damaged = damaged_file(checkpoint, completion.get("hashes", {})) if thorough else None
+    return f"{damaged} is damaged" if damaged else ""
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -226,13 +220,11 @@ def train(
 ) -> None:
     """Train to the end, from the newest complete checkpoint if there is one.
 
-    Checkpoints are resumed only if they were made from the same inputs and the same arguments of
-    the Trainer, as far as these decide the outcome; others are moved aside, never deleted, and the
-    log names the difference. Three things may change: how many processes share a step; the
-    precision, since the weights are float32 in all; and the number of steps may grow, which makes
-    a run longer, be it finished or not. Else a finished run is not trained further: its weights
-    are loaded and its plot is shown again. However the training ends, the callbacks that have a
-    method ``close`` are closed in their order.
+    Checkpoints are resumed only if inputs and arguments of the Trainer that decide the outcome are
+    the same; others are moved aside, never deleted, and the log names the difference. The precision
+    may change, and how many processes share a step; more steps make a run longer. A finished run is
+    else not trained further: its weights are loaded and its plot is shown again. However the
+    training ends, the callbacks that have a method ``close`` are closed in their order.
 
     Parameters
     ----------
