@@ -201,6 +201,7 @@ def test_killed_while_it_saves_a_run_ends_like_one_never_stopped(start, whole, t
 
 
 STEPS = ("data", "tokenize", "train", "evaluate", "export")
+CHANGING = r"\.(lock|log|png|bin)$|^checkpoints|/state.json|/inputs.json|/README"
 QUICK = ["--recipe", "smoke", "--set", "max_steps=8", "save_steps=2", "eval_steps=4"]
 
 
@@ -223,7 +224,7 @@ def results(runs):
     found, evaluated = {}, Path(f"{runs}-evaluate.txt").read_text(encoding="utf-8")
     for path in sorted(runs.rglob("*")):
         name = path.relative_to(runs / "smoke").as_posix() if path.is_file() else ""
-        if name and not re.search(r"\.(lock|log|png|bin)$|^checkpoints|state.json|/README", name):
+        if name and not re.search(CHANGING, name):
             found[name] = path.read_bytes()
     for name in ("history.jsonl", "export/history.jsonl"):
         found[name] = without_times(runs / "smoke" / name)
