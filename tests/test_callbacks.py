@@ -96,7 +96,8 @@ def test_a_resumed_run_goes_on_in_its_history_and_a_new_one_replaces_it(tmp_path
     path = tmp_path / "history.jsonl"
     steps_and_seconds = ((0, 0), (10, 10), (20, 20), (30, 20))
     lines = [{"step": step, "seconds": seconds} for step, seconds in steps_and_seconds]
-    write_json_lines(path, [*lines, {"step": 20, "seconds": 20, "end": "stopped"}])
+    damaged = {"stup": 20, "seconds": 20}
+    write_json_lines(path, [*lines, damaged, {"step": 20, "seconds": 20, "end": "stopped"}])
     history = callbacks.HistoryCallback(path, tokens_per_step=8, name="mine")
     state = TrainerState(global_step=20)
     history.on_train_begin(None, state, None)
@@ -357,7 +358,8 @@ def test_samples_are_taken_every_so_many_steps_and_at_the_end(run, smoke):
 def test_a_resumed_run_keeps_its_samples_and_shows_few(tmp_path):
     path = tmp_path / "samples.jsonl"
     sample = '{"step": %d, "texts": ["<b>\\n字\u2028。"]}\n'  # U+2028 ends no line of JSON
-    path.write_text("".join(sample % step for step in range(1, 31)), encoding="utf-8")
+    damaged = '{"stup": 3}\n'
+    path.write_text(damaged + "".join(sample % n for n in range(1, 31)), encoding="utf-8")
     samples = callbacks.SampleCallback(lambda model, prompts: ["新"], ["问"], 5, path)
     state = TrainerState(global_step=28)
     samples.on_train_begin(None, state, None)

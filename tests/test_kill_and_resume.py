@@ -201,7 +201,7 @@ def test_killed_while_it_saves_a_run_ends_like_one_never_stopped(start, whole, t
 
 
 STEPS = ("data", "tokenize", "train", "evaluate", "export")
-CHANGING = r"\.(lock|log|png|bin)$|^checkpoints|/state.json|/inputs.json|/README"
+CHANGING = r"\.(lock|log|png|bin)$|^checkpoints|/state.json|/inputs.json|/.tinytrain.json|/README"
 QUICK = ["--recipe", "smoke", "--set", "max_steps=8", "save_steps=2", "eval_steps=4"]
 
 

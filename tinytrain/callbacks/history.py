@@ -124,8 +124,8 @@ class HistoryCallback(TrainerCallback):
         kept = []
         if state.global_step and self.path.exists():
             lines = [line for line in read_json_lines(self.path) if "end" not in line]
-            kept = [line for line in lines if 0 < line["step"] <= state.global_step]
-        self._seconds_before = kept[-1]["seconds"] if kept else 0.0
+            kept = [line for line in lines if 0 < line.get("step", 0) <= state.global_step]
+        self._seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         self._speed = Speedometer(self.tokens_per_step)
         self._speed.start(state, args, train_dataloader)
         self._running = True
