@@ -18,9 +18,11 @@ from transformers import TrainerCallback, TrainerState
 from tinytrain import callbacks, steps
 from tinytrain.callbacks.plot import _LossPlot
 from tinytrain.checkpoints import train
-from tinytrain.common import append_json_line, setup_logging, write_json_lines
+from tinytrain.common import append_json_line, format_count, setup_logging, write_json_lines
 from tinytrain.generation import complete
 from tinytrain.recipes import RECIPES
+
+SIGHUP = getattr(signal, "SIGHUP", getattr(signal, "SIGBREAK", None))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def run(smoke, small_trainer, tmp_path_factory):
 @pytest.fixture
 def heard():
     """Signals that arrive at the handlers from before the training."""
-    heard, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    heard, numbers = [], (signal.SIGINT, signal.SIGTERM, SIGHUP)
     before = [signal.signal(number, lambda number, _: heard.append(number)) for number in numbers]
     yield heard
     for number, handler in zip(numbers, before, strict=True):
@@ -94,7 +96,8 @@ def test_a_resumed_run_goes_on_in_its_history_and_a_new_one_replaces_it(tmp_path
     path = tmp_path / "history.jsonl"
     steps_and_seconds = ((0, 0), (10, 10), (20, 20), (30, 20))
     lines = [{"step": step, "seconds": seconds} for step, seconds in steps_and_seconds]
-    write_json_lines(path, [*lines, {"step": 20, "seconds": 20, "end": "stopped"}])
+    damaged = {"stup": 20, "seconds": 20}
+    write_json_lines(path, [*lines, damaged, {"step": 20, "seconds": 20, "end": "stopped"}])
     history = callbacks.HistoryCallback(path, tokens_per_step=8, name="mine")
     state = TrainerState(global_step=20)
     history.on_train_begin(None, state, None)
@@ -109,6 +112,32 @@ def test_a_resumed_run_goes_on_in_its_history_and_a_new_one_replaces_it(tmp_path
     history.on_train_begin(None, TrainerState(), None)
     (first,) = callbacks.read_history(path)
     assert first["step"] == 0 and first["name"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("rows", "overrides", "expected"),
+    [
+        # Of 7 rows 6 and 1, and again; all at once; twice 3, leaving one out; more than are needed.
+        (7, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, [6, 7, 13, 14]),
+        (7, {"gradient_accumulation_steps": 100}, [7, 14, 21, 28]),
+        (7, {"dataloader_drop_last": True, "per_device_train_batch_size": 3}, [3, 6, 9, 12]),
+        (100, {}, [2, 4, 6, 8]),
+    ],
+)
+def test_the_tokens_are_those_that_were_seen(
+    smoke, plain_trainer, tmp_path, rows, overrides, expected
+):
+    """Counted by the Trainer itself too; short steps are not whole ones."""
+    history = callbacks.HistoryCallback(tmp_path / "history.jsonl", 8 * 64)  # for another batch
+    plot = callbacks.LivePlotCallback(tmp_path / "loss.png")
+    trainer = plain_trainer([history, plot], include_num_input_tokens_seen="all", **overrides)
+    trainer.train_dataset = smoke.blocks["train"].select(range(rows))
+    trainer.train()
+    lines = [line for line in callbacks.read_history(history.path) if "loss" in line]
+    assert [line["tokens"] for line in lines] == [64 * seen for seen in expected]
+    assert trainer.state.num_input_tokens_seen == 64 * expected[-1]
+    details = plot._plot.figure.texts[1].get_text()
+    assert f"{format_count(64 * expected[-1])} tokens seen" in details
 
 
 # --- the plot ----------------------------------------------------------------------------------
@@ -329,7 +358,8 @@ def test_samples_are_taken_every_so_many_steps_and_at_the_end(run, smoke):
 def test_a_resumed_run_keeps_its_samples_and_shows_few(tmp_path):
     path = tmp_path / "samples.jsonl"
     sample = '{"step": %d, "texts": ["<b>\\n字\u2028。"]}\n'  # U+2028 ends no line of JSON
-    path.write_text("".join(sample % step for step in range(1, 31)), encoding="utf-8")
+    damaged = '{"stup": 3}\n'
+    path.write_text(damaged + "".join(sample % n for n in range(1, 31)), encoding="utf-8")
     samples = callbacks.SampleCallback(lambda model, prompts: ["新"], ["问"], 5, path)
     state = TrainerState(global_step=28)
     samples.on_train_begin(None, state, None)
@@ -395,18 +425,19 @@ def test_a_notebook_gets_one_picture_that_is_replaced(script):
 
 def raise_both(heard):
     heard.clear()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, SIGHUP):
         signal.raise_signal(number)
-    return heard == [signal.SIGINT, signal.SIGTERM]
+    return heard == [signal.SIGINT, signal.SIGTERM, SIGHUP]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, SIGHUP])
 @pytest.mark.parametrize("evaluates", ["steps", "no"])
 def test_a_signal_ends_a_plain_trainer_in_good_order(
     plain_trainer, tmp_path, heard, number, evaluates
 ):
     saved = []  # what there is when the signal takes its course
-    signal.signal(signal.SIGTERM, lambda *_: saved.extend(tmp_path.glob("*/model.safetensors")))
+    if number != signal.SIGINT:
+        signal.signal(number, lambda *_: saved.extend(tmp_path.glob("*/model.safetensors")))
     stop = callbacks.StopCallback()
     watching = [AtStep(lambda: signal.raise_signal(number)), stop]
     trainer = plain_trainer(watching, eval_strategy=evaluates, eval_steps=10)
@@ -416,9 +447,9 @@ def test_a_signal_ends_a_plain_trainer_in_good_order(
     evaluated = any("eval_loss" in line for line in trainer.state.log_history)
     assert evaluated == (number == signal.SIGINT and evaluates == "steps")
     for _ in range(2):
-        assert len(saved) == (number == signal.SIGTERM)  # once, without a close and with it
+        assert len(saved) == (number != signal.SIGINT)  # once, without a close and with it
         stop.close()
-    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    signal.signal(number, lambda number, _: heard.append(number))
     assert raise_both(heard)
 
 

@@ -1,10 +1,13 @@
+import errno
 import io
 import json
+import math
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,9 +15,16 @@ import torch
 from conftest import without_times
 from transformers import TrainerCallback
 
-from tinytrain.callbacks import HistoryCallback, LivePlotCallback, read_history
-from tinytrain.checkpoints import checkpoint_inputs, last_checkpoint, train
+from tinytrain.callbacks import (
+    HistoryCallback,
+    LivePlotCallback,
+    LossError,
+    LossGuard,
+    read_history,
+)
+from tinytrain.checkpoints import checkpoint_inputs, last_checkpoint, longer_run, train
 from tinytrain.modeling import build_model
+from tinytrain.training import _learning_rates
 
 
 class AtStep(TrainerCallback):
@@ -67,7 +77,7 @@ def test_an_incomplete_checkpoint_is_passed_over(stopped, caplog):
         (stopped / f"checkpoint-{name}").mkdir()
     assert last_checkpoint(stopped) == checkpoint
     assert "checkpoint-12 is passed over: its writing was not finished" in caplog.text
-    assert "checkpoint-100 is passed over: model.safetensors is missing or has not" in caplog.text
+    assert "checkpoint-100 is passed over: model.safetensors is missing" in caplog.text
     assert last_checkpoint(stopped / "nowhere") is None
 
 
@@ -136,6 +146,97 @@ def test_checkpoints_of_another_run_are_kept_aside_and_the_difference_named(
         assert checkpoint_inputs(checkpoint) == {"learning_rate": rate, "text": "a"}
         assert (tmp_path / folder / "history.jsonl").exists() == (folder != "checkpoints")
     assert "starting over (checkpoint-1: learning_rate was 0.1, is 0.2)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate was 0.008, is 0.001"),
+        ({"per_device_train_batch_size": 2}, "batch of a step was 8, is 2"),
+        ({"gradient_accumulation_steps": 2}, "batch of a step was 8, is 16"),
+        ({"seed": 1}, "seed was 42, is 1"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs was None, is {'num_c"),
+        ({"max_steps": 9}, "max_steps was 20, is 9"),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, None),
+        ({"per_device_eval_batch_size": 4, "weight_decay": 0.10, "optim": "adamw_torch"}, None),
+        ({"precision": "bf16"}, None),
+    ],
+)
+def test_arguments_that_decide_the_outcome_do_not_change_unnoticed(
+    small_trainer, stopped, caplog, change, named
+):
+    caplog.set_level("INFO", logger="tinytrain")
+    trainer = small_trainer(
+        stopped, [AtStep(1, lambda: 1 / 0), AtStep(11, lambda: 1 / 0)], **change
+    )
+    with pytest.raises(ZeroDivisionError):
+        train(trainer, {"new_field": None})
+    assert trainer.state.global_step == (1 if named else 11)
+    assert (named or "going on from checkpoint-10") in caplog.text
+    kept = stopped.with_name("checkpoints-1")
+    assert kept.exists() == bool(named)
+    assert ("computed in float32 so far, from here on in bf16" in caplog.text) == (
+        "precision" in change
+    )
+
+
+def test_what_an_older_or_a_newer_version_does_not_know_forbids_no_resume(small_trainer, stopped):
+    mark = stopped / "checkpoint-10" / "complete.json"
+    completion = json.loads(mark.read_text())
+    del completion["arguments"], completion["hashes"]
+    mark.write_text(json.dumps(completion))
+    trainer = small_trainer(stopped, [AtStep(11, lambda: 1 / 0)], learning_rate=1e-3)
+    with pytest.raises(ZeroDivisionError):
+        train(trainer, {"new_field": 1})
+    assert trainer.state.global_step == 11
+
+
+def test_another_rhythm_is_followed_when_a_run_goes_on(smoke, small_trainer, stopped):
+    history = HistoryCallback(stopped.parent / "history.jsonl", smoke.recipe.tokens_per_step)
+    train(small_trainer(stopped, [history], logging_steps=5, eval_steps=6, save_steps=4))
+    steps = [(line["step"], "loss" in line) for line in read_history(history.path)[1:-1]]
+    assert steps[-6:] == [
+        (10, False),
+        (12, False),
+        (15, True),
+        (18, False),
+        (20, True),
+        (20, False),
+    ]
+    assert names(stopped) == ["checkpoint-16", "checkpoint-20"]
+
+
+def test_a_run_is_made_longer(smoke, small_trainer, whole, tmp_path, caplog):
+    """Finished or not; killed on the way, it ends like one that was not."""
+    caplog.set_level("INFO", logger="tinytrain")
+    ends = {}
+    for name in ("finished", "killed", "unfinished"):
+        shutil.copytree(whole.folder, tmp_path / name)
+        folder = tmp_path / name / "checkpoints"
+        if name == "unfinished":
+            shutil.rmtree(folder / "checkpoint-20")
+        assert longer_run(folder, 16) == (20 if name == "unfinished" else 36)
+        history = HistoryCallback(tmp_path / name / "history.jsonl", smoke.recipe.tokens_per_step)
+        watching = [history, AtStep(33, lambda: 1 / 0)] if name == "killed" else [history]
+        if name == "killed":
+            with pytest.raises(ZeroDivisionError):
+                train(small_trainer(folder, watching, max_steps=36))
+            assert longer_run(folder, 16) == 36
+        trainer = small_trainer(folder, [history], max_steps=36)
+        train(trainer)
+        ends[name] = without_times(history.path), trainer.model.state_dict()
+    assert "36 steps in place of 20" in caplog.text and "0.0036 at step 21 and" in caplog.text
+    assert ends["killed"][0] == ends["finished"][0]
+    for weight, value in ends["finished"][1].items():
+        assert torch.equal(value, ends["killed"][1][weight]), weight
+    for start, name in ((20, "finished"), (10, "unfinished")):
+        lines = ends[name][0]
+        assert lines[0]["max_steps"] == 36
+        logged = {line["step"]: line["learning_rate"] for line in lines if "loss" in line}
+        assert list(logged) == list(range(2, 37, 2))  # none twice
+        rates = _learning_rates(replace(smoke.recipe, max_steps=36), 36)
+        later = {step: rates[step - 1] for step in logged if step > start}
+        assert {step: logged[step] for step in later} == pytest.approx(later)
 
 
 # --- what goes wrong --------------------------------------------------------------------------
@@ -222,6 +323,59 @@ def test_a_full_disk_is_said_and_training_goes_on_when_there_is_room(
     assert without_times(history.path) == whole.history
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    small_trainer, whole, stopped, tmp_path, caplog, name
+):
+    """One bit is another; the folder that is written over must not pass for whole half-way."""
+    newer = stopped / "checkpoint-12"
+    shutil.copytree(stopped / "checkpoint-10", newer)
+    content = bytearray((newer / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newer / name).write_bytes(content)
+    assert last_checkpoint(stopped) == newer  # a look at the sizes does not tell
+    trainer = small_trainer(stopped, [AtStep(11, lambda: 1 / 0)])
+    with pytest.raises(ZeroDivisionError):
+        train(trainer)
+    assert trainer.state.global_step == 11
+    assert f"checkpoint-12 is passed over: {name} is damaged" in caplog.text
+    assert last_checkpoint(stopped).name == "checkpoint-10"
+
+
+def test_with_no_whole_checkpoint_left_what_there_is_is_kept_aside(small_trainer, stopped, caplog):
+    caplog.set_level("INFO", logger="tinytrain")
+    (stopped / "checkpoint-10" / "complete.json").write_text("[1, 2")
+    history = HistoryCallback(stopped.parent / "history.jsonl", 512)
+    train(small_trainer(stopped, [history], max_steps=1))
+    assert "checkpoint-10 is passed over: complete.json is missing or damaged" in caplog.text
+    aside = stopped.with_name("checkpoints-1")
+    assert "kept as checkpoints-1" in caplog.text and (aside / "history.jsonl").is_file()
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(small_trainer, tmp_path, caplog):
+    """The guard stops the run only a step later, and points to one that can be gone on from."""
+    guard = LossGuard(find_checkpoint=last_checkpoint)
+    callbacks = [guard, AtStep(4, lambda: trainer.model.model.norm.weight.data.fill_(math.nan))]
+    trainer = small_trainer(tmp_path, callbacks, save_steps=2, eval_strategy="no")
+    trainer.args.save_total_limit = 1
+    with pytest.raises(LossError, match="last good checkpoint is checkpoint-2") as caught:
+        train(trainer)
+    assert caught.value.step == 5 and names(tmp_path) == ["checkpoint-2"]
+    assert "checkpoint-4 is not kept: its weights are not finite" in caplog.text
+
+
+def test_a_file_system_that_cannot_sync_is_no_error(small_trainer, tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train(small_trainer(tmp_path, max_steps=1))
+    assert last_checkpoint(tmp_path).name == "checkpoint-1"
+
+
 def test_a_folder_that_cannot_be_made_is_said(small_trainer, tmp_path):
     folder = tmp_path / "a" / "checkpoints"
     trainer = small_trainer(folder)
@@ -285,6 +439,7 @@ def test_nothing_in_a_checkpoint_is_executed(small_trainer, stopped, tmp_path, n
     path.write_bytes(content)
     completion = json.loads((path.parent / "complete.json").read_text())
     completion["files"][name] = len(content)  # so that the checkpoint counts as complete
+    del completion["hashes"]  # as in older ones
     (path.parent / "complete.json").write_text(json.dumps(completion))
     trainer = small_trainer(stopped)
     if name == "training_args.bin":  # is never read back

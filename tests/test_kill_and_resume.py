@@ -9,6 +9,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
 import sys
 import time
@@ -31,12 +33,16 @@ LONG = replace(RECIPE, max_steps=10_000, logging_steps=1, save_steps=1000, eval_
 KILLS = int(os.environ.get("TINYTRAIN_KILLS", 4))
 
 server = multiprocessing.get_context("forkserver")
-modules = ("checkpoints", "training", "callbacks", "modeling", "optimizer")
+modules = ("checkpoints", "training", "callbacks", "modeling", "optimizer", "__main__", "export")
 server.set_forkserver_preload([f"tinytrain.{name}" for name in modules])
 
 
-def run(folder, config, blocks, delay, recipe):
-    """Train in this process, as notebook 05 does, and leave the weights at the end."""
+def run(folder, config, blocks, delay, recipe, terminal=None):
+    """Train in this process, as notebook 05 does, and leave the weights at the end.
+
+    With the name of a terminal, in a session of its own that ends when the terminal closes; with
+    "nohup", as that command starts it.
+    """
     import torch
     from datasets import disable_progress_bars, load_from_disk
     from transformers import Qwen2Config
@@ -50,9 +56,14 @@ def run(folder, config, blocks, delay, recipe):
     torch.set_num_threads(1)
     disable_progress_bars()
     folder = Path(folder)
-    with open(folder / "output.txt", "a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    if terminal == "nohup":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        terminal = None
+    elif terminal:
+        os.setsid()
+    output = os.open(terminal or folder / "output.txt", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     setup_logging(folder / "training.log")
     blocks = load_from_disk(str(blocks))
     model = build_model(Qwen2Config(**config), seed=1)
@@ -93,9 +104,10 @@ def start(smoke, tmp_path_factory):
     DatasetDict(few).save_to_disk(str(blocks))
     config = smoke.config.to_dict() | {"attention_dropout": 0.1}
 
-    def start(folder, delay=0.0, recipe=RECIPE):
+    def start(folder, delay=0.0, recipe=RECIPE, terminal=None):
         folder.mkdir(parents=True, exist_ok=True)
-        process = server.Process(target=run, args=(str(folder), config, str(blocks), delay, recipe))
+        arguments = (str(folder), config, str(blocks), delay, recipe, terminal)
+        process = server.Process(target=run, args=arguments)
         process.start()
         return process
 
@@ -188,6 +200,66 @@ def test_killed_while_it_saves_a_run_ends_like_one_never_stopped(start, whole, t
         assert f"checkpoint-{step} is passed over: its writing was not finished" in log
 
 
+STEPS = ("data", "tokenize", "train", "evaluate", "export")
+CHANGING = r"\.(lock|log|png|bin)$|^checkpoints|/state.json|/inputs.json|/.tinytrain.json|/README"
+QUICK = ["--recipe", "smoke", "--set", "max_steps=8", "save_steps=2", "eval_steps=4"]
+
+
+def command(runs, step):
+    """Make a step of the command line; each process has the same number, as in a container."""
+    import torch
+
+    from tinytrain.__main__ import main
+
+    os.getpid = lambda: 7
+    torch.set_num_threads(1)
+    output = os.open(f"{runs}-{step}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.exit(main([step, "--runs", str(runs), *QUICK]))
+
+
+def results(runs):
+    """Return what the steps have written, without what differs each time: dates and durations."""
+    found, evaluated = {}, Path(f"{runs}-evaluate.txt").read_text(encoding="utf-8")
+    for path in sorted(runs.rglob("*")):
+        name = path.relative_to(runs / "smoke").as_posix() if path.is_file() else ""
+        if name and not re.search(CHANGING, name):
+            found[name] = path.read_bytes()
+    for name in ("history.jsonl", "export/history.jsonl"):
+        found[name] = without_times(runs / "smoke" / name)
+    return found | {"evaluated": evaluated.splitlines()[-5:]}
+
+
+def test_killed_in_every_step_of_a_run_the_results_are_the_same(tmp_path):
+    """From the text to the export, with process numbers that repeat."""
+    chance = random.Random(seed := random.randrange(10**6))
+    print(f"random.Random({seed})")
+    whole, runs, kills = tmp_path / "whole" / "runs", tmp_path / "runs", 0
+    whole.parent.mkdir()
+    seconds = {}
+    for step in STEPS:
+        begin = time.monotonic()
+        process = server.Process(target=command, args=(whole, step))
+        process.start()
+        process.join(120)
+        assert process.exitcode == 0, Path(f"{whole}-{step}.txt").read_text()
+        seconds[step] = time.monotonic() - begin
+    while kills < KILLS:
+        shutil.rmtree(runs, ignore_errors=True)
+        for step in STEPS:
+            for attempt in (1, 2):  # killed, then to its end
+                process = server.Process(target=command, args=(runs, step))
+                process.start()
+                process.join(chance.uniform(0, seconds[step]) if attempt == 1 else 120)
+                if attempt == 1:
+                    kills += kill(process)
+            assert process.exitcode == 0, Path(f"{runs}-{step}.txt").read_text()
+        after, before = results(runs), results(whole)
+        assert list(after) == list(before)
+        assert [name for name in before if after[name] != before[name]] == []
+
+
 def stop(start, folder, how, least):
     """Start a training, stop it by a signal or a file at a step or soon after."""
     process = start(folder, delay=0.1)
@@ -204,23 +276,52 @@ def stop(start, folder, how, least):
     return step, process.exitcode
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, "file"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, "file"])
 def test_asked_to_stop_a_run_ends_in_good_order_and_goes_on(start, whole, tmp_path, how):
     step, exit_code = stop(start, tmp_path, how, 5)
-    # After SIGTERM the signal takes its course; else what comes after the training is reached.
-    assert exit_code == (-signal.SIGTERM if how == signal.SIGTERM else 0)
-    assert (tmp_path / "weights.pt").exists() == (how != signal.SIGTERM)
+    # Such a signal takes its course; else what comes after the training is reached.
+    fatal = how in (signal.SIGTERM, signal.SIGHUP)
+    assert exit_code == (-how if fatal else 0)
+    assert (tmp_path / "weights.pt").exists() != fatal
     assert "the same call goes on from it" in (tmp_path / "training.log").read_text()
     *_, last, end = without_times(tmp_path)
     assert end["end"] == "stopped"
-    assert last["step"] == step and ("eval_loss" in last) == (how != signal.SIGTERM)
+    assert last["step"] == step and ("eval_loss" in last) != fatal
     assert (tmp_path / "loss.png").stat().st_size > 0
     assert not (tmp_path / "STOP").exists()
     finish(start, tmp_path)
     assert f"going on from checkpoint-{step};" in (tmp_path / "training.log").read_text()
-    assert without_times(tmp_path)[-1] == {"step": 24, "tokens": 24 * 512, "end": "finished"}
-    if how == signal.SIGTERM:  # an evaluation more, and dropout draws other numbers
+    assert without_times(tmp_path)[-1] == {"step": 24, "tokens": 2 * 90 * 64, "end": "finished"}
+    if fatal:  # else an evaluation more, and dropout draws other numbers
         assert same_weights(tmp_path, whole)
+
+
+def test_a_closed_window_costs_nothing_and_nohup_is_heeded(start, whole, tmp_path):
+    """A real terminal that closes, so that whatever is printed from then on fails."""
+    master, slave = os.openpty()
+    os.set_blocking(master, False)
+    seen = []
+
+    def goes_on():
+        with suppress(BlockingIOError):  # nothing new, or nobody has opened it yet
+            seen.append(os.read(master, 10_000))
+        return last_step(tmp_path) >= 5
+
+    process = start(tmp_path, delay=0.1, terminal=os.ttyname(slave))
+    wait_for(goes_on)
+    os.close(slave)
+    os.close(master)
+    process.join(30)
+    step = last_step(tmp_path)
+    assert b"training starts" in b"".join(seen)
+    assert process.exitcode == -signal.SIGHUP and 5 <= step < 24
+    assert (tmp_path / "checkpoints" / f"checkpoint-{step}" / "complete.json").exists()
+    process = start(tmp_path, delay=0.02, terminal="nohup")
+    wait_for(lambda: last_step(tmp_path) > step)
+    os.kill(process.pid, signal.SIGHUP)
+    process.join(30)
+    assert process.exitcode == 0 and last_step(tmp_path) == 24
+    assert same_weights(tmp_path, whole)
 
 
 @pytest.mark.soak

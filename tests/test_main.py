@@ -159,6 +159,11 @@ def test_what_is_finished_is_not_trained_again_unless_asked(trained, with_model,
     assert "nothing is trained" in capsys.readouterr().out and changed() == before
     runs = tmp_path / "runs"
     shutil.copytree(trained, runs, ignore=shutil.ignore_patterns("*.lock"))
+    assert run("train", "--more", "4", "--runs", str(runs)) == 0
+    assert "24 steps in place of 20" in capsys.readouterr().out
+    for name, key in (("history.jsonl", "loss"), ("samples.jsonl", "texts")):
+        steps = [line["step"] for line in read_history(runs / "smoke" / name) if key in line]
+        assert steps == sorted(set(steps)) and steps[-1] == 24  # one row, none twice
     assert run("train", "--fresh", "--runs", str(runs), "--set", "max_steps=2") == 0
     assert (runs / "smoke" / "checkpoints-1" / "checkpoint-20").is_dir()
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tinytrain import runs, steps
+from tinytrain import hardware, runs, steps
 from tinytrain.callbacks import read_history
+from tinytrain.checkpoints import train
 from tinytrain.recipes import RECIPES
 
 
@@ -29,6 +30,21 @@ def test_what_you_watch_does_not_make_another_run(built_in):
     assert same == runs.run_inputs(recipe, "float32")
     assert same != runs.run_inputs(replace(recipe, seed=1), "float32")
     assert same != runs.run_inputs(recipe, "bf16")
+
+
+def test_a_run_keeps_the_precision_that_it_was_begun_in(small_trainer, monkeypatch):
+    """Where the machine has it: what was measured there may come out otherwise the next time."""
+    recipe = replace(RECIPES["smoke"], precision=None)
+    best = hardware.choose_precision()
+    assert runs.choose_precision(recipe) == best
+    other = "float32" if best.name == "bf16" else "bf16"
+    train(small_trainer(steps.run_folder(recipe) / "checkpoints", precision=other, max_steps=1))
+    for has_it in (True, False):
+        monkeypatch.setattr(hardware, "computes", lambda name, has_it=has_it: has_it)
+        name, reason = runs.choose_precision(recipe)
+        assert name == (other if has_it else best.name)
+        assert ("checkpoint-1 was computed in it" in reason) == has_it
+    assert runs.choose_precision(RECIPES["smoke"]).name == "float32"  # the recipe asks for it
 
 
 def test_the_summary_is_written_beside_the_run(built_in):

@@ -80,8 +80,14 @@ def tokenize(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> int:
     """Train, going on from the last checkpoint if there is one; then measure and save the model."""
+    from tinytrain.checkpoints import longer_run
+
     _show_no_bars()
-    result = runs.train_recipe(options.recipe, fresh=options.fresh, fsdp=options.fsdp)
+    recipe = options.recipe
+    if options.more:
+        checkpoints = steps.run_folder(recipe) / "checkpoints"
+        recipe = replace(recipe, max_steps=longer_run(checkpoints, options.more))
+    result = runs.train_recipe(recipe, fresh=options.fresh, fsdp=options.fsdp)
     if rank() == 0 and result["finished"]:
         print(f"held-out loss  {result['held_out_loss']:.3f}")
         print(f"bits per character  {result['bits_per_character']:.2f}")
@@ -270,6 +276,7 @@ def _common_options() -> argparse.ArgumentParser:
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--fresh", action="store_true", help="start over; the earlier run is kept beside")
+    add("--more", type=int, metavar="STEPS", help="train a finished run so many steps longer")
     add("--fsdp", action="store_true", help="shard the weights over the processes (FSDP)")
 
 

@@ -21,17 +21,38 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, reduce
 from filelock import FileLock, Timeout
 from safetensors.torch import load_model
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
-from tinytrain.common import one_line, rank, world_size, write_json, writing_to
+from tinytrain.common import (
+    damaged_file,
+    hash_files,
+    one_line,
+    rank,
+    sync_to_disk,
+    world_size,
+    write_json,
+    writing_to,
+)
 
 logger = logging.getLogger(__name__)
 
 _COMPLETION_FILE = "complete.json"  # the last file written into a checkpoint
+
+
+# Of the Trainer's arguments those that decide the outcome, beside batch and precision.
+_DECISIVE = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"),
+    *("max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "seed", "data_seed"),
+    *("dataloader_drop_last", "train_sampling_strategy", "num_train_epochs", "max_steps"),
+)
+_BATCH = "batch of a step"
+_STEPS = {"max_steps", "epochs", "num_train_epochs"}  # may grow: a run can be made longer
 
 
 class _CheckpointKeeper(TrainerCallback):
@@ -39,20 +60,44 @@ class _CheckpointKeeper(TrainerCallback):
 
     The Trainer writes straight into a checkpoint's folder, so that a crash leaves a part of one,
     and it tells old from new by the clock, which may jump. Here the last thing written is
-    ``complete.json``, with the size of every file and the run's inputs; the step tells the age.
+    ``complete.json``, with sizes, hashes and what the run was made from; the step tells the age.
     """
 
-    def __init__(self, limit: int | None, inputs: dict[str, Any]):
+    def __init__(self, limit: int | None, made_from: dict[str, Any]):
         self.limit = limit  # complete checkpoints to keep; None keeps all
-        self.inputs = inputs
+        self.made_from = made_from
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        """Let a resumed run follow the arguments where the Trainer follows its checkpoint."""
+        state.compute_steps(args, state.max_steps)  # the rhythm of logging and saving
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not state.global_step < state.max_steps or not checkpoint.is_dir():
+            return
+        planned = _state_of(checkpoint).max_steps
+        if planned == state.max_steps or not isinstance(lr_scheduler, LambdaLR):
+            return
+        lr_scheduler.last_epoch -= 1
+        lr_scheduler.step()  # to where it was, with the rate of a run of so many steps
+        last = lr_scheduler.base_lrs[0] * lr_scheduler.lr_lambdas[0](state.max_steps - 1)
+        logger.info(
+            f"{state.max_steps:,} steps in place of {planned:,}: the learning rate is from here on "
+            f"that of a run of {state.max_steps:,} steps, {lr_scheduler.get_last_lr()[0]:.2g} at "
+            f"step {state.global_step + 1:,} and {last:.2g} at the last"
+        )
+
+    def on_save(self, args, state, control, model=None, **kwargs):
         """Mark the new checkpoint, then remove those that are too old or incomplete."""
+        finite = _all_finite(model, args.device)
         PartialState().wait_for_everyone()  # each process writes a part of it
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
-        _mark_complete(folder / f"checkpoint-{state.global_step}", self.inputs)
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        if not finite:
+            logger.warning("%s is not kept: its weights are not finite", checkpoint.name)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            return
+        _mark_complete(checkpoint, self.made_from)
         earlier = [path for path in _newest_first(folder) if _step_of(path) < state.global_step]
         complete = [path for path in earlier if not _why_incomplete(path)]
         kept = complete[: self.limit - 1] if self.limit else complete
@@ -61,27 +106,47 @@ class _CheckpointKeeper(TrainerCallback):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _mark_complete(checkpoint: Path, inputs: dict[str, Any]) -> None:
-    sizes = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name != _COMPLETION_FILE:
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())  # a machine that loses power may lose what is in memory
-            sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
-    write_json(checkpoint / _COMPLETION_FILE, {"inputs": inputs, "files": sizes}, sync=True)
+def _all_finite(model: torch.nn.Module, device: torch.device) -> bool:
+    """Tell whether the weights are finite, in all processes; so large that they overflow is not."""
+    norm = torch.nn.utils.get_total_norm(model.parameters())
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return bool(reduce(norm.to(device), "sum").isfinite())  # with FSDP each has a part of them
 
 
-def _why_incomplete(checkpoint: Path) -> str:
-    """Return what a checkpoint lacks, or an empty string."""
-    try:
-        sizes = json.loads((checkpoint / _COMPLETION_FILE).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+def _mark_complete(checkpoint: Path, made_from: dict[str, Any]) -> None:
+    hashes = hash_files(checkpoint)
+    hashes.pop(_COMPLETION_FILE, None)
+    for name in hashes:
+        with (checkpoint / name).open("rb+") as file:
+            sync_to_disk(file)  # a machine that loses power may lose what is in memory
+    sizes = {name: (checkpoint / name).stat().st_size for name in hashes}
+    values = {**made_from, "files": sizes, "hashes": hashes}
+    write_json(checkpoint / _COMPLETION_FILE, values, sync=True)
+
+
+def _completion(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / _COMPLETION_FILE).read_text(encoding="utf-8"))
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def _why_incomplete(checkpoint: Path, thorough: bool = False) -> str:
+    """Return what a checkpoint lacks, or an empty string; read its files if it is thorough."""
+    if not (checkpoint / _COMPLETION_FILE).exists():
         return "its writing was not finished"
-    for name, size in sizes.items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size:
-            return f"{name} is missing or has not its {size:,} bytes"
-    return ""
+    name = _COMPLETION_FILE
+    try:
+        completion = _completion(checkpoint)
+        completion["inputs"].items()
+        for name, size in completion["files"].items():
+            if (checkpoint / name).stat().st_size != size:
+                return f"{name} is damaged"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{name} is missing or damaged"
+    damaged = damaged_file(checkpoint, completion.get("hashes", {})) if thorough else None
+    return f"{damaged} is damaged" if damaged else ""
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -94,7 +159,7 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
+def last_checkpoint(folder: str | Path, thorough: bool = False) -> Path | None:
     """Return the newest complete checkpoint in a folder, or None.
 
     One that a crash left half-written, or that has lost a file since, is passed over with a
@@ -104,9 +169,11 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     ----------
     folder : str or Path
         Holds folders ``checkpoint-<step>``; need not exist.
+    thorough : bool
+        Read all files, to pass over one whose content has changed since it was written.
     """
     for path in _newest_first(Path(folder)):
-        problem = _why_incomplete(path)
+        problem = _why_incomplete(path, thorough)
         if not problem:
             return path
         logger.warning("%s is passed over: %s", path.name, problem)
@@ -115,7 +182,33 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 def checkpoint_inputs(checkpoint: str | Path) -> dict[str, Any]:
     """Return what a complete checkpoint was made from, as given to `train`."""
-    return json.loads((Path(checkpoint) / _COMPLETION_FILE).read_text(encoding="utf-8"))["inputs"]
+    return _completion(Path(checkpoint))["inputs"]
+
+
+def recorded_precision(checkpoint: str | Path) -> str | None:
+    """Return what a complete checkpoint was computed in, if it says so."""
+    completion = _completion(Path(checkpoint))
+    return completion.get("arguments", completion["inputs"]).get("precision")
+
+
+def longer_run(folder: str | Path, more: int) -> int:
+    """Return the steps of a finished run that becomes longer; of an unfinished one, its own."""
+    checkpoint = last_checkpoint(folder)
+    state = _state_of(checkpoint) if checkpoint else TrainerState()
+    return state.max_steps + (more if state.global_step >= state.max_steps else 0)
+
+
+def _made_from(trainer: Trainer, inputs: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what decides the outcome: the inputs and, of the Trainer's arguments, the rest."""
+    args = trainer.args
+    arguments = {name: getattr(args, name, None) for name in _DECISIVE}
+    arguments["optim"] = str(args.optim.value).removesuffix("_fused")  # the same, computed faster
+    arguments["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
+    arguments["processes"] = args.world_size
+    per_process = args.train_batch_size * args.gradient_accumulation_steps
+    arguments[_BATCH] = per_process * args.world_size
+    # As they will be read back.
+    return json.loads(json.dumps({"inputs": inputs or {}, "arguments": arguments}))
 
 
 def train(
@@ -128,10 +221,11 @@ def train(
 ) -> None:
     """Train to the end, from the newest complete checkpoint if there is one.
 
-    Checkpoints are resumed only if they were made from the same inputs; others are moved aside,
-    never deleted, and the log names the difference. A run that is finished is not trained
-    further: its weights are loaded and its plot is shown again. However the training ends, the
-    callbacks that have a method ``close`` are closed in their order.
+    Checkpoints are resumed only if inputs and arguments of the Trainer that decide the outcome are
+    the same; others are moved aside, never deleted, and the log names the difference. The precision
+    may change, and how many processes share a step; more steps make a run longer. A finished run is
+    else not trained further: its weights are loaded and its plot is shown again. However the
+    training ends, the callbacks that have a method ``close`` are closed in their order.
 
     Parameters
     ----------
@@ -165,13 +259,13 @@ def train(
         ``make_model`` is missing.
     """
     folder = Path(trainer.args.output_dir)
-    inputs = json.loads(json.dumps(inputs or {}))  # as they will be read back
-    keeper = _CheckpointKeeper(trainer.args.save_total_limit, inputs)
+    made_from = _made_from(trainer, inputs)
+    keeper = _CheckpointKeeper(trainer.args.save_total_limit, made_from)
     trainer.add_callback(keeper)
     trainer.args.save_total_limit = None  # the keeper removes them
     _quiet_transformers()
     try:
-        with _opened_by_rank_zero(trainer, inputs, fresh, results) as checkpoint:
+        with _opened_by_rank_zero(trainer, made_from, fresh, results) as checkpoint:
             while not _train_from(checkpoint, trainer, halve_batch, make_model):
                 _halve_batch(trainer)
                 checkpoint = last_checkpoint(folder)
@@ -197,8 +291,10 @@ def _train_from(
     if checkpoint is None:
         _restore_first_weights(trainer, make_model)
     else:
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step >= state.max_steps:  # the Trainer would train one step too many
+        state, before = _state_of(checkpoint), _completion(checkpoint).get("arguments", {})
+        asked = {name: getattr(trainer.args, name) for name in ("max_steps", "num_train_epochs")}
+        end = state.max_steps if asked.items() <= before.items() else _total_steps(trainer)
+        if state.global_step >= end:  # the Trainer would train one step too many
             _load_finished_run(trainer, checkpoint, state)
             return True
         if any(checkpoint.glob("pytorch_model_fsdp*")) != trainer.is_fsdp_enabled:
@@ -221,6 +317,13 @@ def _train_from(
     return True
 
 
+def _total_steps(trainer: Trainer) -> int:
+    if trainer.args.max_steps > 0:
+        return trainer.args.max_steps
+    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return steps
+
+
 def _restore_first_weights(trainer: Trainer, make_model: Callable | None) -> None:
     if not trainer.state.global_step:
         return  # the model has not been trained yet
@@ -236,6 +339,7 @@ def _load_finished_run(trainer: Trainer, checkpoint: Path, state: TrainerState) 
     logger.info("this run is finished: its model is loaded, nothing is trained")
     load_model(trainer.model, checkpoint / "model.safetensors")
     trainer.state = state
+    trainer.callback_handler.train_dataloader = trainer.get_train_dataloader()
     # Displays show the run again.
     trainer.callback_handler.on_train_begin(trainer.args, state, trainer.control)
     trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)
@@ -266,7 +370,7 @@ def _quiet_transformers() -> None:
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    """Tell a warning from two expected ones: tied weights are stored once, we halve the batch."""
+    """Tell a warning from two expected ones: of tied weights, which are stored once, of rhythm."""
     text = record.getMessage()
     tied = "missing keys in the checkpoint" in text and "['lm_head.weight']" in text
     return not tied and "do not match the ones in the `trainer_state.json`" not in text
@@ -274,7 +378,7 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _opened_by_rank_zero(
-    trainer: Trainer, inputs: dict, fresh: bool, results: Sequence[Path]
+    trainer: Trainer, made_from: dict, fresh: bool, results: Sequence[Path]
 ) -> Iterator[Path | None]:
     """Lock the folder and give all ranks the checkpoint, or the error, that rank 0 has found."""
     folder = Path(trainer.args.output_dir)
@@ -285,7 +389,7 @@ def _opened_by_rank_zero(
         if rank() == 0:
             try:
                 stack.enter_context(_locked(folder))
-                found = _open_run(folder, inputs, fresh, files)
+                found = _open_run(trainer, made_from, fresh, files)
             except Exception as error:
                 found = error
         found = broadcast_object_list([found])[0]
@@ -308,21 +412,53 @@ def _locked(folder: Path) -> AbstractContextManager:
             ) from None
 
 
-def _open_run(folder: Path, inputs: dict, fresh: bool, files: Sequence[Path]) -> Path | None:
+def _open_run(trainer: Trainer, made_from: dict, fresh: bool, files: Sequence[Path]) -> Path | None:
     """Return the checkpoint to resume; move the folder and the files of another run aside."""
-    checkpoint = last_checkpoint(folder)
+    folder = Path(trainer.args.output_dir)
+    checkpoint = last_checkpoint(folder, thorough=True)
+    reason = ""
     if checkpoint:
-        before = checkpoint_inputs(checkpoint)
-        if not fresh and before == inputs:
-            logger.info("going on from %s; fresh=True would start over", checkpoint.name)
-            return checkpoint
-        changed = [name for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
-        changes = [f"{name} was {before.get(name)}, is {inputs.get(name)}" for name in changed]
-        reason = "fresh=True" if fresh else f"{checkpoint.name}: {', '.join(changes[:3])}"
+        reason = "fresh=True" if fresh else _changes(checkpoint, made_from, trainer)
+    elif any((path / _COMPLETION_FILE).exists() for path in _newest_first(folder)):
+        reason = "none of its checkpoints is whole"
+    if reason:
         aside = _move_aside(folder, files)
         logger.info("starting over (%s); the earlier run is kept as %s", reason, aside.name)
+    elif checkpoint:
+        for path in _newest_first(folder):
+            if _step_of(path) > _step_of(checkpoint):  # damaged, and soon to be written over
+                (path / _COMPLETION_FILE).unlink(missing_ok=True)
+        logger.info("going on from %s; fresh=True would start over", checkpoint.name)
+        was, now = recorded_precision(checkpoint), made_from["arguments"]["precision"]
+        if was not in (None, now):
+            logger.info("computed in %s so far, from here on in %s", was, now)
+        return checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     return None
+
+
+def _changes(checkpoint: Path, now: dict[str, Any], trainer: Trainer) -> str:
+    """Say what forbids to go on from a checkpoint: what it was made from, and what is asked now."""
+    before = _completion(checkpoint)
+    changed: dict[str, tuple] = {}
+    for part, new in now.items():
+        old = before.get(part, {})
+        names = {**old, **new}
+        if part == "arguments" or "arguments" not in before:  # of another version: what both know
+            names = [name for name in old if name in new]
+        for name in names:
+            if old.get(name) != new.get(name):
+                changed.setdefault(name, (old.get(name), new.get(name)))
+    changed.pop("precision", None)
+    # Processes that cannot share a batch evenly take up to one row more each.
+    processes = max(changed.pop("processes", (1, 1)))
+    was, is_now = changed.get(_BATCH, (0, 0))
+    if abs(was - is_now) < processes:
+        changed.pop(_BATCH, None)
+    if changed.keys() & _STEPS and _total_steps(trainer) >= _state_of(checkpoint).max_steps:
+        changed = {name: values for name, values in changed.items() if name not in _STEPS}
+    changes = [f"{name} was {was}, is {is_now}" for name, (was, is_now) in changed.items()]
+    return f"{checkpoint.name}: {', '.join(changes[:3])}" if changes else ""
 
 
 def _move_aside(folder: Path, files: Sequence[Path]) -> Path:

@@ -10,9 +10,11 @@ by a line every few seconds.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -21,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,11 +130,20 @@ def atomic_write(path: str | Path, content: str | bytes, sync: bool = False) -> 
         with temporary.open("wb") as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             if sync:
-                file.flush()
-                os.fsync(file.fileno())
+                sync_to_disk(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_to_disk(file: IO[Any]) -> None:
+    """Wait until the disk has what was written, where the file system knows how to."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 @contextmanager
@@ -328,15 +339,36 @@ class Speedometer:
     Parameters
     ----------
     tokens_per_step : int
-        Tokens that one optimiser step learns from.
+        Tokens that a whole optimiser step learns from.
     """
 
     def __init__(self, tokens_per_step: int):
         self.tokens_per_step = tokens_per_step
 
-    def start(self, state: Any) -> None:
-        """Begin to count, from the step that the ``TrainerState`` is at."""
+    def start(self, state: Any, args: Any = None, train_dataloader: Any = None) -> None:
+        """Begin to count, from the step that the ``TrainerState`` is at.
+
+        The Trainer's arguments and data tell what a step really learns from, and that the last one
+        of an epoch is a shorter one. Without them the number given counts for every step.
+        """
         self._start, self._first_step = time.monotonic(), state.global_step
+        self._epoch = 1, self.tokens_per_step
+        data = getattr(train_dataloader, "dataset", None)
+        if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+            return  # a stream
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        lengths = {len(data[i].get("input_ids", ())) for i in (0, len(data) - 1)}
+        if len(lengths) == 1:  # packed
+            self.tokens_per_step = rows * lengths.pop()
+        steps = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+        seen = min(len(data) * self.tokens_per_step // rows, steps * self.tokens_per_step)
+        self._epoch = steps, seen
+
+    def tokens(self, step: int) -> int:
+        """Return the tokens seen from the first step of the run to this one."""
+        steps, tokens = self._epoch
+        rest = min(step % steps * self.tokens_per_step, tokens)
+        return step // steps * tokens + rest
 
     def seconds(self) -> float:
         """Return the seconds since the start."""
@@ -344,7 +376,7 @@ class Speedometer:
 
     def tokens_per_second(self, state: Any) -> float:
         """Return the tokens learned from in a second."""
-        return (state.global_step - self._first_step) * self.tokens_per_step / self.seconds()
+        return (self.tokens(state.global_step) - self.tokens(self._first_step)) / self.seconds()
 
     def seconds_left(self, state: Any) -> float | None:
         """Return how long the rest will take at this speed; None before the first step."""

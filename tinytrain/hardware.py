@@ -106,6 +106,17 @@ def choose_precision(wanted: str | None = None) -> Precision:
     return _choose_for_cpu(cpu_flags())
 
 
+def computes(precision: str) -> bool:
+    """Tell whether this machine has the precision in hardware, be it the fastest or not."""
+    import torch
+
+    if precision == "float32":
+        return True
+    if torch.cuda.is_available():
+        return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision == "bf16" and not cpu_flags().isdisjoint(_BF16_FLAGS)
+
+
 # "bf16" is what Linux calls it on ARM.
 _BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 

@@ -27,6 +27,8 @@ from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, RECIPES, Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+    from tinytrain.hardware import Precision
+
 logger = logging.getLogger(__name__)
 
 
@@ -290,7 +292,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     tokenizer = steps.get_tokenizer(recipe)
     blocks = steps.get_blocks(recipe, tokenizer)
     model = steps.get_model(recipe, steps.get_config(recipe, tokenizer))
-    precision = _choose_precision(recipe)
+    precision = _choose_precision(recipe, fresh)
     questions = steps.get_questions(recipe)
     before = _share_right(model, tokenizer, questions) if rank() == 0 else None
 
@@ -354,13 +356,25 @@ def _share_right(model: Any, tokenizer: Any, questions: list[Any]) -> float:
     return generation.accuracy(generation.answer_questions(model, tokenizer, questions))
 
 
-def _choose_precision(recipe: Recipe) -> str:
+def choose_precision(recipe: Recipe) -> Precision:
+    """Return what to compute a run in: as before, if it goes on and this machine can do that."""
+    from tinytrain import checkpoints, hardware
+
+    checkpoint = checkpoints.last_checkpoint(steps.run_folder(recipe) / "checkpoints")
+    kept = checkpoints.recorded_precision(checkpoint) if checkpoint else None
+    if recipe.precision is None and kept and hardware.computes(kept):
+        return hardware.Precision(kept, f"{checkpoint.name} was computed in it")
+    return hardware.choose_precision(recipe.precision)
+
+
+def _choose_precision(recipe: Recipe, fresh: bool) -> str:
     """Return the same precision in all processes."""
     import torch
 
     from tinytrain import hardware
 
-    name = hardware.choose_precision(recipe.precision).name
+    chosen = hardware.choose_precision(recipe.precision) if fresh else choose_precision(recipe)
+    name = chosen.name
     if world_size() > 1 and not torch.accelerator.is_available():
         # On a processor the choice is measured, and may come out differently in each process.
         from accelerate import PartialState

@@ -28,7 +28,7 @@ class VerboseTrainingCallback(TrainerCallback):
     Parameters
     ----------
     tokens_per_step : int
-        Tokens that one optimiser step learns from.
+        Tokens that a whole optimiser step learns from; the last of an epoch may have fewer.
     seconds : float
         The shortest time between two messages about the loss; the first and the last always come.
 
@@ -45,15 +45,15 @@ class VerboseTrainingCallback(TrainerCallback):
         self.seconds = seconds
         self.train_loss: list[float] = []
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         """Log how large the model is, and how many steps there are."""
         self._speed = Speedometer(self.tokens_per_step)
-        self._speed.start(state)
+        self._speed.start(state, args, train_dataloader)
         self._last_message = -math.inf
         parameters = sum(parameter.numel() for parameter in model.parameters())
         logger.info(
             f"training starts: {parameters:,} parameters, "
-            f"{state.max_steps:,} steps of {self.tokens_per_step:,} tokens"
+            f"{state.max_steps:,} steps of {self._speed.tokens_per_step:,} tokens"
             + (f", resumed at step {state.global_step}" if state.global_step else "")
         )
 
@@ -106,7 +106,7 @@ class HistoryCallback(TrainerCallback):
         Usually ``history.jsonl`` in the run's folder. A run that starts from nothing replaces the
         file; a resumed run drops the lines after its checkpoint and goes on.
     tokens_per_step : int
-        Tokens that one optimiser step learns from.
+        Tokens that a whole optimiser step learns from; the last of an epoch may have fewer.
     **metadata
         Kept in the first line, for example ``vocab_size=4096`` and ``name="pocket"``.
     """
@@ -117,17 +117,20 @@ class HistoryCallback(TrainerCallback):
         self.path = Path(path)
         self.tokens_per_step = tokens_per_step
         self.metadata = metadata
+        self._running = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Keep the lines of the steps already done."""
         kept = []
         if state.global_step and self.path.exists():
             lines = [line for line in read_json_lines(self.path) if "end" not in line]
-            kept = [line for line in lines if 0 < line["step"] <= state.global_step]
-        self._seconds_before = kept[-1]["seconds"] if kept else 0.0
-        self._start = time.monotonic()
+            kept = [line for line in lines if 0 < line.get("step", 0) <= state.global_step]
+        self._seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
+        self._speed = Speedometer(self.tokens_per_step)
+        self._speed.start(state, args, train_dataloader)
+        self._running = True
         first = {"step": 0, "tokens": 0, "seconds": 0.0, "max_steps": state.max_steps}
-        first |= {"tokens_per_step": self.tokens_per_step, **self.metadata}
+        first |= {"tokens_per_step": self._speed.tokens_per_step, **self.metadata}
         write_json_lines(self.path, [first, *kept])
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -138,19 +141,19 @@ class HistoryCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Write a held-out loss."""
-        if metrics and "eval_loss" in metrics and hasattr(self, "_start"):
+        if metrics and "eval_loss" in metrics and self._running:
             self._write(state, {"eval_loss": float(metrics["eval_loss"])})
 
     def on_train_end(self, args, state, control, **kwargs):
         """Write that the run has ended."""
         finished = state.global_step >= state.max_steps
         self._write(state, {"end": "finished" if finished else "stopped"})
-        del self._start  # an evaluation that comes later is not part of the run
+        self._running = False  # an evaluation that comes later is not part of the run
 
     def _write(self, state, values: dict[str, Any]) -> None:
         line = {
             "step": state.global_step,
-            "tokens": state.global_step * self.tokens_per_step,
-            "seconds": round(self._seconds_before + time.monotonic() - self._start, 2),
+            "tokens": self._speed.tokens(state.global_step),
+            "seconds": round(self._seconds_before + self._speed.seconds(), 2),
         }
         append_json_line(self.path, line | values)

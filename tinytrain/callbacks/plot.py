@@ -81,13 +81,15 @@ class LivePlotCallback(TrainerCallback):
         self.seconds = seconds
         self._state = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         """Open the one output that later drawings replace."""
         self.close()  # an earlier run may have ended by an error
         start = time.monotonic()
-        self._plot = _LossPlot(self.vocab_size, self.tokens_per_step, self.reference)
         self._speed = Speedometer(self.tokens_per_step)
-        self._speed.start(state)
+        self._speed.start(state, args, train_dataloader)
+        steps = max(state.max_steps, 1)
+        average = self._speed.tokens(steps) / steps
+        self._plot = _LossPlot(self.vocab_size, average, self.reference)
         self._output = NotebookOutput() if in_notebook() else None
         if self._output:
             display_begins(self)
@@ -124,7 +126,7 @@ class LivePlotCallback(TrainerCallback):
         elif state.global_step >= state.max_steps:
             headline += ", done"
         details = self._plot.latest_losses()
-        details.append(f"{format_count(state.global_step * self.tokens_per_step)} tokens seen")
+        details.append(f"{format_count(self._speed.tokens(state.global_step))} tokens seen")
         if left is not None:
             details.append(f"{self._speed.tokens_per_second(state):,.0f} tokens/s")
         details = " · ".join([*details, _memory_in_use()])
@@ -251,7 +253,7 @@ class _LossPlot:
     def __init__(
         self,
         vocab_size: int | None = None,
-        tokens_per_step: int = 0,
+        tokens_per_step: float = 0,
         reference: Mapping[str, Any] | None = None,
     ):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -283,7 +285,7 @@ class _LossPlot:
             loss.axhline(uniform, color="#888888", linestyle=":", label=label)
         self._label_axes(tokens_per_step)
 
-    def _label_axes(self, tokens_per_step: int) -> None:
+    def _label_axes(self, tokens_per_step: float) -> None:
         loss, rate = self._axes
         for axis in self._axes:
             axis.grid(alpha=0.25)
@@ -365,7 +367,8 @@ class _LossPlot:
 def _plot_history(history: Sequence[Mapping[str, Any]]) -> _LossPlot:
     """Draw a whole history, whose first line holds its metadata."""
     first, last = history[0], history[-1]
-    plot = _LossPlot(first.get("vocab_size"), first.get("tokens_per_step", 0))
+    average = last.get("tokens", 0) / max(last["step"], 1) or first.get("tokens_per_step", 0)
+    plot = _LossPlot(first.get("vocab_size"), average)
     plot.add(history)
     name = f"{first['name']}: " if "name" in first else ""
     end = f", {last['end']}" if "end" in last else ""

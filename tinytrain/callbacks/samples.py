@@ -60,7 +60,9 @@ class SampleCallback(TrainerCallback):
         """Keep the samples of the steps already done."""
         self.samples: list[dict[str, Any]] = []
         if state.global_step and self.path.exists():
-            lines = read_json_lines(self.path)
+            lines = [
+                line for line in read_json_lines(self.path) if line.keys() >= {"step", "texts"}
+            ]
             self.samples = [line for line in lines if line["step"] <= state.global_step]
         write_json_lines(self.path, self.samples)
         self._output = NotebookOutput() if in_notebook() else None

@@ -18,16 +18,22 @@ from transformers import TrainerCallback
 logger = logging.getLogger(__name__)
 
 
+# What announces the end of this process: of the machine, the terminal or the console (Windows).
+_FATAL = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP", "SIGBREAK")]
+
+
 class StopCallback(TrainerCallback):
     """Ends a run in good order when asked: after the current step, with a checkpoint.
 
     The interrupt (■ in a notebook, or Ctrl-C) and a stop file end the run with a checkpoint, an
     evaluation and a last drawing, and what follows the training runs; a second interrupt stops at
-    once. After SIGTERM, with which a cloud machine announces its end, there is time for a
-    checkpoint only; then the signal takes its usual course and ends the process. With several
+    once. After SIGTERM, with which a cloud machine announces its end, and SIGHUP, that of a closed
+    window (on Windows SIGBREAK), there is time for a checkpoint only; then the signal takes its
+    usual course and ends the process. ``nohup`` keeps SIGHUP away, as always. With several
     processes, a request to one of them stops all after the same step.
 
-    Name it last among the callbacks: after SIGTERM the process ends in this one's ``on_train_end``.
+    Name it last among the callbacks: after such a signal the process ends in this one's
+    ``on_train_end``.
 
     Parameters
     ----------
@@ -44,6 +50,7 @@ class StopCallback(TrainerCallback):
     def __init__(self, stop_file: str | Path | None = None):
         self.stop_file = Path(stop_file) if stop_file else None
         self.reason: str | None = None
+        self._fatal: int | None = None  # a signal that must end the process
         self._previous_handlers: dict[int, Any] = {}
 
     def ask(self, reason: str = "a call of ask()") -> None:
@@ -53,7 +60,7 @@ class StopCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Listen to signals."""
         self._restore_handlers()  # an earlier run may have ended by an error
-        self.reason, self._acknowledged = None, False
+        self.reason, self._fatal, self._acknowledged = None, None, False
         self._last_look = -math.inf
         self._watched = self.stop_file if state.is_world_process_zero else None
         if self._watched and self._watched.exists():
@@ -61,16 +68,17 @@ class StopCallback(TrainerCallback):
             self._watched.unlink()
         # Python hears signals in its main thread only; elsewhere the file remains.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous_handlers[number] = signal.signal(number, self._handle_signal)
+            for number in filter(None, (signal.SIGINT, *_FATAL)):
+                if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous_handlers[number] = signal.signal(number, self._handle_signal)
 
     # A signal may arrive in the middle of writing a message: its handler must not write one.
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._is_training(frame):  # a run that ended by an error has no on_train_end
             self._restore_handlers()
             signal.raise_signal(number)
-        elif number == signal.SIGTERM:
-            self.reason = "SIGTERM"
+        elif number in _FATAL:
+            self.reason, self._fatal = signal.Signals(number).name, number
         elif self.reason:
             raise KeyboardInterrupt("interrupted a second time: stopped at once")
         else:
@@ -109,27 +117,28 @@ class StopCallback(TrainerCallback):
                 self._watched.unlink(missing_ok=True)
                 self.ask(f"the file {self._watched.name}")
         if args.world_size > 1:  # the most urgent request counts for all ranks
-            urgency = 2 if self.reason == "SIGTERM" else 1 if self.reason else 0
+            urgency = 2 if self._fatal else 1 if self.reason else 0
             highest = int(gather(torch.tensor(urgency, device=args.device)).max())
             if highest > urgency:
-                self.reason = "SIGTERM" if highest == 2 else "another process"
+                self.reason = "another process"
+                self._fatal = signal.SIGTERM if highest == 2 else None
         if self.reason and state.global_step < state.max_steps:
             self.on_substep_end(args, state, control)
             control.should_training_stop = True
             control.should_save = True
             control.should_log = True
-            control.should_evaluate = self.reason != "SIGTERM" and args.eval_strategy != "no"
+            control.should_evaluate = not self._fatal and args.eval_strategy != "no"
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Log what you can do now, and let a SIGTERM take its course."""
+        """Log what you can do now, and let a signal take its course."""
         if self.reason and state.global_step < state.max_steps:
             stopped = f"stopped at step {state.global_step} by {self.reason}"
             logger.info(f"{stopped}; a checkpoint is saved, the same call goes on from it")
         self.close()
 
     def close(self) -> None:
-        """Stop listening, and let a SIGTERM take its course."""
+        """Stop listening, and let a signal that ends the process take its course."""
         self._restore_handlers()
-        if self.reason == "SIGTERM":
-            self.reason = None
-            signal.raise_signal(signal.SIGTERM)
+        fatal, self._fatal = self._fatal, None
+        if fatal:
+            signal.raise_signal(fatal)
