@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+_logger = logging.getLogger(__name__)
+
 _LOG_FORMAT = "%(asctime)s - %(levelname)s: %(message)s"
 _DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 
@@ -186,13 +188,22 @@ def append_json_line(path: str | Path, line: Any) -> None:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; a last line that is still being written is left out."""
+    """Read a file of JSON lines, each an object.
+
+    A line that is damaged is left out, with a warning; a last line that is still being written is
+    left out without one.
+    """
     lines = []
-    for text in Path(path).read_text(encoding="utf-8").split("\n"):
+    *whole, unfinished = Path(path).read_bytes().split(b"\n")
+    for number, text in enumerate([*whole, unfinished], 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+        except ValueError:  # no JSON, or no UTF-8
+            line = None
+        if isinstance(line, dict):
+            lines.append(line)
+        elif text.strip() and number <= len(whole):
+            _logger.warning("%s: line %d is damaged and left out", path, number)
     return lines
 
 
