@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import time
@@ -23,9 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from tokenizers import AddedToken, Tokenizer
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 _logger = logging.getLogger(__name__)
 
@@ -54,6 +58,13 @@ class _StdoutHandler(logging.StreamHandler):
             return
         self.stream = sys.stdout
         super().emit(record)
+
+
+class _SafeFormatter(logging.Formatter):
+    """Shows a message's control characters, some of which a text or a prompt may have brought."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return safe_text(super().format(record))
 
 
 def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO) -> logging.Logger:
@@ -89,7 +100,7 @@ def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO)
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_LOG_FORMAT, _DATE_FORMAT))
+        handler.setFormatter(_SafeFormatter(_LOG_FORMAT, _DATE_FORMAT))
         logger.addHandler(handler)
     logger.setLevel(level)
     # Colab gives the root logger a handler of its own, which would repeat every line.
@@ -294,6 +305,142 @@ def format_count(number: float) -> str:
 def one_line(text: Any) -> str:
     """Return a text without line breaks and invisible characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+# All control characters but tab and line end, those that turn the direction of the text around, and
+# halves of characters, which cannot be written.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def safe_text(text: Any) -> str:
+    """Return a text for a terminal or a log, with control characters as escapes.
+
+    What comes from a text or a model could otherwise move the cursor, or rename the window.
+
+    Examples
+    --------
+    >>> print(safe_text(f"red: {chr(27)}[31m") == "red: " + chr(92) + "x1b[31m")
+    True
+    """
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+# Text to token ids
+
+# A tokenizer holds some hundred bytes for each token of a call: a long text goes through it in
+# parts of at least so many characters, and a call gets so many of them, or of short texts.
+_PART = 2**15
+_PARTS_IN_A_CALL = 4
+
+# A place to cut: every pre-tokenizer in use ends a piece between a letter and one of these, so the
+# parts become the tokens of the whole. Normalization does not reach across it either.
+_PLACE_TO_CUT = re.compile("(?<=[A-Za-z\u4e00-\u9fa5])(?=[\n 。，、；：？！])")
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return what makes ids of a text that a fast tokenizer would make if nothing were special.
+
+    Called itself, a tokenizer turns ``<|im_start|>`` or ``<tool_call>`` in a text into control
+    tokens, which only a program should place. Here they are plain characters. Ordinary added tokens
+    (words, runs of spaces) are found as always. Call it with ``add_special_tokens=False``.
+    """
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.pre_tokenizers import Sequence, Split
+
+    backend = tokenizer.backend_tokenizer
+    encoder = Tokenizer(backend.model)  # shared, not copied
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        if getattr(backend, part) is not None:
+            setattr(encoder, part, getattr(backend, part))
+    added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
+    if not all(map(_is_control, added)):
+        for token in added:  # in their order, so that they get the same ids
+            add = encoder.add_special_tokens if _is_control(token) else encoder.add_tokens
+            add([token])
+        encoder.encode_special_tokens = True  # as plain text
+    # Some models, those without merges for example, have control tokens among their own.
+    signs = [token.content for token in added if _is_control(token)]
+    if signs := [sign for sign in signs if encoder.token_to_id(sign) in _ids(encoder, sign)]:
+        inside = "|".join(f"{re.escape(sign[0])}(?={re.escape(sign[1:])})" for sign in signs)
+        steps = [Split(Regex(inside), "isolated"), encoder.pre_tokenizer]
+        encoder.pre_tokenizer = Sequence([step for step in steps if step is not None])
+    return encoder
+
+
+def _ids(encoder: Tokenizer, text: str) -> list[int]:
+    return encoder.encode(text, add_special_tokens=False).ids
+
+
+def _is_control(token: AddedToken) -> bool:
+    """Tell whether an added token is a sign for programs, such as ``<tool_call>``, and no text."""
+    text = token.content.strip("▁ \t\r\n")
+    return token.special or bool(text) and not text[0].isalnum()
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
+    """Return the token ids of each text, in which nothing is read as a special token.
+
+    See `encode_each`, which needs less memory.
+    """
+    return [ids.tolist() for ids in encode_each(tokenizer, texts)]
+
+
+def encode_each(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield the token ids of each text as int32, and hold no more than a few texts in memory.
+
+    No special token is added, and none comes from a text that spells one out: see `text_encoder`.
+    All that turns text into ids here goes through this function, so that a model is measured and
+    used on the ids that it was trained on.
+
+    A long text is cut after a word, which changes no token. Only where 32,000 characters in a row
+    have no such place, a token may be cut in two. (Tokenizers that are not byte-level may not be
+    able to go on inside a text; they read it as a whole.)
+    """
+    import numpy as np
+
+    if not tokenizer.is_fast:
+        for text in texts:
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            yield np.array(ids, dtype=np.int32)
+        return
+    encoder = text_encoder(tokenizer)
+    open_parts: list[np.ndarray] = []
+    for batch in _calls(encoder, texts):
+        found = encoder.encode_batch_fast([part for part, _ in batch], add_special_tokens=False)
+        for (_, is_last), encoding in zip(batch, found, strict=True):
+            ids = encoding.ids
+            open_parts.append(np.fromiter(ids, dtype=np.int32, count=len(ids)))
+            if is_last:
+                yield open_parts[0] if len(open_parts) == 1 else np.concatenate(open_parts)
+                open_parts = []
+
+
+def cut_text(text: str) -> Iterator[str]:
+    """Yield a text in parts that become the same tokens as the whole; see `encode_each`."""
+    start = 0
+    while len(text) - start > 2 * _PART:
+        found = _PLACE_TO_CUT.search(text, start + _PART, start + 2 * _PART)
+        end = found.start() if found else start + 2 * _PART
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _calls(encoder: Tokenizer, texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+    """Yield what to encode in one call: parts of texts, each with whether it is the text's last."""
+    pairs = (("好", "。好"), ("a", " b"), ("a", "\nb"))
+    may_cut = all(_ids(encoder, a + b) == _ids(encoder, a) + _ids(encoder, b) for a, b in pairs)
+    call, characters = [], 0
+    for text in texts:
+        parts = list(cut_text(text)) if may_cut else [text]
+        for number, part in enumerate(parts, 1):
+            call.append((part, number == len(parts)))
+            characters += len(part) + 1
+            if characters > _PARTS_IN_A_CALL * _PART:
+                yield call
+                call, characters = [], 0
+    if call:
+        yield call
 
 
 def new_axes(width: float = 7, height: float = 3) -> tuple[Figure, Axes]:

@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinytrain import corpus, duplicates, encyclopedia, hub, modeling, qwen, tokenization
-from tinytrain.common import write_json, writing_to
+from tinytrain.common import encode_each, write_json, writing_to
 from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, Recipe
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -216,6 +216,8 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
         for name, documents in get_split(recipe).items():
             part = folder / "parts" / name
             blocks[name] = make_blocks(documents, tokenizer, recipe.context_length, folder=part)
+            if not len(blocks[name]):
+                raise ValueError(_no_block(recipe, name, documents))
         blocks.save_to_disk(str(folder / "blocks"))
         del blocks
         shutil.rmtree(folder / "parts", ignore_errors=True)
@@ -225,10 +227,23 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
         "tokenizer": tokenization.fingerprint(tokenizer),
         "context_length": recipe.context_length,
         "packing": recipe.packing,
-        "code": _code_hash(make_blocks),
+        "code": _code_hash(make_blocks, encode_each),
     }
     folder = _build_once(run_folder(recipe) / "blocks", inputs, build)
     return load_from_disk(str(folder / "blocks"))
+
+
+def _no_block(recipe: Recipe, name: str, documents: Dataset) -> str:
+    """Return what is missing where a text does not fill a single block, and what to do."""
+    characters = sum(corpus.document_lengths(documents))
+    what, larger = ("training set", "smaller") if name == "train" else ("held-out set", "larger")
+    return (
+        f"the {what} ({len(documents):,} documents, {characters:,} characters) does not fill one "
+        f"block of {recipe.context_length} tokens"
+        + ("" if recipe.packing else ", for packing=false drops what is shorter than a block")
+        + f": take more text, a shorter context_length or a {larger} test_size"
+        + ("" if recipe.packing else ", or packing=true")
+    )
 
 
 def get_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen2Config:
