@@ -112,16 +112,22 @@ def test_training_on_nothing_is_refused(texts, vocab_size, message):
         train_tokenizer(texts, vocab_size)
 
 
-def test_folders_without_a_usable_tokenizer_are_named(tmp_path):
+def test_folders_without_a_usable_tokenizer_are_named(small, tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     with pytest.raises(FileNotFoundError, match="Qwen.*needs tokenizer.json"):
         load_tokenizer("Qwen/Qwen2.5-0.5B")
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
-    with pytest.raises(ValueError, match="cannot be read") as error:
-        load_tokenizer(tmp_path)
-    assert str(tmp_path) in str(error.value)
+    small.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        good = (tmp_path / name).read_bytes()
+        for damaged in (good[: len(good) // 2], b"", good[:99] + b"\xff" + good[100:]):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match="cannot be read") as error:
+                load_tokenizer(tmp_path)
+            assert str(tmp_path / name) in str(error.value)
+        (tmp_path / name).write_bytes(good)
+    assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(small)
     backend = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no <\|endoftext\|>"):

@@ -169,7 +169,9 @@ def _qwen_with(vocab: dict[str, int], merges: list[tuple[str, str]]) -> PreTrain
     """Return Qwen2.5's tokenizer with this vocabulary; the added tokens come after it."""
     from transformers import AddedToken, Qwen2Tokenizer
 
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, extra_special_tokens=_SPECIAL_TOKENS[1:])
+    # Padding on the left is what a batch of prompts needs; training pads nothing.
+    special = {"extra_special_tokens": _SPECIAL_TOKENS[1:], "padding_side": "left"}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, **special)
     tokenizer.add_tokens(
         [AddedToken(token, special=False, normalized=False) for token in _OTHER_TOKENS]
     )

@@ -237,12 +237,11 @@ def _no_block(recipe: Recipe, name: str, documents: Dataset) -> str:
     """Return what is missing where a text does not fill a single block, and what to do."""
     characters = sum(corpus.document_lengths(documents))
     what, larger = ("training set", "smaller") if name == "train" else ("held-out set", "larger")
+    dropped = "" if recipe.packing else " (packing=false drops what is shorter than that)"
     return (
-        f"the {what} ({len(documents):,} documents, {characters:,} characters) does not fill one "
-        f"block of {recipe.context_length} tokens"
-        + ("" if recipe.packing else ", for packing=false drops what is shorter than a block")
-        + f": take more text, a shorter context_length or a {larger} test_size"
-        + ("" if recipe.packing else ", or packing=true")
+        f"the {what}, {characters:,} characters in {len(documents):,} document(s), fills no block "
+        f"of {recipe.context_length} tokens{dropped}: take more text, a shorter context_length or "
+        f"a {larger} test_size" + ("" if recipe.packing else ", or packing=true")
     )
 
 

@@ -119,7 +119,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         logger.warning(
             "A vocabulary of %d tokens, not %d: no more pairs occur twice", size, vocab_size
         )
-    return Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    merges = [tuple(pair) for pair in model["merges"]]
+    return Qwen2Tokenizer(vocab=model["vocab"], merges=merges, padding_side="left")
 
 
 def _up_to(texts: Iterable[str], max_characters: int) -> Iterator[str]:
@@ -168,8 +169,10 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the readers of transformers and tokenizers raise bare Exception
+        cause = str(error).split("\n")[0]
         raise ValueError(
-            f"The tokenizer in {folder} cannot be read ({error}): save or download it again."
+            f"The tokenizer {_damaged_json(folder) or f'in {folder}'} cannot be read ({cause}): "
+            "save or download it again."
         ) from error
     if _END_OF_TEXT not in tokenizer.get_vocab():
         raise ValueError(
@@ -177,7 +180,18 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
             "take one of the Qwen family, or train one with train_tokenizer."
         )
     tokenizer.eos_token = tokenizer.pad_token = _END_OF_TEXT
+    tokenizer.padding_side = "left"  # what a batch of prompts needs; training pads nothing
     return tokenizer
+
+
+def _damaged_json(folder: Path) -> Path | None:
+    """Return the first file of a folder that should be JSON and is not."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            return path
+    return None
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
