@@ -23,6 +23,14 @@ def test_the_format_is_the_guides_on_screen_and_in_the_file(tmp_path, capsys):
     assert re.fullmatch(line, file.read_text(encoding="utf-8"))
 
 
+def test_a_texts_control_characters_do_not_reach_terminal_or_log(tmp_path, capsys):
+    setup_logging(tmp_path / "training.log")
+    logging.getLogger("tinytrain").info("京\x1b[31m\r\x07\x9b\u202e\ud800\t\u3000a\nb")
+    shown = "京\\x1b[31m\\r\\x07\\x9b\\u202e\\ud800\t\u3000a\nb\n"
+    assert capsys.readouterr().out.endswith(shown)
+    assert (tmp_path / "training.log").read_text(encoding="utf-8").endswith(shown)
+
+
 def test_set_up_twice_shows_each_message_once(tmp_path, capsys):
     setup_logging(tmp_path / "first.log")
     setup_logging(tmp_path / "second.log")

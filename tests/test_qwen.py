@@ -192,6 +192,7 @@ def test_a_saved_tokenizer_is_the_same_again(kind, request, tmp_path):
     assert fingerprint(loaded) == fingerprint(tokenizer)
     assert loaded(VARIED)["input_ids"] == tokenizer(VARIED)["input_ids"]
     assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id
+    assert loaded.padding_side == tokenizer.padding_side == "left"  # for batches of prompts
 
 
 # Reduced

@@ -57,7 +57,7 @@ def plain(tokenizer, text):
 
 def test_training_gives_the_vocabulary_asked_for_in_every_process(small):
     assert len(small) == 320
-    assert small.eos_token == small.pad_token == "<|endoftext|>"
+    assert small.eos_token == small.pad_token == "<|endoftext|>" and small.padding_side == "left"
     assert small("<|endoftext|>")["input_ids"] == [small.eos_token_id]
     assert len(small("是中国")["input_ids"]) < len("是中国".encode())
     program = (

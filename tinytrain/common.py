@@ -1,4 +1,4 @@
-"""What several modules share: logging, files written whole, numbers for reading, a plot's axes.
+"""What several modules share: logging, files written whole, text to token ids, plots.
 
 A module that you copy into your own project may need this file beside it, and nothing else.
 
@@ -342,7 +342,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
     Called itself, a tokenizer turns ``<|im_start|>`` or ``<tool_call>`` in a text into control
     tokens, which only a program should place. Here they are plain characters. Ordinary added tokens
-    (words, runs of spaces) are found as always. Call it with ``add_special_tokens=False``.
+    (names, runs of spaces) are found as always. Call it with ``add_special_tokens=False``.
     """
     from tokenizers import Regex, Tokenizer
     from tokenizers.pre_tokenizers import Sequence, Split
@@ -392,7 +392,7 @@ def encode_each(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Ite
     All that turns text into ids here goes through this function, so that a model is measured and
     used on the ids that it was trained on.
 
-    A long text is cut after a word, which changes no token. Only where 32,000 characters in a row
+    A long text is cut after a letter, which changes no token. Only where 32,000 characters in a row
     have no such place, a token may be cut in two. (Tokenizers that are not byte-level may not be
     able to go on inside a text; they read it as a whole.)
     """

@@ -217,7 +217,7 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
             part = folder / "parts" / name
             blocks[name] = make_blocks(documents, tokenizer, recipe.context_length, folder=part)
             if not len(blocks[name]):
-                raise ValueError(_no_block(recipe, name, documents))
+                raise ValueError(_no_block(recipe, name, documents, tokenizer))
         blocks.save_to_disk(str(folder / "blocks"))
         del blocks
         shutil.rmtree(folder / "parts", ignore_errors=True)
@@ -233,15 +233,18 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
     return load_from_disk(str(folder / "blocks"))
 
 
-def _no_block(recipe: Recipe, name: str, documents: Dataset) -> str:
+def _no_block(recipe: Recipe, name: str, documents: Dataset, tokenizer: Any) -> str:
     """Return what is missing where a text does not fill a single block, and what to do."""
-    characters = sum(corpus.document_lengths(documents))
-    what, larger = ("training set", "smaller") if name == "train" else ("held-out set", "larger")
-    dropped = "" if recipe.packing else " (packing=false drops what is shorter than that)"
+    tokens = [len(ids) for ids in encode_each(tokenizer, documents["text"])]
+    if recipe.packing:
+        what, most = "tokens", sum(tokens) + len(tokens)  # and an end-of-text token after each
+    else:
+        what, most = "tokens at most (packing=false takes each by itself)", max(tokens, default=0)
+    which, test_size = ("training", "smaller") if name == "train" else ("held-out", "larger")
     return (
-        f"the {what}, {characters:,} characters in {len(documents):,} document(s), fills no block "
-        f"of {recipe.context_length} tokens{dropped}: take more text, a shorter context_length or "
-        f"a {larger} test_size" + ("" if recipe.packing else ", or packing=true")
+        f"the {which} set, {len(tokens):,} document(s) with {most:,} {what}, fills no block of "
+        f"{recipe.context_length}: take more text, a context_length of {most} or less, or a "
+        f"{test_size} test_size"
     )
 
 
