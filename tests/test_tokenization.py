@@ -123,7 +123,7 @@ def test_folders_without_a_usable_tokenizer_are_named(small, tmp_path):
         good = (tmp_path / name).read_bytes()
         for damaged in (good[: len(good) // 2], b"", good[:99] + b"\xff" + good[100:]):
             (tmp_path / name).write_bytes(damaged)
-            with pytest.raises(ValueError, match="cannot be read") as error:
+            with pytest.raises(ValueError, match="is damaged") as error:
                 load_tokenizer(tmp_path)
             assert str(tmp_path / name) in str(error.value)
         (tmp_path / name).write_bytes(good)
@@ -241,6 +241,7 @@ def test_a_long_text_has_the_tokens_of_its_parts(small, text):
         patch.setattr(common, "_PART", 20)
         assert "".join(parts := list(cut_text(text))) == text
         assert max(map(len, parts)) <= 40
+        patch.setattr(common, "_CALL", 50)
         if all(text_can_be_cut(a, b) for a, b in itertools.pairwise(parts)):
             assert encode_text(small, ["", text, "x"]) == [[], whole, plain(small, "x")]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
@@ -61,8 +61,6 @@ class _StdoutHandler(logging.StreamHandler):
 
 
 class _SafeFormatter(logging.Formatter):
-    """Shows a message's control characters, some of which a text or a prompt may have brought."""
-
     def format(self, record: logging.LogRecord) -> str:
         return safe_text(super().format(record))
 
@@ -199,22 +197,15 @@ def append_json_line(path: str | Path, line: Any) -> None:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines, each an object.
-
-    A line that is damaged is left out, with a warning; a last line that is still being written is
-    left out without one.
-    """
+    """Read a file of JSON lines; one that is damaged or still being written is left out."""
     lines = []
     *whole, unfinished = Path(path).read_bytes().split(b"\n")
     for number, text in enumerate([*whole, unfinished], 1):
         try:
-            line = json.loads(text)
-        except ValueError:  # no JSON, or no UTF-8
-            line = None
-        if isinstance(line, dict):
-            lines.append(line)
-        elif text.strip() and number <= len(whole):
-            _logger.warning("%s: line %d is damaged and left out", path, number)
+            lines.append({**json.loads(text)})
+        except (ValueError, TypeError):  # no UTF-8, no JSON, no object
+            if text.strip() and number <= len(whole):
+                _logger.warning("%s: line %d is damaged and left out", path, number)
     return lines
 
 
@@ -307,138 +298,103 @@ def one_line(text: Any) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
-# All control characters but tab and line end, those that turn the direction of the text around, and
+# Control characters but tab and line end, signs that turn the direction of writing around, and
 # halves of characters, which cannot be written.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def safe_text(text: Any) -> str:
-    """Return a text for a terminal or a log, with control characters as escapes.
-
-    What comes from a text or a model could otherwise move the cursor, or rename the window.
-
-    Examples
-    --------
-    >>> print(safe_text(f"red: {chr(27)}[31m") == "red: " + chr(92) + "x1b[31m")
-    True
-    """
+    """Return a text for a terminal or a log: a control character is shown, and does nothing."""
     return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], str(text))
 
-
-# Text to token ids
 
 # A tokenizer holds some hundred bytes for each token of a call: a long text goes through it in
 # parts of at least so many characters, and a call gets so many of them, or of short texts.
 _PART = 2**15
-_PARTS_IN_A_CALL = 4
+_CALL = 2**17
 
-# A place to cut: every pre-tokenizer in use ends a piece between a letter and one of these, so the
-# parts become the tokens of the whole. Normalization does not reach across it either.
+# A place to cut: pre-tokenizers end a piece between a letter and one of these, so the parts become
+# the tokens of the whole. Normalization does not reach across it either.
 _PLACE_TO_CUT = re.compile("(?<=[A-Za-z\u4e00-\u9fa5])(?=[\n 。，、；：？！])")
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Return what makes ids of a text that a fast tokenizer would make if nothing were special.
+    """Return a fast tokenizer's backend as it would be if nothing in a text were special.
 
-    Called itself, a tokenizer turns ``<|im_start|>`` or ``<tool_call>`` in a text into control
-    tokens, which only a program should place. Here they are plain characters. Ordinary added tokens
-    (names, runs of spaces) are found as always. Call it with ``add_special_tokens=False``.
+    Called itself, a tokenizer turns ``<|im_start|>`` or ``<tool_call>`` in a text into a control
+    token, which only a program should place. Call this one with ``add_special_tokens=False``.
     """
-    from tokenizers import Regex, Tokenizer
-    from tokenizers.pre_tokenizers import Sequence, Split
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-    backend = tokenizer.backend_tokenizer
+    backend, signs = tokenizer.backend_tokenizer, []
     encoder = Tokenizer(backend.model)  # shared, not copied
     for part in ("normalizer", "pre_tokenizer", "post_processor"):
         if getattr(backend, part) is not None:
             setattr(encoder, part, getattr(backend, part))
-    added = [token for _, token in sorted(backend.get_added_tokens_decoder().items())]
-    if not all(map(_is_control, added)):
-        for token in added:  # in their order, so that they get the same ids
-            add = encoder.add_special_tokens if _is_control(token) else encoder.add_tokens
-            add([token])
-        encoder.encode_special_tokens = True  # as plain text
-    # Some models, those without merges for example, have control tokens among their own.
-    signs = [token.content for token in added if _is_control(token)]
-    if signs := [sign for sign in signs if encoder.token_to_id(sign) in _ids(encoder, sign)]:
-        inside = "|".join(f"{re.escape(sign[0])}(?={re.escape(sign[1:])})" for sign in signs)
-        steps = [Split(Regex(inside), "isolated"), encoder.pre_tokenizer]
-        encoder.pre_tokenizer = Sequence([step for step in steps if step is not None])
+    for _, token in sorted(backend.get_added_tokens_decoder().items()):  # each keeps its id
+        if not token.special and (token.content[0].isalnum() or token.content.isspace()):
+            encoder.add_tokens([token])  # ordinary text
+        else:
+            encoder.add_special_tokens([token])
+            signs.append(token.content)
+    encoder.encode_special_tokens = True  # as ordinary text
+    # A model without merges may have control tokens among its own: cut their names.
+    found = encoder.encode_batch(signs, add_special_tokens=False)
+    pairs = zip(signs, found, strict=True)
+    if signs := [sign for sign, one in pairs if encoder.token_to_id(sign) in one.ids]:
+        cut = "|".join(f"{re.escape(sign[0])}(?={re.escape(sign[1:])})" for sign in signs)
+        cuts = [pre_tokenizers.Split(Regex(cut), "isolated"), encoder.pre_tokenizer]
+        encoder.pre_tokenizer = pre_tokenizers.Sequence([each for each in cuts if each])
     return encoder
 
 
-def _ids(encoder: Tokenizer, text: str) -> list[int]:
-    return encoder.encode(text, add_special_tokens=False).ids
-
-
-def _is_control(token: AddedToken) -> bool:
-    """Tell whether an added token is a sign for programs, such as ``<tool_call>``, and no text."""
-    text = token.content.strip("▁ \t\r\n")
-    return token.special or bool(text) and not text[0].isalnum()
-
-
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    """Return the token ids of each text, in which nothing is read as a special token.
-
-    See `encode_each`, which needs less memory.
-    """
+    """Return the token ids of each text; see `encode_each`, which needs less memory."""
     return [ids.tolist() for ids in encode_each(tokenizer, texts)]
 
 
 def encode_each(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """Yield the token ids of each text as int32, and hold no more than a few texts in memory.
+    """Yield the token ids of each text as int32, none of them special: see `text_encoder`.
 
-    No special token is added, and none comes from a text that spells one out: see `text_encoder`.
-    All that turns text into ids here goes through this function, so that a model is measured and
-    used on the ids that it was trained on.
-
-    A long text is cut after a letter, which changes no token. Only where 32,000 characters in a row
-    have no such place, a token may be cut in two. (Tokenizers that are not byte-level may not be
-    able to go on inside a text; they read it as a whole.)
+    All text becomes ids here, so that a model is measured and used on what it was trained on. A
+    long one is cut after a letter, which changes no token of a byte-level tokenizer; only where
+    32,000 characters have no such place, or in another family, one or two a cut may differ.
     """
     import numpy as np
 
-    if not tokenizer.is_fast:
-        for text in texts:
-            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            yield np.array(ids, dtype=np.int32)
-        return
-    encoder = text_encoder(tokenizer)
-    open_parts: list[np.ndarray] = []
-    for batch in _calls(encoder, texts):
-        found = encoder.encode_batch_fast([part for part, _ in batch], add_special_tokens=False)
-        for (_, is_last), encoding in zip(batch, found, strict=True):
+    encoder, begun = text_encoder(tokenizer), []
+    for call in _calls(texts):
+        found = encoder.encode_batch_fast([part for part, _ in call], add_special_tokens=False)
+        for (_, ends), encoding in zip(call, found, strict=True):
             ids = encoding.ids
-            open_parts.append(np.fromiter(ids, dtype=np.int32, count=len(ids)))
-            if is_last:
-                yield open_parts[0] if len(open_parts) == 1 else np.concatenate(open_parts)
-                open_parts = []
+            begun.append(np.fromiter(ids, dtype=np.int32, count=len(ids)))
+            if ends:
+                yield np.concatenate(begun)
+                begun = []
 
 
-def cut_text(text: str) -> Iterator[str]:
-    """Yield a text in parts that become the same tokens as the whole; see `encode_each`."""
-    start = 0
+def cut_text(text: str) -> list[str]:
+    """Return a text in parts that become the same tokens as the whole; see `encode_each`."""
+    parts, start = [], 0
     while len(text) - start > 2 * _PART:
         found = _PLACE_TO_CUT.search(text, start + _PART, start + 2 * _PART)
         end = found.start() if found else start + 2 * _PART
-        yield text[start:end]
+        parts.append(text[start:end])
         start = end
-    yield text[start:]
+    return [*parts, text[start:]]
 
 
-def _calls(encoder: Tokenizer, texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
-    """Yield what to encode in one call: parts of texts, each with whether it is the text's last."""
-    pairs = (("好", "。好"), ("a", " b"), ("a", "\nb"))
-    may_cut = all(_ids(encoder, a + b) == _ids(encoder, a) + _ids(encoder, b) for a, b in pairs)
-    call, characters = [], 0
+def _calls(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+    """Yield what to encode in one call: parts of texts, each with whether it ends its text."""
+    call, size = [], 0
     for text in texts:
-        parts = list(cut_text(text)) if may_cut else [text]
+        parts = cut_text(text)
         for number, part in enumerate(parts, 1):
             call.append((part, number == len(parts)))
-            characters += len(part) + 1
-            if characters > _PARTS_IN_A_CALL * _PART:
+            size += len(part) + 1
+            if size > _CALL:
                 yield call
-                call, characters = [], 0
+                call, size = [], 0
     if call:
         yield call
 

@@ -153,9 +153,8 @@ def token_losses(
     if not text:
         return []
     encoding = text_encoder(tokenizer).encode(text, add_special_tokens=False)
-    rows = [] if before is None else list(_rows(tokenizer, [before]))
-    rows += [[_start(tokenizer)], encoding.ids]
-    row = np.concatenate(rows).astype(np.int64)
+    first = _rows(tokenizer, [] if before is None else [before])
+    row = np.concatenate([*first, [_start(tokenizer)], encoding.ids]).astype(np.int64)
     [(nats, _)] = _losses_of_rows(model, [row], context_length)
     nats = nats[len(nats) - len(encoding.ids) :]
     pieces: list[tuple[str, float]] = []

@@ -235,16 +235,13 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
 
 def _no_block(recipe: Recipe, name: str, documents: Dataset, tokenizer: Any) -> str:
     """Return what is missing where a text does not fill a single block, and what to do."""
-    tokens = [len(ids) for ids in encode_each(tokenizer, documents["text"])]
-    if recipe.packing:
-        what, most = "tokens", sum(tokens) + len(tokens)  # and an end-of-text token after each
-    else:
-        what, most = "tokens at most (packing=false takes each by itself)", max(tokens, default=0)
-    which, test_size = ("training", "smaller") if name == "train" else ("held-out", "larger")
+    each = [len(ids) + recipe.packing for ids in encode_each(tokenizer, documents["text"])]
+    most = sum(each) if recipe.packing else max(each, default=0)
+    how = "" if recipe.packing else " at most (packing=false takes each by itself)"
     return (
-        f"the {which} set, {len(tokens):,} document(s) with {most:,} {what}, fills no block of "
-        f"{recipe.context_length}: take more text, a context_length of {most} or less, or a "
-        f"{test_size} test_size"
+        f"the {'training' if name == 'train' else 'held-out'} set, {len(each):,} document(s) with "
+        f"{most:,} tokens{how}, fills no block of {recipe.context_length}: take more text, or a "
+        f"context_length of {most} or less"
     )
 
 

@@ -166,13 +166,16 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
             f"No tokenizer in {folder}: it needs tokenizer.json, or vocab.json and merges.txt. "
             "Save one there with save_pretrained, or download it again."
         )
+    for path in folder.glob("*.json"):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): save or download it again") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the readers of transformers and tokenizers raise bare Exception
-        cause = str(error).split("\n")[0]
         raise ValueError(
-            f"The tokenizer {_damaged_json(folder) or f'in {folder}'} cannot be read ({cause}): "
-            "save or download it again."
+            f"The tokenizer in {folder} cannot be read ({error}): save or download it again."
         ) from error
     if _END_OF_TEXT not in tokenizer.get_vocab():
         raise ValueError(
@@ -182,16 +185,6 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     tokenizer.eos_token = tokenizer.pad_token = _END_OF_TEXT
     tokenizer.padding_side = "left"  # what a batch of prompts needs; training pads nothing
     return tokenizer
-
-
-def _damaged_json(folder: Path) -> Path | None:
-    """Return the first file of a folder that should be JSON and is not."""
-    for path in sorted(folder.glob("*.json")):
-        try:
-            json.loads(path.read_bytes())
-        except ValueError:
-            return path
-    return None
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
