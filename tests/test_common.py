@@ -9,6 +9,7 @@ from tinytrain.common import (
     damaged_file,
     format_seconds,
     hash_files,
+    read_json_lines,
     setup_logging,
 )
 
@@ -20,6 +21,14 @@ def test_the_format_is_the_guides_on_screen_and_in_the_file(tmp_path, capsys):
     line = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d - INFO: 步骤 1\n"
     assert re.fullmatch(line, capsys.readouterr().out)
     assert re.fullmatch(line, file.read_text(encoding="utf-8"))
+
+
+def test_a_texts_control_characters_do_not_reach_terminal_or_log(tmp_path, capsys):
+    setup_logging(tmp_path / "training.log")
+    logging.getLogger("tinytrain").info("京\x1b[31m\r\x07\x9b\u202e\ud800\t\u3000a\nb")
+    shown = "京\\x1b[31m\\r\\x07\\x9b\\u202e\\ud800\t\u3000a\nb\n"
+    assert capsys.readouterr().out.endswith(shown)
+    assert (tmp_path / "training.log").read_text(encoding="utf-8").endswith(shown)
 
 
 def test_set_up_twice_shows_each_message_once(tmp_path, capsys):
@@ -66,3 +75,15 @@ def test_a_flipped_bit_and_a_missing_file_are_found_by_name(tmp_path):
     assert damaged_file(tmp_path, hashes) == "a/weights"
     (tmp_path / "config").unlink()
     assert damaged_file(tmp_path, {"config": hashes["config"]}) == "config"
+
+
+def test_a_damaged_line_costs_that_line_and_an_unfinished_one_nothing(tmp_path, caplog):
+    path = tmp_path / "history.jsonl"
+    lines = [b'{"step": 1}', b'{"step": \xff2}', '{"text": "a\u2028b\x85"}'.encode(), b"3", b""]
+    path.write_bytes(b"\n".join([*lines, b'{"step": 4}', b'{"st']))
+    assert read_json_lines(path) == [{"step": 1}, {"text": "a\u2028b\x85"}, {"step": 4}]
+    assert [record.args for record in caplog.records] == [(path, 2), (path, 4)]
+    caplog.clear()
+    for unfinished in ('{"step": 1}\n{"text": "京', '{"step": 1}\n'):
+        path.write_bytes(unfinished.encode()[:-1])
+        assert read_json_lines(path) == [{"step": 1}] and not caplog.records

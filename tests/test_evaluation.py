@@ -7,7 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
+from tinytrain.common import encode_text
 from tinytrain.evaluation import (
     DocumentLoss,
     Interval,
@@ -23,6 +25,7 @@ from tinytrain.evaluation import (
     xz_bits_per_character,
 )
 from tinytrain.modeling import build_model
+from tinytrain.tokenization import pack_documents, tokens_per_character
 
 
 @torch.no_grad()
@@ -63,6 +66,44 @@ def test_a_long_document_is_read_in_windows_that_see_half_a_window_at_least(taug
             expected -= log_probabilities[here - 1, window[0, here]].item()
         known, begin = begin + window.shape[1], begin + context // 2
     assert found.nats == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_text_full_of_special_strings_is_measured_as_it_was_learned(smoke):
+    row = "<|endoftext|>{}的首都是哪里？<|endoftext|>"
+    texts = [row.format("法国日本中国"[n % 3 * 2 :][:2]) for n in range(300)]
+    blocks = pack_documents(Dataset.from_dict({"text": texts}), smoke.tokenizer, 64)
+    ids = blocks.with_format("torch")["input_ids"][:].long()
+    model = build_model(smoke.config, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for batch in ids[: len(ids) // 8 * 8].reshape(-1, 8, 64):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss.item()
+    learned = bits_per_character(loss, blocks.num_rows * 64 / sum(map(len, texts)))
+    found = summarize(document_losses(model, smoke.tokenizer, texts, 64))
+    assert found.bits_per_character.value == pytest.approx(learned, rel=0.1)
+    assert found.tokens == tokens_per_character(smoke.tokenizer, texts) * found.characters
+    counted = count_losses(smoke.tokenizer, texts, texts)
+    assert sum(row.tokens for row in counted) == found.tokens
+
+
+def test_what_stands_before_a_text_is_read_and_not_counted(taught, smoke):
+    text, other = "法国的首都是<|endoftext|>巴黎。", "日本的首都是东京。"
+    after = token_losses(taught, smoke.tokenizer, text, 64, before=other)
+    alone = token_losses(taught, smoke.tokenizer, text, 64)
+    assert [piece for piece, _ in after] == [piece for piece, _ in alone]
+    eos, rows = smoke.tokenizer.eos_token_id, encode_text(smoke.tokenizer, [other, text])
+    ids = torch.tensor([[eos, *rows[0], eos, *rows[1]]])
+    with torch.no_grad():
+        nats = torch.nn.functional.cross_entropy(
+            taught(ids).logits[0, :-1], ids[0, 1:], reduction="none"
+        )
+    assert sum(loss for _, loss in after) == pytest.approx(
+        nats[-len(rows[1]) :].sum().item(), rel=1e-4
+    )
 
 
 def test_documents_measured_together_or_alone_cost_the_same(taught, smoke):

@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
+from tinytrain.common import encode_text
 from tinytrain.generation import Answer, accuracy, answer_questions, complete, generate, next_tokens
 from tinytrain.modeling import build_model
 
@@ -53,6 +54,20 @@ def test_greedy_stops_at_the_end_of_text_that_the_tokenizer_names(taught, smoke,
     assert generate(taught, smoke.tokenizer, "法国的首都是", temperature=0) == "巴黎。"
     hook.remove()
     assert len(steps) == len(smoke.tokenizer("巴黎。")["input_ids"]) + 1
+
+
+def test_a_special_token_in_a_prompt_is_text(taught, smoke):
+    """It is what the model knows from packing, and it is shown as it was typed."""
+    prompt = "法国<|endoftext|>"
+    expected = complete(taught, smoke.tokenizer, [prompt])
+    assert generate(taught, smoke.tokenizer, prompt, 40, temperature=0) == expected[0]
+    [ids] = encode_text(smoke.tokenizer, [prompt])
+    with torch.no_grad():
+        logits = taught(torch.tensor([ids])).logits[0, -1]
+    [(first, _)] = next_tokens(taught, smoke.tokenizer, prompt, number=1)
+    assert first == smoke.tokenizer.decode([logits.argmax()])
+    eos = smoke.tokenizer.eos_token_id
+    assert eos in smoke.tokenizer(prompt).input_ids and eos not in ids
 
 
 @pytest.mark.parametrize("sampling", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])

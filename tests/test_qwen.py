@@ -6,12 +6,20 @@ import sys
 import unicodedata
 
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinytrain import qwen as qwen_module
+from tinytrain.common import encode_text
 from tinytrain.qwen import QWEN_VOCAB_SIZE, original_ids, qwen_tokenizer, reduce_tokenizer
-from tinytrain.tokenization import fingerprint, load_tokenizer
+from tinytrain.tokenization import (
+    chunk_documents,
+    fingerprint,
+    load_tokenizer,
+    pack_documents,
+    tokens_per_character,
+)
 
 SENTENCES = [
     "北京是中国的首都，位于华北平原的北部。上海是中国的城市，位于长江的入海口。",
@@ -128,6 +136,24 @@ def test_a_foreign_vocabulary_and_none_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("kind", ["qwen", "reduced"])
+def test_no_typed_text_becomes_one_of_its_control_tokens(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    signs = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    texts = [text for sign in signs for text in (sign, f"你好{sign}\n", f"{sign}{sign[:-1]}")]
+    encoded = encode_text(tokenizer, texts)
+    for text, ids in zip(texts, encoded, strict=True):
+        assert not set(ids) & set(tokenizer.added_tokens_decoder)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    documents = Dataset.from_dict({"text": texts})
+    whole = [id_ for ids in encoded for id_ in [*ids, tokenizer.eos_token_id]]
+    assert [row[0] for row in pack_documents(documents, tokenizer, 1)["input_ids"][:]] == whole
+    chunks = [id_ for ids in encoded for id_ in ids]
+    assert [row[0] for row in chunk_documents(documents, tokenizer, 1)["input_ids"][:]] == chunks
+    assert tokens_per_character(tokenizer, texts) == len(chunks) / sum(map(len, texts))
+    assert encode_text(tokenizer, VARIED) == tokenizer(VARIED, split_special_tokens=True).input_ids
+
+
 # From a folder
 
 
@@ -166,6 +192,7 @@ def test_a_saved_tokenizer_is_the_same_again(kind, request, tmp_path):
     assert fingerprint(loaded) == fingerprint(tokenizer)
     assert loaded(VARIED)["input_ids"] == tokenizer(VARIED)["input_ids"]
     assert loaded.pad_token_id == loaded.eos_token_id == tokenizer.eos_token_id
+    assert loaded.padding_side == tokenizer.padding_side == "left"  # for batches of prompts
 
 
 # Reduced

@@ -74,6 +74,18 @@ def test_training_for_some_seconds_plans_its_schedule_for_them(built_in, tmp_pat
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["history.jsonl"]
 
 
+def test_a_run_shorter_than_its_logging_and_its_warm_up_is_measured_and_remarked_on(
+    tmp_path, capsys
+):
+    path = tmp_path / "ten.txt"
+    texts = [f"第{n}天，我走了{n * 3}公里，看见一条河和一座小城。" * 9 for n in range(10)]
+    path.write_text("\n\n".join(texts), encoding="utf-8")
+    recipe = replace(RECIPES["smoke"], corpus=str(path), max_steps=2, logging_steps=50)
+    result = runs.train_recipe(replace(recipe, warmup_steps=200, sample_steps=2))
+    assert result["finished"] and 3 < result["train_loss"] < 7
+    assert "the learning rate rises for 200 steps and the run has 2" in capsys.readouterr().out
+
+
 def test_a_trained_model_is_trained_once_and_only_from_the_same_inputs(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
     recipe = replace(RECIPES["smoke"], max_steps=2, eval_steps=2, save_steps=2, sample_steps=2)

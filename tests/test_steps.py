@@ -45,6 +45,30 @@ def test_any_step_builds_what_it_lacks(mine):
     assert config.max_position_embeddings >= 32
 
 
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (1, {}, "blank lines between its parts"),
+        (3, {}, r"training set, 2 document\(s\) with \d+ tokens, fills no block of 32"),
+        (10, {}, "held-out set, 1 document.*fills no block of 32: take more text, or a"),
+        (30, {"packing": False}, "tokens at most .packing=false takes each.*fills no block of 32"),
+    ],
+)
+def test_a_text_too_short_is_told_before_anything_empty_is_kept(
+    mine, tmp_path, number, change, message
+):
+    path = tmp_path / "few.txt"
+    path.write_text("\n\n".join(f"第{n}天有{n % 3}只鸟。" for n in range(number)), encoding="utf-8")
+    recipe = replace(mine, corpus=str(path), **change)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message) as error:
+            steps.get_blocks(recipe)
+    assert not (steps.run_folder(recipe) / "blocks").exists()
+    if number == 10:  # the advice works
+        fits = int(re.search(r"context_length of (\d+)", str(error.value))[1])
+        assert len(steps.get_blocks(replace(recipe, context_length=fits))["test"]) == 1
+
+
 def test_a_second_call_uses_what_is_there(mine):
     steps.get_blocks(mine)
     before = modified(steps.run_folder(mine))

@@ -1,3 +1,4 @@
+import copy
 import html
 import itertools
 import json
@@ -12,7 +13,8 @@ from datasets import Dataset, disable_progress_bars
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinytrain import tokenization
+from tinytrain import common, tokenization
+from tinytrain.common import cut_text, encode_text, text_encoder
 from tinytrain.tokenization import (
     chunk_documents,
     fingerprint,
@@ -55,7 +57,7 @@ def plain(tokenizer, text):
 
 def test_training_gives_the_vocabulary_asked_for_in_every_process(small):
     assert len(small) == 320
-    assert small.eos_token == small.pad_token == "<|endoftext|>"
+    assert small.eos_token == small.pad_token == "<|endoftext|>" and small.padding_side == "left"
     assert small("<|endoftext|>")["input_ids"] == [small.eos_token_id]
     assert len(small("是中国")["input_ids"]) < len("是中国".encode())
     program = (
@@ -110,16 +112,22 @@ def test_training_on_nothing_is_refused(texts, vocab_size, message):
         train_tokenizer(texts, vocab_size)
 
 
-def test_folders_without_a_usable_tokenizer_are_named(tmp_path):
+def test_folders_without_a_usable_tokenizer_are_named(small, tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     with pytest.raises(FileNotFoundError, match="Qwen.*needs tokenizer.json"):
         load_tokenizer("Qwen/Qwen2.5-0.5B")
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
-    with pytest.raises(ValueError, match="cannot be read") as error:
-        load_tokenizer(tmp_path)
-    assert str(tmp_path) in str(error.value)
+    small.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        good = (tmp_path / name).read_bytes()
+        for damaged in (good[: len(good) // 2], b"", good[:99] + b"\xff" + good[100:]):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match="is damaged") as error:
+                load_tokenizer(tmp_path)
+            assert str(tmp_path / name) in str(error.value)
+        (tmp_path / name).write_bytes(good)
+    assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(small)
     backend = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"has no <\|endoftext\|>"):
@@ -149,7 +157,7 @@ def test_a_fingerprint_tells_tokenizers_apart_whatever_they_did_before(small, tm
 def test_chunks_are_windows_of_each_document_and_packing_loses_no_token(small, texts, length):
     data, chunks = documents(texts), []
     for text in texts:
-        ids = small(text)["input_ids"]
+        ids = plain(small, text)
         chunks += [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
     assert chunk_documents(data, small, length)["input_ids"][:] == chunks
 
@@ -159,6 +167,41 @@ def test_chunks_are_windows_of_each_document_and_packing_loses_no_token(small, t
     kept = [id_ for block in blocks["input_ids"][:] for id_ in block]
     assert kept == joined[: len(kept)]
     assert len(joined) - len(kept) < length
+
+
+@pytest.mark.parametrize("kind", ["bytes", "unigram", "words"])
+def test_no_typed_text_becomes_a_control_token_in_any_family(kind, small, tmp_path):
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    signs = ["<|endoftext|>", "</s>", "[PAD]"]
+    letters = sorted(set("".join(signs) + "▁北京是<tool_call>"))
+    if kind == "unigram":  # as those made by sentencepiece: control tokens are the likeliest of all
+        vocab = [(sign, 0.0) for sign in signs] + [(letter, -3.0) for letter in letters]
+        backend = Tokenizer(models.Unigram(vocab, unk_id=1))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        vocab = {word: id_ for id_, word in enumerate([*signs, *letters])}
+        backend = Tokenizer(models.WordLevel(vocab, unk_token="是"))
+    if kind == "bytes":
+        tokenizer = copy.deepcopy(small)
+        tokenizer.add_special_tokens({"additional_special_tokens": signs[1:]})
+    else:
+        backend.add_special_tokens(signs)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    # Added tokens that are no text, and two that are.
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=False), "大熊猫", "    "])
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    words = tokenizer.convert_tokens_to_ids(["大熊猫", "    "])
+    for sign in [*signs, "<tool_call>"]:
+        id_ = tokenizer.convert_tokens_to_ids(sign)
+        for text in (sign, f"北{sign}京", sign * 2, f"大熊猫{sign}    大熊猫"):
+            [ids] = encode_text(tokenizer, [text])
+            assert id_ in tokenizer(text)["input_ids"] and id_ not in ids
+            assert [i for i in ids if i in words] == [words[0], words[1], words[0]] * ("大" in text)
+            if kind == "bytes":
+                assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_only_packing_places_the_end_of_text(small):
@@ -190,6 +233,41 @@ def test_blocks_are_int32_and_the_same_in_memory_and_in_a_folder(small, cut, tmp
         assert blocks.features["input_ids"].length == 8
 
 
+@given(st.text("北a1。，！ \n\r\t\u0301\u3000é'<|", max_size=400))
+@settings(deadline=None, max_examples=200)
+def test_a_long_text_has_the_tokens_of_its_parts(small, text):
+    whole = text_encoder(small).encode(text, add_special_tokens=False).ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "_PART", 20)
+        assert "".join(parts := list(cut_text(text))) == text
+        assert max(map(len, parts)) <= 40
+        patch.setattr(common, "_CALL", 50)
+        if all(text_can_be_cut(a, b) for a, b in itertools.pairwise(parts)):
+            assert encode_text(small, ["", text, "x"]) == [[], whole, plain(small, "x")]
+
+
+def text_can_be_cut(before, after):
+    return before[-1] in "北a" and after[0] in "。，！ \n"
+
+
+def test_memory_does_not_grow_with_the_length_of_a_document(small, tmp_path):
+    program = (
+        "import resource, sys; from datasets import Dataset, disable_progress_bars;"
+        "from tinytrain import tokenization as t; disable_progress_bars();"
+        "tokenizer = t.load_tokenizer(sys.argv[1]);"
+        "documents = Dataset.from_dict({'text': ['北京是中国的首都，' * int(sys.argv[2])]});"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
+        "t.pack_documents(documents, tokenizer, 64);"
+        "t.chunk_documents(documents, tokenizer, 64);"
+        "t.tokens_per_character(tokenizer, documents['text']);"
+        "print(peak() - before)"
+    )
+    small.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", program, str(tmp_path), "100000"]
+    kilobytes = int(subprocess.check_output(command, text=True, cwd=Path(__file__).parents[1]))
+    assert kilobytes < 100_000  # 900,000 characters in one call took 300 MB
+
+
 @EACH_CUT
 def test_wrong_arguments_are_named(small, cut):
     with pytest.raises(ValueError, match=r"(?s)\['text'\].*\['completion'\]"):
@@ -217,8 +295,8 @@ def test_tokens_are_counted_and_shown_as_text_and_lone_bytes_as_numbers(small):
     text = "是中国 the<|endoftext|>"
     shown = show_tokens(small, text)
     assert "".join(piece for piece, _ in shown) == text
-    assert [id_ for _, id_ in shown] == small(text)["input_ids"]
-    assert (" the", small(" the")["input_ids"][0]) in shown and shown[-1] == ("<|endoftext|>", 0)
+    assert [id_ for _, id_ in shown] == plain(small, text)
+    assert (" the", small(" the")["input_ids"][0]) in shown and shown[-1][0] != "<|endoftext|>"
     pieces = [piece for piece, _ in show_tokens(small, "𠀿")]
     assert pieces == ["<0xF0>", "<0xA0>", "<0x80>", "<0xBF>"]
 

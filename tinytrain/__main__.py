@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain import runs, steps
-from tinytrain.common import one_line, rank, setup_logging
+from tinytrain.common import one_line, rank, safe_text, setup_logging
 from tinytrain.recipes import RECIPES, Recipe, get_recipe
 
 _EXAMPLES = """examples:
@@ -95,7 +95,7 @@ def train(options: argparse.Namespace) -> int:
             before, after = result["cloze_before"], result["cloze_after"]
             print(f"questions right  {before:.0%} before training, {after:.0%} after")
         for prompt, text in result["completions"]:
-            print(f"{prompt} → {one_line(text)}")
+            print(f"{one_line(prompt)} → {one_line(text)}")
         print(f"the model is in {_shown(steps.run_folder(options.recipe) / 'model')}")
     return 0 if result["finished"] else 130
 
@@ -134,10 +134,10 @@ def generate(options: argparse.Namespace) -> None:
     chosen = {name: getattr(options, name) for name in knobs}
 
     def show(text: str) -> None:
-        print(next(begins, "") + text, end="", flush=True)
+        print(safe_text(next(begins, "") + text), end="", flush=True)
 
     generation.generate(model, tokenizer, options.prompt, on_text=show, **chosen)
-    print(next(begins, ""))
+    print(safe_text(next(begins, "")))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -336,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         name = f"tinytrain (rank {process})" if process else "tinytrain"
-        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
+        print(safe_text(f"{name}: {error or type(error).__name__}"), file=sys.stderr)
         return 1
 
 

@@ -1,4 +1,4 @@
-"""What several modules share: logging, files written whole, numbers for reading, a plot's axes.
+"""What several modules share: logging, files written whole, text to token ids, plots.
 
 A module that you copy into your own project may need this file beside it, and nothing else.
 
@@ -26,9 +26,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from tokenizers import Tokenizer
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+_logger = logging.getLogger(__name__)
 
 _LOG_FORMAT = "%(asctime)s - %(levelname)s: %(message)s"
 _DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
@@ -57,6 +62,11 @@ class _StdoutHandler(logging.StreamHandler):
             return
         self.stream = sys.stdout
         super().emit(record)
+
+
+class _SafeFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return safe_text(super().format(record))
 
 
 def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO) -> logging.Logger:
@@ -92,7 +102,7 @@ def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO)
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_LOG_FORMAT, _DATE_FORMAT))
+        handler.setFormatter(_SafeFormatter(_LOG_FORMAT, _DATE_FORMAT))
         logger.addHandler(handler)
     logger.setLevel(level)
     # Colab gives the root logger a handler of its own, which would repeat every line.
@@ -205,13 +215,15 @@ def append_json_line(path: str | Path, line: Any) -> None:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; a last line that is still being written is left out."""
+    """Read a file of JSON lines; one that is damaged or still being written is left out."""
     lines = []
-    for text in Path(path).read_text(encoding="utf-8").split("\n"):
+    *whole, unfinished = Path(path).read_bytes().split(b"\n")
+    for number, text in enumerate([*whole, unfinished], 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            lines.append({**json.loads(text)})
+        except (ValueError, TypeError):  # no UTF-8, no JSON, no object
+            if text.strip() and number <= len(whole):
+                _logger.warning("%s: line %d is damaged and left out", path, number)
     return lines
 
 
@@ -302,6 +314,107 @@ def format_count(number: float) -> str:
 def one_line(text: Any) -> str:
     """Return a text without line breaks and invisible characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
+# Control characters but tab and line end, signs that turn the direction of writing around, and
+# halves of characters, which cannot be written.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def safe_text(text: Any) -> str:
+    """Return a text for a terminal or a log: a control character is shown, and does nothing."""
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+# A tokenizer holds some hundred bytes for each token of a call: a long text goes through it in
+# parts of at least so many characters, and a call gets so many of them, or of short texts.
+_PART = 2**15
+_CALL = 2**17
+
+# A place to cut: pre-tokenizers end a piece between a letter and one of these, so the parts become
+# the tokens of the whole. Normalization does not reach across it either.
+_PLACE_TO_CUT = re.compile("(?<=[A-Za-z\u4e00-\u9fa5])(?=[\n 。，、；：？！])")
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return a fast tokenizer's backend as it would be if nothing in a text were special.
+
+    Called itself, a tokenizer turns ``<|im_start|>`` or ``<tool_call>`` in a text into a control
+    token, which only a program should place. Call this one with ``add_special_tokens=False``.
+    """
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+    backend, signs = tokenizer.backend_tokenizer, []
+    encoder = Tokenizer(backend.model)  # shared, not copied
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        if getattr(backend, part) is not None:
+            setattr(encoder, part, getattr(backend, part))
+    for _, token in sorted(backend.get_added_tokens_decoder().items()):  # each keeps its id
+        if not token.special and (token.content[0].isalnum() or token.content.isspace()):
+            encoder.add_tokens([token])  # ordinary text
+        else:
+            encoder.add_special_tokens([token])
+            signs.append(token.content)
+    encoder.encode_special_tokens = True  # as ordinary text
+    # A model without merges may have control tokens among its own: cut their names.
+    found = encoder.encode_batch(signs, add_special_tokens=False)
+    pairs = zip(signs, found, strict=True)
+    if signs := [sign for sign, one in pairs if encoder.token_to_id(sign) in one.ids]:
+        cut = "|".join(f"{re.escape(sign[0])}(?={re.escape(sign[1:])})" for sign in signs)
+        cuts = [pre_tokenizers.Split(Regex(cut), "isolated"), encoder.pre_tokenizer]
+        encoder.pre_tokenizer = pre_tokenizers.Sequence([each for each in cuts if each])
+    return encoder
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
+    """Return the token ids of each text; see `encode_each`, which needs less memory."""
+    return [ids.tolist() for ids in encode_each(tokenizer, texts)]
+
+
+def encode_each(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield the token ids of each text as int32, none of them special: see `text_encoder`.
+
+    All text becomes ids here, so that a model is measured and used on what it was trained on. A
+    long one is cut after a letter, which changes no token of a byte-level tokenizer; only where
+    32,000 characters have no such place, or in another family, one or two a cut may differ.
+    """
+    import numpy as np
+
+    encoder, begun = text_encoder(tokenizer), []
+    for call in _calls(texts):
+        found = encoder.encode_batch_fast([part for part, _ in call], add_special_tokens=False)
+        for (_, ends), encoding in zip(call, found, strict=True):
+            ids = encoding.ids
+            begun.append(np.fromiter(ids, dtype=np.int32, count=len(ids)))
+            if ends:
+                yield np.concatenate(begun)
+                begun = []
+
+
+def cut_text(text: str) -> list[str]:
+    """Return a text in parts that become the same tokens as the whole; see `encode_each`."""
+    parts, start = [], 0
+    while len(text) - start > 2 * _PART:
+        found = _PLACE_TO_CUT.search(text, start + _PART, start + 2 * _PART)
+        end = found.start() if found else start + 2 * _PART
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
+
+
+def _calls(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+    """Yield what to encode in one call: parts of texts, each with whether it ends its text."""
+    call, size = [], 0
+    for text in texts:
+        parts = cut_text(text)
+        for number, part in enumerate(parts, 1):
+            call.append((part, number == len(parts)))
+            size += len(part) + 1
+            if size > _CALL:
+                yield call
+                call, size = [], 0
+    if call:
+        yield call
 
 
 def new_axes(width: float = 7, height: float = 3) -> tuple[Figure, Axes]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tinytrain.common import evaluating, new_axes
+from tinytrain.common import encode_each, evaluating, new_axes, text_encoder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,7 +123,7 @@ def document_losses(
     texts = list(texts)
     if not texts:
         return []
-    losses = _losses_of_rows(model, _rows(tokenizer, texts), context_length)
+    losses = _losses_of_rows(model, list(_rows(tokenizer, texts)), context_length)
     return [
         DocumentLoss(len(text), len(nats), float(nats.sum()), int(right.sum()))
         for text, (nats, right) in zip(texts, losses, strict=True)
@@ -135,6 +135,7 @@ def token_losses(
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     context_length: int = 512,
+    before: str | None = None,
 ) -> list[tuple[str, float]]:
     """Cut a text into its tokens, and return each with the nats it cost the model.
 
@@ -146,14 +147,19 @@ def token_losses(
         As for `document_losses`.
     text : str
         What to read.
+    before : str, optional
+        A document that the model reads before it, as in a packed block.
     """
     if not text:
         return []
-    [(nats, _)] = _losses_of_rows(model, _rows(tokenizer, [text]), context_length)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoding = text_encoder(tokenizer).encode(text, add_special_tokens=False)
+    first = _rows(tokenizer, [] if before is None else [before])
+    row = np.concatenate([*first, [_start(tokenizer)], encoding.ids]).astype(np.int64)
+    [(nats, _)] = _losses_of_rows(model, [row], context_length)
+    nats = nats[len(nats) - len(encoding.ids) :]
     pieces: list[tuple[str, float]] = []
     done = 0
-    for (_, end), loss in zip(encoded["offset_mapping"], nats.tolist(), strict=True):
+    for (_, end), loss in zip(encoding.offsets, nats.tolist(), strict=True):
         if end > done or not pieces:
             pieces.append((text[done:end], loss))
             done = end
@@ -164,11 +170,15 @@ def token_losses(
     return pieces
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
-    """Return the token ids of each text, after the token that a document begins after."""
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [np.array([start, *ids], dtype=np.int64) for ids in encoded]
+def _start(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the token that a document begins after."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def _rows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield the token ids of each text, after the token that a document begins after."""
+    for ids in encode_each(tokenizer, texts):
+        yield np.append(np.int64(_start(tokenizer)), ids)
 
 
 def _windows(length: int, context_length: int) -> Iterator[tuple[int, int, int]]:
@@ -202,7 +212,8 @@ def _losses_of_rows(
     positions = max(1, 2**28 // model.config.get_text_config().vocab_size)
     while windows:
         size = min(len(windows), max(1, positions // windows[-1][0]), 64)
-        batch, windows = windows[-size:], windows[:-size]
+        batch = windows[-size:]
+        del windows[-size:]
         # Padding goes on the right, where no token of a causal model can see it.
         ids = [torch.from_numpy(rows[number][begin:end]) for _, number, begin, end, _ in batch]
         ids = pad_sequence(ids, batch_first=True).to(model.device)
@@ -342,11 +353,12 @@ def count_losses(
 
 def _pairs(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """Yield each text's pairs of neighbours, as ``first * vocab_size + second``."""
-    left, texts = _MOST_COUNTED_TOKENS, iter(texts)
-    while left > 0 and (batch := list(itertools.islice(texts, 1000))):
-        for row in _rows(tokenizer, batch):
-            yield row[:-1] * len(tokenizer) + row[1:]
-            left -= len(row) - 1
+    left = _MOST_COUNTED_TOKENS
+    for row in _rows(tokenizer, texts):
+        yield (row[:-1] * len(tokenizer) + row[1:])[:left]
+        left -= len(row) - 1
+        if left <= 0:
+            return
 
 
 def xz_bits_per_character(texts: Iterable[str], train_texts: Iterable[str] = ()) -> float:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tinytrain.common import evaluating
+from tinytrain.common import encode_each, encode_text, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,7 +47,7 @@ def complete(
     texts: dict[str, str] = {}
     for start in range(0, len(ordered), _BATCH_SIZE):
         batch = ordered[start : start + _BATCH_SIZE]
-        rows = [tokenizer(prompt)["input_ids"] for prompt in batch]
+        rows = _prompt_ids(model, tokenizer, batch)
         written = _continue(model, tokenizer, rows, max_new_tokens, do_sample=False)
         texts.update(zip(batch, written, strict=True))
     return [texts[prompt] for prompt in prompts]
@@ -101,8 +101,7 @@ def generate(
     import torch
 
     _check_sampling(prompt, temperature, top_k, top_p, repetition_penalty)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
-    ids = tokenizer(prompt)["input_ids"][-(context - 1) :]
+    [ids] = _prompt_ids(model, tokenizer, [prompt])
     sampling = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=seed is not None):
@@ -112,7 +111,7 @@ def generate(
             model,
             tokenizer,
             [ids],
-            min(max_new_tokens, context - len(ids)),
+            min(max_new_tokens, _context(model) - len(ids)),
             do_sample=temperature > 0,
             **(sampling if temperature > 0 else {}),
             repetition_penalty=float(repetition_penalty),
@@ -152,7 +151,7 @@ def next_tokens(
     _check_sampling(prompt, temperature, top_k, top_p)
     if temperature == 0:
         raise ValueError("temperature 0 always takes the first token; use one above 0 here")
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
+    ids = torch.tensor(_prompt_ids(model, tokenizer, [prompt]), device=model.device)
     with evaluating(model):
         logits = model(input_ids=ids).logits[:, -1].float()
     logits = generation.TemperatureLogitsWarper(float(temperature))(ids, logits)
@@ -193,7 +192,7 @@ def answer_questions(
     """
     prompts = [question[0] for question in questions]
     expected = [question[1] for question in questions]
-    longest = max((len(tokenizer(answer)["input_ids"]) for answer in expected), default=0)
+    longest = max(map(len, encode_text(tokenizer, expected)), default=0)
     # Two tokens more than the longest answer: the model may cut the same characters differently.
     written = complete(model, tokenizer, prompts, max_new_tokens=longest + 2)
     return [Answer(*row) for row in zip(prompts, expected, written, strict=True)]
@@ -202,6 +201,22 @@ def answer_questions(
 def accuracy(answers: Sequence[Answer]) -> float:
     """Return the share of right answers, between 0 and 1 (nan if there are none)."""
     return sum(answer.right for answer in answers) / len(answers) if answers else math.nan
+
+
+def _context(model: PreTrainedModel) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+
+
+def _prompt_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> list[list[int]]:
+    """Return the ids of prompts, of a long one its last part, after what the tokenizer begins with.
+
+    In a prompt too, a special token that is spelled out is text.
+    """
+    begin = tokenizer("")["input_ids"]  # for many families a beginning-of-text token, here nothing
+    room = max(1, _context(model) - 1 - len(begin))
+    return [begin + ids[-room:].tolist() for ids in encode_each(tokenizer, prompts)]
 
 
 def _continue(

@@ -16,11 +16,10 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinytrain.common import atomic_write
+from tinytrain.common import atomic_write, encode_each
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -161,10 +160,8 @@ def original_ids(reduced: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenize
 def _ids_by_frequency(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[int]:
     """Return the ids that occur in texts, the most frequent first."""
     counts: Counter[int] = Counter()
-    texts = iter(texts)
-    while batch := list(islice(texts, 100)):  # one large call would hold all ids in memory
-        encoded = tokenizer(batch, split_special_tokens=True, return_attention_mask=False)
-        counts.update(chain.from_iterable(encoded["input_ids"]))
+    for ids in encode_each(tokenizer, texts):
+        counts.update(ids.tolist())
     return [id_ for id_, _ in counts.most_common()]
 
 
@@ -172,7 +169,9 @@ def _qwen_with(vocab: dict[str, int], merges: list[tuple[str, str]]) -> PreTrain
     """Return Qwen2.5's tokenizer with this vocabulary; the added tokens come after it."""
     from transformers import AddedToken, Qwen2Tokenizer
 
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, extra_special_tokens=_SPECIAL_TOKENS[1:])
+    # Padding on the left is what a batch of prompts needs; training pads nothing.
+    special = {"extra_special_tokens": _SPECIAL_TOKENS[1:], "padding_side": "left"}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, **special)
     tokenizer.add_tokens(
         [AddedToken(token, special=False, normalized=False) for token in _OTHER_TOKENS]
     )

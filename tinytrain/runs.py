@@ -335,12 +335,13 @@ def _measure(recipe: Recipe, tokenizer: Any, held_out_loss: float, **known: Any)
     model, _ = load_trained(recipe)
     prompts, questions = steps.get_prompts(recipe), steps.get_questions(recipe)
     losses = [line["loss"] for line in read_history(steps.run_folder(recipe)) if "loss" in line]
+    last = losses[-10:]
     texts = steps.get_split(recipe)["test"]["text"]
     rate = tokenization.tokens_per_character(tokenizer, texts)
     completions = generation.complete(model, tokenizer, prompts, 12)
     values = {
         "parameters": model.num_parameters(),
-        "train_loss": sum(losses[-10:]) / len(losses[-10:]),
+        "train_loss": sum(last) / len(last) if last else None,
         "held_out_loss": held_out_loss,
         "bits_per_character": evaluation.bits_per_character(held_out_loss, rate),
         "completions": list(zip(prompts, completions, strict=True)),

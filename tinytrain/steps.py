@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinytrain import corpus, duplicates, encyclopedia, hub, modeling, qwen, tokenization
-from tinytrain.common import damaged_file, hash_files, write_json, writing_to
+from tinytrain.common import damaged_file, encode_each, hash_files, write_json, writing_to
 from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, Recipe
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -228,6 +228,8 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
         for name, documents in get_split(recipe).items():
             part = folder / "parts" / name
             blocks[name] = make_blocks(documents, tokenizer, recipe.context_length, folder=part)
+            if not len(blocks[name]):
+                raise ValueError(_no_block(recipe, name, documents, tokenizer))
         blocks.save_to_disk(str(folder / "blocks"))
         del blocks
         shutil.rmtree(folder / "parts", ignore_errors=True)
@@ -237,7 +239,7 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
         "tokenizer": tokenization.fingerprint(tokenizer),
         "context_length": recipe.context_length,
         "packing": recipe.packing,
-        "code": _code_hash(make_blocks),
+        "code": _code_hash(make_blocks, encode_each),
     }
     folder = run_folder(recipe) / "blocks"
     return _build_once(folder, inputs, build, lambda f: load_from_disk(str(f / "blocks")))
@@ -249,6 +251,18 @@ def blocks_hash(recipe: Recipe) -> str:
     files = read_inputs(run_folder(recipe) / "blocks")["files"]
     kept = {name: value for name, value in files.items() if name.endswith(".arrow")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _no_block(recipe: Recipe, name: str, documents: Dataset, tokenizer: Any) -> str:
+    """Return what is missing where a text does not fill a single block, and what to do."""
+    each = [len(ids) + recipe.packing for ids in encode_each(tokenizer, documents["text"])]
+    most = sum(each) if recipe.packing else max(each, default=0)
+    how = "" if recipe.packing else " at most (packing=false takes each by itself)"
+    return (
+        f"the {'training' if name == 'train' else 'held-out'} set, {len(each):,} document(s) with "
+        f"{most:,} tokens{how}, fills no block of {recipe.context_length}: take more text, or a "
+        f"context_length of {most} or less"
+    )
 
 
 def get_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen2Config:

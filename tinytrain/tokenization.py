@@ -19,11 +19,14 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinytrain.common import cut_text, encode_each, encode_text
+
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
@@ -41,9 +44,7 @@ _MAX_TOKEN_BYTES = 4 * 3
 # change a small vocabulary, and each takes some 250 bytes of memory.
 _MAX_TRAINING_CHARACTERS = 2_000_000
 
-# Documents in one call of the tokenizer. Enough to keep all cores busy, and few enough for memory:
-# besides its id, the tokenizer holds some hundred bytes for each token of a call.
-_BATCH = 100
+_IDS_AT_ONCE = 2**16  # that wait to be written
 
 
 # The tokenizer
@@ -118,13 +119,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         logger.warning(
             "A vocabulary of %d tokens, not %d: no more pairs occur twice", size, vocab_size
         )
-    return Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    merges = [tuple(pair) for pair in model["merges"]]
+    return Qwen2Tokenizer(vocab=model["vocab"], merges=merges, padding_side="left")
 
 
 def _up_to(texts: Iterable[str], max_characters: int) -> Iterator[str]:
-    """Yield texts until together they have enough characters."""
+    """Yield texts, long ones in parts, until together they have enough characters."""
     for text in texts:
-        yield text[:max_characters]
+        yield from cut_text(text[:max_characters])  # a whole book at once takes much memory
         max_characters -= len(text)
         if max_characters <= 0:
             return
@@ -164,6 +166,11 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
             f"No tokenizer in {folder}: it needs tokenizer.json, or vocab.json and merges.txt. "
             "Save one there with save_pretrained, or download it again."
         )
+    for path in folder.glob("*.json"):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): save or download it again") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the readers of transformers and tokenizers raise bare Exception
@@ -176,6 +183,7 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
             "take one of the Qwen family, or train one with train_tokenizer."
         )
     tokenizer.eos_token = tokenizer.pad_token = _END_OF_TEXT
+    tokenizer.padding_side = "left"  # what a batch of prompts needs; training pads nothing
     return tokenizer
 
 
@@ -216,13 +224,12 @@ def tokenize(
         ``input_ids``: chunks of exactly ``context_length`` ids. A document's remainder is dropped,
         and so is every document that is shorter than one chunk.
     """
-    outputs = tokenizer(
-        element["text"],
-        truncation=True,
-        max_length=context_length,
-        return_overflowing_tokens=True,
-    )
-    return {"input_ids": [ids for ids in outputs["input_ids"] if len(ids) == context_length]}
+    # Not `tokenizer(texts, return_overflowing_tokens=True)`: a text that spells out a special token
+    # would place it.
+    chunks = []
+    for ids in encode_text(tokenizer, element["text"]):
+        chunks += [ids[i : i + context_length] for i in range(0, len(ids), context_length)]
+    return {"input_ids": [ids for ids in chunks if len(ids) == context_length]}
 
 
 def chunk_documents(
@@ -235,9 +242,9 @@ def chunk_documents(
 
     Takes, returns and raises the same as `pack_documents`.
     """
-    batches = _batches(documents)
-    pieces = (tokenize(batch, tokenizer, context_length)["input_ids"] for batch in batches)
-    return _write_blocks(pieces, context_length, folder)
+    rows = encode_each(tokenizer, _texts(documents))
+    full = (ids[: len(ids) // context_length * context_length] for ids in rows)
+    return _write_blocks(full, context_length, folder)
 
 
 def pack_documents(
@@ -272,27 +279,30 @@ def pack_documents(
     ValueError
         If ``context_length`` is not positive, or there is no column ``text``.
     """
-    end = [tokenizer.eos_token_id]
-    batches = _batches(documents)
-    pieces = ([ids + end for ids in _plain_ids(tokenizer, batch["text"])] for batch in batches)
-    return _write_blocks(pieces, context_length, folder)
+    import numpy as np
+
+    end = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    rows = encode_each(tokenizer, _texts(documents))
+    return _write_blocks(chain.from_iterable((ids, end) for ids in rows), context_length, folder)
 
 
-def _batches(documents: Dataset) -> Iterator[dict[str, list[str]]]:
-    """Yield the documents' texts in batches, with a progress bar."""
+def _texts(documents: Dataset) -> Iterator[str]:
+    """Yield the documents' texts one by one, with a progress bar."""
     from datasets.utils import tqdm
 
     texts = documents.select_columns("text")  # raises ValueError if there is no such column
     with tqdm(total=len(texts), unit=" documents", desc="Tokenizing") as progress:
-        for batch in texts.iter(batch_size=_BATCH):
-            yield batch
-            progress.update(len(batch["text"]))
+        # As Arrow tables, which stay on the disk: a hundred documents may be a hundred books.
+        for batch in texts.with_format("arrow").iter(batch_size=100):
+            for text in batch["text"]:
+                yield text.as_py()
+            progress.update(len(batch))
 
 
 def _write_blocks(
-    pieces: Iterable[list[list[int]]], context_length: int, folder: str | os.PathLike | None
+    rows: Iterable[np.ndarray], context_length: int, folder: str | os.PathLike | None
 ) -> Dataset:
-    """Join lists of ids and cut the whole into blocks, in memory or in a folder."""
+    """Join arrays of ids and cut the whole into blocks, in memory or in a folder."""
     import numpy as np
     import pyarrow as pa
     from datasets import Dataset
@@ -305,30 +315,21 @@ def _write_blocks(
     else:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = pa.OSFile(str(Path(folder, "blocks.arrow")), "wb")
-    rest = np.empty(0, dtype=np.int32)
     with file, pa.ipc.new_stream(file, schema) as writer:
-        for piece in pieces:
-            arrays = [np.fromiter(ids, dtype=np.int32, count=len(ids)) for ids in piece]
-            ids = np.concatenate([rest, *arrays])
-            whole = len(ids) // context_length * context_length
-            rest = ids[whole:]
-            blocks = pa.FixedSizeListArray.from_arrays(pa.array(ids[:whole]), context_length)
-            writer.write_batch(pa.record_batch([blocks], schema=schema))
+        waiting, number = [], 0
+        for ids in chain(rows, [None]):  # None: there are no more
+            if ids is not None:
+                waiting.append(ids)
+                number += len(ids)
+            if waiting and (ids is None or number >= _IDS_AT_ONCE):
+                ids = np.concatenate(waiting)
+                whole = number // context_length * context_length
+                blocks = pa.FixedSizeListArray.from_arrays(pa.array(ids[:whole]), context_length)
+                writer.write_batch(pa.record_batch([blocks], schema=schema))
+                waiting, number = [ids[whole:]], number - whole
     if folder is None:
         return Dataset.from_buffer(file.getvalue())
     return Dataset.from_file(str(Path(folder, "blocks.arrow")))
-
-
-def _plain_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    """Return the ids of texts in which nothing is read as a special token."""
-    # Not `tokenizer(texts)`, which also finds the place of each token in the text and builds lists
-    # that are not needed here: a quarter of the time.
-    backend = tokenizer.backend_tokenizer
-    # What an earlier call left behind. transformers sets these again at each of its own calls.
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 # Measures
@@ -360,11 +361,15 @@ def tokens_per_character(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str
     ValueError
         If the texts hold no characters.
     """
-    characters = tokens = 0
-    texts = iter(texts)
-    while batch := list(islice(texts, _BATCH)):
-        characters += sum(map(len, batch))
-        tokens += sum(map(len, _plain_ids(tokenizer, batch)))
+    characters = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal characters
+        for text in texts:
+            characters += len(text)
+            yield text
+
+    tokens = sum(map(len, encode_each(tokenizer, counted())))
     if characters == 0:
         raise ValueError("The texts hold no characters: pass some text to measure on.")
     return tokens / characters
@@ -383,7 +388,7 @@ def show_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[tuple[str
     ValueError
         If the tokenizer is not byte-level.
     """
-    ids = tokenizer(text)["input_ids"]
+    [ids] = encode_text(tokenizer, [text])
     pieces = [token.decode(errors="surrogateescape") for token in _bytes_of(tokenizer, ids)]
     return list(zip(map(_show_lone_bytes, pieces), ids, strict=True))
 

@@ -84,13 +84,13 @@ def token_explorer(
     text : str
         What the box holds at first.
     """
-    from tinytrain.tokenization import colour_tokens
+    from tinytrain.tokenization import colour_tokens, show_tokens
 
     shown = ipw.HTML()
 
     def show(text: str) -> None:
         shown.value = "".join(
-            f"<div><b>{html.escape(name)}</b>: {len(tokenizer(text).input_ids):,} tokens</div>"
+            f"<div><b>{html.escape(name)}</b>: {len(show_tokens(tokenizer, text)):,} tokens</div>"
             + colour_tokens(tokenizer, text)
             for name, tokenizer in tokenizers.items()
         )

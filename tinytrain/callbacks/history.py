@@ -56,6 +56,11 @@ class VerboseTrainingCallback(TrainerCallback):
             f"{state.max_steps:,} steps of {self._speed.tokens_per_step:,} tokens"
             + (f", resumed at step {state.global_step}" if state.global_step else "")
         )
+        if state.max_steps <= (warmup := args.get_warmup_steps(state.max_steps)):
+            logger.warning(
+                f"the learning rate rises for {warmup:,} steps and the run has {state.max_steps:,}:"
+                " it will not learn at the recipe's rate. Set warmup_steps lower, or train longer"
+            )
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Log which pass over the text begins."""
@@ -132,6 +137,10 @@ class HistoryCallback(TrainerCallback):
         first = {"step": 0, "tokens": 0, "seconds": 0.0, "max_steps": state.max_steps}
         first |= {"tokens_per_step": self._speed.tokens_per_step, **self.metadata}
         write_json_lines(self.path, [first, *kept])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Have the last loss logged too: a short run may end before its first `logging_steps`."""
+        control.should_log |= state.global_step >= state.max_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write a training loss."""

@@ -90,7 +90,7 @@ class SampleCallback(TrainerCallback):
         self.samples.append({"step": state.global_step, "texts": texts})
         append_json_line(self.path, self.samples[-1])
         for prompt, text in zip(self.prompts, texts, strict=True):
-            message = f"step {state.global_step}: {prompt} → {one_line(text)}"
+            message = f"step {state.global_step}: {one_line(prompt)} → {one_line(text)}"
             logger.info(message, extra=PROGRESS)
         if self._output:
             self._output.show(self.table())
@@ -103,5 +103,5 @@ class SampleCallback(TrainerCallback):
         blocks = []
         for number, prompt in enumerate(self.prompts):
             rows = [f"{s['step']:>8,}  {one_line(s['texts'][number])}" for s in shown]
-            blocks.append("\n".join([prompt, *rows]))
+            blocks.append("\n".join([one_line(prompt), *rows]))
         return "\n\n".join(blocks) if shown else ""
