@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 # What you watch, and what makes a run fast or small, does not change what is learned.
@@ -24,10 +24,40 @@ DISPLAY_AND_SPEED_FIELDS = frozenset(
     + ("sample_steps", "halve_batch", "loss_rows", "attention", "compile")
 )
 
+_CHOICES = {
+    "tokenizer": ("qwen2.5", "own"),
+    "optimizer": ("adamw", "muon"),
+    # Those of the Trainer that need no arguments of their own.
+    "lr_scheduler": ("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt")
+    + ("constant", "constant_with_warmup", "reduce_lr_on_plateau"),
+    "precision": ("bf16", "fp16", "float32"),
+    "attention": ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
+}
+_SEED = (lambda value: 0 <= value < 2**32, f"from 0 to {2**32 - 1}")
+_RANGES = {  # of all other whole numbers: at least 1
+    "corpus": (bool, "encyclopedia, wikipedia or a path"),
+    "test_size": (lambda value: 0 < value < 1, "above 0 and below 1: a share of the documents"),
+    "split_seed": _SEED,
+    "context_length": (lambda value: value >= 2, "at least 2: a token, and one to predict"),
+    "learning_rate": (lambda value: 0 < value < math.inf, "above 0"),
+    "warmup_steps": (lambda value: value >= 0, "at least 0"),
+    "weight_decay": (lambda value: 0 <= value < math.inf, "at least 0"),
+    "adam_beta2": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "epochs": (lambda value: 0 < value < math.inf, "above 0"),
+    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1: the epochs decide"),
+    "seed": _SEED,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The hyperparameters of one run; defaults are those of the guide where it gives one."""
+    """The hyperparameters of one run; defaults are those of the guide where it gives one.
+
+    Raises
+    ------
+    ValueError
+        If a value cannot be: the message names the field, the value and what it may be.
+    """
 
     name: str
 
@@ -78,10 +108,46 @@ class Recipe:
     eval_blocks: int | None = None  # held-out blocks per evaluation while training; None: all
     sample_steps: int = 500  # how often the model writes a sample
 
+    def __post_init__(self):
+        """Refuse what would fail later, with a message about something else."""
+        object.__setattr__(self, "corpus", os.path.expanduser(self.corpus))
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if allowed := _allowed(field.name, value, kind.removesuffix(" | None")):
+                if not kind.endswith("None"):
+                    raise ValueError(f"{field.name} is {value!r}; it must be {allowed}")
+                if value is not None:
+                    raise ValueError(f"{field.name} is {value!r}; it must be {allowed}, or None")
+        heads = self.num_attention_heads
+        if self.hidden_size % (2 * heads):
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; it must be a multiple of {2 * heads}, twice "
+                "num_attention_heads: the heads share it, and each rotates pairs of values"
+            )
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads is {self.num_key_value_heads}; it must divide "
+                f"num_attention_heads, which is {heads}"
+            )
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one step of the optimiser learns from, on one device."""
         return self.batch_size * self.gradient_accumulation * self.context_length
+
+
+def _allowed(name: str, value: object, kind: str) -> str | None:
+    """Return in words what a field may be, if the value is something else."""
+    kinds = {"int": int, "float": int | float, "str": str | os.PathLike, "bool": bool}
+    if not isinstance(value, kinds[kind]) or isinstance(value, bool) != (kind == "bool"):
+        return {"int": "a whole number", "float": "a number", "bool": "True or False"}.get(
+            kind, "a text"
+        )
+    if name in _CHOICES:
+        return None if value in _CHOICES[name] else "one of " + ", ".join(_CHOICES[name])
+    at_least_1 = (lambda value: value >= 1, "at least 1")
+    fits, words = _RANGES.get(name, at_least_1 if kind == "int" else (lambda _: True, ""))
+    return None if fits(value) else words
 
 
 SEED = Recipe(name="seed", drop_duplicates=False, packing=False)

@@ -54,7 +54,8 @@ def _project_folder() -> Path:
 
 def runs_folder() -> Path:
     """Return where all runs are kept: ``TINYTRAIN_RUNS``, or ``runs`` in the project's folder."""
-    return Path(os.environ.get("TINYTRAIN_RUNS") or _project_folder() / "runs").absolute()
+    folder = os.environ.get("TINYTRAIN_RUNS") or _project_folder() / "runs"
+    return Path(os.path.expanduser(folder)).absolute()
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -172,8 +173,6 @@ def _split_inputs(recipe: Recipe, path: Path) -> dict[str, Any]:
 
 def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a recipe: Qwen2.5's, full or reduced, or one trained on the text."""
-    if recipe.tokenizer not in ("qwen2.5", "own"):
-        raise ValueError(f"tokenizer {recipe.tokenizer!r} is neither 'qwen2.5' nor 'own'")
     if recipe.tokenizer == "qwen2.5" and not is_reduced(recipe):
         return qwen.qwen_tokenizer()
 
@@ -253,8 +252,10 @@ def get_model(recipe: Recipe, config: Qwen2Config | None = None) -> Qwen2ForCaus
     """
     import torch
 
+    from tinytrain.hardware import use_no_more_cores
     from tinytrain.loss import save_loss_memory
 
+    use_no_more_cores()
     model = modeling.build_model(config or get_config(recipe), seed=recipe.seed)
     if recipe.loss_rows:
         save_loss_memory(model, recipe.loss_rows, recipe.compile)
