@@ -1,5 +1,7 @@
 import logging
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -8,6 +10,7 @@ from tinytrain.common import (
     atomic_write,
     damaged_file,
     format_seconds,
+    full_disk,
     hash_files,
     setup_logging,
 )
@@ -66,3 +69,17 @@ def test_a_flipped_bit_and_a_missing_file_are_found_by_name(tmp_path):
     assert damaged_file(tmp_path, hashes) == "a/weights"
     (tmp_path / "config").unlink()
     assert damaged_file(tmp_path, {"config": hashes["config"]}) == "config"
+
+
+def test_the_disk_that_is_full_is_named(tmp_path, monkeypatch):
+    here, there = tmp_path / "run", tmp_path / "temporary"
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(there))
+    free = {here: 10**9, there: 4096}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    error = OSError(28, "No space left on device")
+    assert full_disk(error, here) == there
+    free[here] = 0
+    assert full_disk(error, here) == here
+    free |= {here: 10**8, there: 10**8}  # a checkpoint was too large for it, and is removed
+    assert full_disk(error, here) == here
+    assert full_disk(OSError(28, "No space", "/cache/a.py"), here) == Path("/cache")

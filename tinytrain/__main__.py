@@ -14,7 +14,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
+import shutil
 import sys
+import tempfile
 import typing
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain import runs, steps
-from tinytrain.common import one_line, rank, setup_logging
+from tinytrain.common import one_line, print_any_character, rank, setup_logging
 from tinytrain.recipes import RECIPES, Recipe, get_recipe
 
 _EXAMPLES = """examples:
@@ -155,7 +158,7 @@ def _show_no_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if not sys.stderr.isatty():
+    if not (sys.stderr and sys.stderr.isatty()):
         datasets.disable_progress_bars()
 
 
@@ -298,8 +301,30 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
     add("--public", action="store_true", help="let everybody see it (default: you alone)")
 
 
+def _in_words(error: Exception) -> str:
+    """Return what an error says, with what to do where the error itself does not know."""
+    said = str(error).strip()
+    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|bad_alloc", said):
+        return (
+            f"out of memory ({said.splitlines()[0] if said else type(error).__name__}). Training "
+            "needs less with a smaller batch_size, context_length or hidden_size (--set), "
+            "everything else with less text; `check` shows what there is"
+        )
+    if said.startswith("[Errno 28] No space") and not getattr(error, "filename", None):
+        free = [
+            f"{shutil.disk_usage(folder).free / 1e9:.1f} GB in {folder}"
+            for folder in (steps.runs_folder(), Path(tempfile.gettempdir()))
+            if folder.exists()
+        ]
+        return f"{said}; free are {', '.join(free)}"
+    if said and isinstance(error, ValueError | OSError | RuntimeError | ImportError):
+        return said
+    return f"{type(error).__name__}: {said or 'no more is known'} (--debug shows where)"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a step; returns the exit status."""
+    print_any_character()
     parser = _build_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "step"):
@@ -310,17 +335,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0  # the other steps are done by the first process alone
     try:
         if options.runs:
-            os.environ["TINYTRAIN_RUNS"] = str(Path(options.runs).absolute())
+            os.environ["TINYTRAIN_RUNS"] = os.path.abspath(os.path.expanduser(options.runs))
         options.recipe = _parse_recipe(options)
-        return options.step(options) or 0
+        status = options.step(options) or 0
+        print(end="", flush=True)  # an error is to be told here
+        return status
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     except Exception as error:
         if options.debug:
             raise
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `| head` has
+            return 128 + 13  # what a shell shows of a program that SIGPIPE has ended
         name = f"tinytrain (rank {process})" if process else "tinytrain"
-        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
+        print(f"{name}: {_in_words(error)}", file=sys.stderr)
         return 1
 
 

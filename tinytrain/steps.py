@@ -360,10 +360,11 @@ def _one_at_a_time(folder: Path) -> AbstractContextManager:
     """
     from filelock import FileLock, Timeout
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
-        return lock.acquire(timeout=0)
+        with writing_to(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            return lock.acquire(timeout=0)
     except Timeout:
         logger.info("another process makes %s: waiting for it", folder.name)
         return lock.acquire()
