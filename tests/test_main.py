@@ -57,7 +57,7 @@ def test_without_a_step_they_are_listed():
     assert shown.returncode == 0
     listed = [line.split()[0] for line in shown.stdout.splitlines() if line.startswith("    ")]
     assert [word for word in listed if word in STEPS] == STEPS
-    assert "torchrun --nproc-per-node 2 -m tinytrain train" in shown.stdout
+    assert "torchrun --standalone --nproc-per-node 2 -m tinytrain train" in shown.stdout
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -214,7 +214,7 @@ def test_output_that_nobody_takes(redirected, status, told, with_model, tmp_path
     [
         (
             MemoryError(),
-            r"out of memory \(MemoryError\). Training needs less with a smaller batch_s",
+            r"out of memory \(MemoryError\). Training needs less with a smaller b",
         ),
         (
             RuntimeError("[x]\nDefaultCPUAllocator: can't allocate memory"),

@@ -44,6 +44,7 @@ def test_the_environment_selects_recipe_text_and_length(monkeypatch):
     monkeypatch.setenv("TINYTRAIN_RECIPE", "smoke")
     assert get_recipe(has_gpu=True).name == "smoke"
     assert get_recipe("seed").name == "seed"  # a name in the notebook wins
+    assert get_recipe(RECIPES["wiki"]) is RECIPES["wiki"]
     monkeypatch.setenv("TINYTRAIN_CORPUS", "my/text.jsonl")
     assert get_recipe("seed").corpus == "my/text.jsonl"
     monkeypatch.setenv("TINYTRAIN_MAX_STEPS", "60")

@@ -32,9 +32,9 @@ _EXAMPLES = """examples:
   python -m tinytrain train --recipe pocket
   python -m tinytrain train --recipe wiki --set learning_rate=2e-3 max_steps=2000
   python -m tinytrain generate "法国的首都是" --temperature 0.8 --top-p 0.9
-  torchrun --nproc-per-node 2 -m tinytrain train --recipe wiki
-  torchrun --nproc-per-node 2 -m tinytrain train --recipe qwen-0.5b --fsdp
-  accelerate launch --multi_gpu --num_processes 2 -m tinytrain train --recipe wiki
+  torchrun --standalone --nproc-per-node 2 -m tinytrain train --recipe wiki
+  torchrun --standalone --nproc-per-node 2 -m tinytrain train --recipe qwen-0.5b --fsdp
+  accelerate launch --main_process_port 0 --multi_gpu --num_processes 2 -m tinytrain train
 
 exit codes: 0 done; 1 an error, told in a line; 2 a wrong call; 130 stopped before its end (Ctrl-C)
 """

@@ -237,7 +237,7 @@ SMOKE = replace(
 RECIPES = {recipe.name: recipe for recipe in (SMOKE, POCKET, SEED, WIKI, QWEN)}
 
 
-def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
+def get_recipe(name: str | Recipe | None = None, has_gpu: bool = False) -> Recipe:
     """Return the recipe of this run.
 
     Three variables of the environment let one notebook serve all runs: ``TINYTRAIN_RECIPE`` selects
@@ -246,8 +246,8 @@ def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
 
     Parameters
     ----------
-    name : str, optional
-        One of `RECIPES`.
+    name : str or Recipe, optional
+        One of `RECIPES`; a recipe is returned as it is, so that a notebook's cell can run again.
     has_gpu : bool
         Whether to default to ``wiki`` rather than ``pocket``.
 
@@ -265,6 +265,8 @@ def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
     >>> get_recipe("seed").learning_rate
     2e-05
     """
+    if isinstance(name, Recipe):
+        return name
     name = name or os.environ.get("TINYTRAIN_RECIPE") or ("wiki" if has_gpu else "pocket")
     if name not in RECIPES:
         raise ValueError(f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}")

@@ -277,7 +277,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     if fsdp and world_size() == 1:
         raise ValueError(
             "FSDP shares a model out to several processes and here is one: start them with "
-            "`torchrun --nproc-per-node 2 -m tinytrain train --fsdp`"
+            "`torchrun --standalone --nproc-per-node 2 -m tinytrain train --fsdp`"
         )
     folder = steps.run_folder(recipe)
     if rank() == 0:
