@@ -164,6 +164,9 @@ def prepare() -> Path:
     os.environ["TINYTRAIN_RUNS"] = str(steps.runs_folder())
     if recipe.corpus not in ("encyclopedia", "wikipedia"):
         os.environ["TINYTRAIN_CORPUS"] = str(steps.get_text(recipe))
+    other = os.path.expanduser(os.environ.get("TINYTRAIN_COMPARE", ""))
+    if os.path.exists(other):
+        os.environ["TINYTRAIN_COMPARE"] = os.path.abspath(other)
     folder = steps.run_folder(get_recipe(has_gpu=has_gpu))
     (folder / "notebooks").mkdir(exist_ok=True)
     return folder

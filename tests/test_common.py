@@ -83,3 +83,9 @@ def test_the_disk_that_is_full_is_named(tmp_path, monkeypatch):
     free |= {here: 10**8, there: 10**8}  # a checkpoint was too large for it, and is removed
     assert full_disk(error, here) == here
     assert full_disk(OSError(28, "No space", "/cache/a.py"), here) == Path("/cache")
+
+
+def test_a_log_that_cannot_be_written_names_its_folder(tmp_path):
+    (tmp_path / "run" / "training.log").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"cannot write to .*run \(.*\): choose another folder"):
+        setup_logging(tmp_path / "run" / "training.log")
