@@ -4,11 +4,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -214,7 +216,7 @@ def own_text(folder):
 
 
 def test_the_readmes_command_on_a_text_of_your_own(tmp_path):
-    """All notebooks; paths as one writes them, output in an encoding that lacks characters."""
+    """All notebooks; paths as one writes them, an old encoding, and the usual port is taken."""
     own_text(tmp_path)
     environment = os.environ | {
         "TINYTRAIN_RECIPE": "smoke",
@@ -223,7 +225,11 @@ def test_the_readmes_command_on_a_text_of_your_own(tmp_path):
         "PYTHONIOENCODING": "gbk",
     }
     command = [sys.executable, str(ROOT / "notebooks" / "run_all.py")]
-    result = subprocess.run(command, env=environment, capture_output=True, cwd=tmp_path)
+    with socket.socket() as taken:
+        with suppress(OSError):  # if it is taken already, so much the better
+            taken.bind(("", 29500))
+            taken.listen()
+        result = subprocess.run(command, env=environment, capture_output=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr.decode("gbk", "replace")
     (run,) = (tmp_path / "我的 runs").glob("smoke-mine*")
     assert len(list((run / "notebooks").glob("*.ipynb"))) == 7

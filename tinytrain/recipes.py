@@ -137,7 +137,7 @@ class Recipe:
 
 
 def _allowed(name: str, value: object, kind: str) -> str | None:
-    """Return in words what a field may be, if the value is something else."""
+    """Return what a field may be, in plain English, if the value is something else."""
     kinds = {"int": int, "float": int | float, "str": str | os.PathLike, "bool": bool}
     if not isinstance(value, kinds[kind]) or isinstance(value, bool) != (kind == "bool"):
         return {"int": "a whole number", "float": "a number", "bool": "True or False"}.get(
@@ -146,8 +146,8 @@ def _allowed(name: str, value: object, kind: str) -> str | None:
     if name in _CHOICES:
         return None if value in _CHOICES[name] else "one of " + ", ".join(_CHOICES[name])
     at_least_1 = (lambda value: value >= 1, "at least 1")
-    fits, words = _RANGES.get(name, at_least_1 if kind == "int" else (lambda _: True, ""))
-    return None if fits(value) else words
+    fits, range_ = _RANGES.get(name, at_least_1 if kind == "int" else (lambda _: True, ""))
+    return None if fits(value) else range_
 
 
 SEED = Recipe(name="seed", drop_duplicates=False, packing=False)
