@@ -63,10 +63,7 @@ class _StdoutHandler(logging.StreamHandler):
 
 
 def print_any_character() -> None:
-    """Print an escape for each character that the output's encoding lacks, rather than end there.
-
-    Redirected output has an old encoding on Windows (GBK, cp1252): no emoji, or no Chinese.
-    """
+    """Print escapes for characters that the output's encoding lacks: on Windows it may be GBK."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -166,11 +163,7 @@ def writing_to(folder: str | Path) -> Iterator[None]:
 
 
 def full_disk(error: BaseException, folder: str | Path) -> Path:
-    """Return the folder whose disk is full, by an error that happened while writing to `folder`.
-
-    Few errors name their file. PyTorch compiles in the temporary folder, which may be on a small
-    disk of its own.
-    """
+    """Return the folder whose disk is full: `folder`, or the temporary one that PyTorch uses."""
     if isinstance(getattr(error, "filename", None), str):
         return Path(error.filename).parent
     temporary, folder = Path(tempfile.gettempdir()), Path(folder)

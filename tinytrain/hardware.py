@@ -204,11 +204,7 @@ def this_hardware(path: str | Path = ".") -> Hardware:
 
 
 def use_no_more_cores() -> None:
-    """Let PyTorch start no more threads on the CPU than a container's quota leaves it cores.
-
-    It counts the cores of the machine: with 64 threads on a quota of two, most of the time goes
-    into waiting. A number that you have chosen by ``OMP_NUM_THREADS`` is kept.
-    """
+    """Let PyTorch, which sees no quota, start no more threads than there are usable cores."""
     import torch
 
     if torch.get_num_threads() > _usable_cores() and "OMP_NUM_THREADS" not in os.environ:
@@ -393,11 +389,7 @@ def _memory_limit(total: int, root: str = "/") -> int:
 
 
 def _control_groups(controller: str, root: str) -> Iterator[PurePosixPath]:
-    """Yield the folders of this process's control group and of those around it (Linux).
-
-    The limit of each holds for all within it, so the least of them counts. In a container only
-    the outermost folder may be there.
-    """
+    """Yield the folders of this process's control group and of those around it (Linux)."""
     for line in (_read(f"{root}/proc/self/cgroup") or "0::/").splitlines():
         _, names, path = line.split(":", 2)
         if names and controller not in names.split(","):
@@ -405,7 +397,7 @@ def _control_groups(controller: str, root: str) -> Iterator[PurePosixPath]:
         # Version 1 has a tree for each controller or two; version 2 one, elsewhere beside those.
         for tree in (names, controller) if names else ("", "unified"):
             group = PurePosixPath("/", path)
-            for part in (group, *group.parents):
+            for part in (group, *group.parents):  # in a container only the last may be there
                 yield PurePosixPath(root, "sys/fs/cgroup", tree, str(part)[1:])
 
 

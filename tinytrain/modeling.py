@@ -241,17 +241,15 @@ def _tell_failure_in_a_line(record: logging.LogRecord) -> bool:
     """Warn in place of PyTorch, which prints some hundred lines for each part that fails."""
     error = record.exc_info[1] if record.exc_info else None
     if error is not None and record.levelno == logging.WARNING:
-        _warn_uncompiled(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
+        _warn_once(
+            f"torch.compile fails here ({type(error).__name__}: {str(error).strip()}".split("\n")[0]
+            + "): the run goes on uncompiled, which is only slower. It needs a C++ compiler (g++, "
+            "or clang on macOS); compile=False tries no more"
+        )
     return error is None
 
 
-@functools.cache  # once
-def _warn_uncompiled(reason: str) -> None:
-    logger.warning(
-        "torch.compile fails here (%s): the run goes on uncompiled, which is only slower. It needs "
-        "a C++ compiler (g++, or clang on macOS); compile=False tries no more",
-        reason,
-    )
+_warn_once = functools.cache(logger.warning)
 
 
 def _drop_in_place_warning(record: logging.LogRecord) -> bool:

@@ -51,13 +51,7 @@ _RANGES = {  # of all other whole numbers: at least 1
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The hyperparameters of one run; defaults are those of the guide where it gives one.
-
-    Raises
-    ------
-    ValueError
-        If a value cannot be: the message names the field, the value and what it may be.
-    """
+    """The hyperparameters of one run; defaults are those of the guide where it gives one."""
 
     name: str
 
@@ -113,22 +107,22 @@ class Recipe:
         object.__setattr__(self, "corpus", os.path.expanduser(self.corpus))
         for field in fields(self):
             value, kind = getattr(self, field.name), str(field.type)
-            if allowed := _allowed(field.name, value, kind.removesuffix(" | None")):
-                if not kind.endswith("None"):
-                    raise ValueError(f"{field.name} is {value!r}; it must be {allowed}")
-                if value is not None:
-                    raise ValueError(f"{field.name} is {value!r}; it must be {allowed}, or None")
-        heads = self.num_attention_heads
-        if self.hidden_size % (2 * heads):
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}; it must be a multiple of {2 * heads}, twice "
-                "num_attention_heads: the heads share it, and each rotates pairs of values"
-            )
-        if heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads is {self.num_key_value_heads}; it must divide "
-                f"num_attention_heads, which is {heads}"
-            )
+            kind, *optional = kind.split(" | ")
+            allowed = None if optional and value is None else _allowed(field.name, value, kind)
+            if allowed:
+                allowed += ", or None" if optional else ""
+                raise ValueError(f"{field.name} is {value!r}; it must be {allowed}")
+        size, heads, key_heads = (
+            self.hidden_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+        )
+        if size % (2 * heads):  # the heads share it, and each rotates pairs of values
+            allowed = f"a multiple of {2 * heads}, twice num_attention_heads"
+            raise ValueError(f"hidden_size is {size}; it must be {allowed}")
+        if heads % key_heads:
+            allowed = f"divide num_attention_heads, which is {heads}"
+            raise ValueError(f"num_key_value_heads is {key_heads}; it must {allowed}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -140,9 +134,8 @@ def _allowed(name: str, value: object, kind: str) -> str | None:
     """Return what a field may be, in plain English, if the value is something else."""
     kinds = {"int": int, "float": int | float, "str": str | os.PathLike, "bool": bool}
     if not isinstance(value, kinds[kind]) or isinstance(value, bool) != (kind == "bool"):
-        return {"int": "a whole number", "float": "a number", "bool": "True or False"}.get(
-            kind, "a text"
-        )
+        names = {"int": "a whole number", "float": "a number", "bool": "True or False"}
+        return names.get(kind, "a text")
     if name in _CHOICES:
         return None if value in _CHOICES[name] else "one of " + ", ".join(_CHOICES[name])
     at_least_1 = (lambda value: value >= 1, "at least 1")
