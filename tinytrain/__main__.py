@@ -306,16 +306,13 @@ def _in_words(error: Exception) -> str:
     said = str(error).strip()
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|bad_alloc", said):
         return (
-            f"out of memory ({said.splitlines()[0] if said else type(error).__name__}). Training "
-            "needs less with a smaller batch_size, context_length or hidden_size (--set), "
-            "everything else with less text; `check` shows what there is"
+            f"out of memory ({(said or type(error).__name__).splitlines()[0]}). Training needs less "
+            "with a smaller batch_size, context_length or hidden_size (--set), other steps with "
+            "less text; `check` shows what there is"
         )
     if said.startswith("[Errno 28] No space") and not getattr(error, "filename", None):
-        free = [
-            f"{shutil.disk_usage(folder).free / 1e9:.1f} GB in {folder}"
-            for folder in (steps.runs_folder(), Path(tempfile.gettempdir()))
-            if folder.exists()
-        ]
+        folders = filter(Path.exists, (steps.runs_folder(), Path(tempfile.gettempdir())))
+        free = (f"{shutil.disk_usage(place).free / 1e9:.1f} GB in {place}" for place in folders)
         return f"{said}; free are {', '.join(free)}"
     if said and isinstance(error, ValueError | OSError | RuntimeError | ImportError):
         return said
