@@ -306,9 +306,9 @@ def _in_words(error: Exception) -> str:
     said = str(error).strip()
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|bad_alloc", said):
         return (
-            f"out of memory ({(said or type(error).__name__).splitlines()[0]}). Training needs less "
-            "with a smaller batch_size, context_length or hidden_size (--set), other steps with "
-            "less text; `check` shows what there is"
+            f"out of memory ({(said or type(error).__name__).splitlines()[0]}). Training needs "
+            "less with a smaller batch_size, context_length or hidden_size (--set), other steps "
+            "with less text; `check` shows what there is"
         )
     if said.startswith("[Errno 28] No space") and not getattr(error, "filename", None):
         folders = filter(Path.exists, (steps.runs_folder(), Path(tempfile.gettempdir())))
