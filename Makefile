@@ -1,7 +1,8 @@
 # Everything runs in .venv, which the first target that needs it creates.
+# Folders are named from here, or by the shell's $$PWD in quotes: no name of a folder, with spaces,
+# quotes or a $ in it, is ever read as a command.
 PYTHON ?= python3
 BIN := .venv/bin
-TEST_RUNS := $(CURDIR)/build/test-runs
 # Whose language the notebooks have: make lab EDITION=zh, make tutorial EDITION=zh
 EDITION ?= en
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=1500 --timeout=1600
@@ -10,12 +11,12 @@ NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=1500 --timeout=160
 .PHONY: help tutorial test test-notebooks test-package browser-test colab-test soak gguf benchmark lint lab notebooks sync clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 .venv/ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("tinytrain needs Python 3.11 or newer, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12" % sys.version_info[:2])'
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("tinytrain needs Python 3.11 or newer, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo "Installing into .venv; the first time this takes some minutes."
-	$(PYTHON) -m venv .venv
+	"$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[notebook,test]'
 	@touch $@
 
@@ -29,12 +30,12 @@ test: .venv/ready lint  ## lint, every notebook (training included) under nbval,
 # Recipe pocket cut to 60 steps, whose losses must be those of the first 60 in the reference curve.
 # The Chinese edition, whose code is the same, runs on recipe smoke.
 test-notebooks: .venv/ready
-	rm -rf "$(TEST_RUNS)"
-	TINYTRAIN_RUNS="$(TEST_RUNS)" TINYTRAIN_RECIPE=pocket TINYTRAIN_MAX_STEPS=60 \
+	rm -rf build/test-runs
+	TINYTRAIN_RUNS="$$PWD/build/test-runs" TINYTRAIN_RECIPE=pocket TINYTRAIN_MAX_STEPS=60 \
 		$(BIN)/python -m pytest -v -n 1 $(NBVAL) notebooks/*.ipynb
-	TINYTRAIN_RUNS="$(TEST_RUNS)" TINYTRAIN_RECIPE=smoke \
+	TINYTRAIN_RUNS="$$PWD/build/test-runs" TINYTRAIN_RECIPE=smoke \
 		$(BIN)/python -m pytest -v -n 1 $(NBVAL) notebooks/zh
-	TINYTRAIN_RUNS="$(TEST_RUNS)" $(BIN)/python -m pytest -v tests/test_default_run.py tests/test_notebooks.py
+	TINYTRAIN_RUNS="$$PWD/build/test-runs" $(BIN)/python -m pytest -v tests/test_default_run.py tests/test_notebooks.py
 
 test-package: .venv/ready
 	$(BIN)/python -m pytest -v -n 1 --ignore=tests/test_default_run.py --ignore=tests/test_notebooks.py
@@ -49,7 +50,7 @@ browser-test: .venv/browser  ## JupyterLab in a real browser; what it looks like
 	$(BIN)/python -m pytest -v -m browser tests/test_in_browser.py
 
 build/colab/ready: tests/colab.txt
-	$(PYTHON) -m venv build/colab
+	"$(PYTHON)" -m venv build/colab
 	build/colab/bin/python -m pip install --disable-pip-version-check -r tests/colab.txt
 	@touch $@
 
@@ -65,10 +66,10 @@ build/llama.cpp/ready: tests/llama_cpp.txt .venv/ready
 	@touch $@
 
 gguf: build/llama.cpp/ready  ## compare our GGUF files with those of llama.cpp's own converter
-	TINYTRAIN_LLAMA_CPP="$(CURDIR)/build/llama.cpp/vendor/llama.cpp" $(BIN)/python -m pytest -v -k converter tests/test_export.py
+	TINYTRAIN_LLAMA_CPP="$$PWD/build/llama.cpp/vendor/llama.cpp" $(BIN)/python -m pytest -v -k converter tests/test_export.py
 
 build/peers/ready: benchmarks/peers.txt
-	$(PYTHON) -m venv build/peers
+	"$(PYTHON)" -m venv build/peers
 	build/peers/bin/python -m pip install --disable-pip-version-check -r benchmarks/peers.txt
 	# Without what it lists to run its notebooks, TensorFlow among it: its models need none of that.
 	build/peers/bin/python -m pip install --disable-pip-version-check --no-deps llms-from-scratch==1.0.19
@@ -76,11 +77,11 @@ build/peers/ready: benchmarks/peers.txt
 
 # On a text of one's own: make benchmark TEXT=my.jsonl
 benchmark: .venv/ready build/peers/ready  ## measure all that is claimed about speed and memory (2 hours)
-	$(BIN)/python -m benchmarks.tokenization $(if $(TEXT),--text "$(TEXT)")
+	$(BIN)/python -m benchmarks.tokenization $(if $(TEXT),--text "$$TEXT")
 	$(BIN)/python -m benchmarks.train_step
-	$(BIN)/python -m benchmarks.learning $(if $(TEXT),--text "$(TEXT)")
-	$(BIN)/python -m benchmarks.learning --choices --seconds 120 $(if $(TEXT),--text "$(TEXT)")
-	$(BIN)/python -m benchmarks.questions $(if $(TEXT),--text "$(TEXT)")
+	$(BIN)/python -m benchmarks.learning $(if $(TEXT),--text "$$TEXT")
+	$(BIN)/python -m benchmarks.learning --choices --seconds 120 $(if $(TEXT),--text "$$TEXT")
+	$(BIN)/python -m benchmarks.questions $(if $(TEXT),--text "$$TEXT")
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.estimate
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && $(BIN)/python -m benchmarks.gpu || true
@@ -91,16 +92,16 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 # JupyterLab saves what it runs: copies are the reader's, and the checkout stays as it is.
-MINE := $(or $(TINYTRAIN_RUNS),runs)/notebooks
-
 lab: .venv/ready  ## open JupyterLab in your own copies of the notebooks, in runs/notebooks
-	@mkdir -p "$(MINE)/zh"
-	@for new in notebooks/[0-9]*.ipynb notebooks/zh/[0-9]*.ipynb; do \
-		mine="$(MINE)/$${new#notebooks/}"; \
-		[ -e "$$mine" ] || cp $$new "$$mine"; \
-		[ ! $$new -nt "$$mine" ] || echo "$$new is newer than $$mine; delete yours to get it"; \
-	done
-	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) "$(MINE)/$(if $(filter zh,$(EDITION)),zh/)01_gpu_check.ipynb"
+	@mine="$${TINYTRAIN_RUNS:-runs}/notebooks"; \
+	case "$$mine" in "~/"*) mine="$$HOME/$${mine#*/}";; esac; \
+	mkdir -p "$$mine/zh"; \
+	for new in notebooks/[0-9]*.ipynb notebooks/zh/[0-9]*.ipynb; do \
+		copy="$$mine/$${new#notebooks/}"; \
+		[ -e "$$copy" ] || cp "$$new" "$$copy"; \
+		[ ! "$$new" -nt "$$copy" ] || echo "$$new is newer than $$copy; delete yours to get it"; \
+	done; \
+	exec $(BIN)/python -m jupyterlab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) "$$mine/$(if $(filter zh,$(EDITION)),zh/)01_gpu_check.ipynb"
 
 notebooks: .venv/ready  ## run the notebooks and keep their outputs in place, to be committed
 	@$(BIN)/python notebooks/run_all.py --in-place

@@ -13,6 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from tinytrain.common import print_any_character
+
+print_any_character()  # of tables in Chinese, into a file on Windows
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -151,8 +151,32 @@ def tell_results(folder: Path, seconds: float) -> None:
         print(f"  {shown}  ({what})")
 
 
+def prepare() -> Path:
+    """Make the run's folder; say in the environment where it and the text are, and return it."""
+    import torch
+
+    from tinytrain import steps
+    from tinytrain.recipes import get_recipe
+
+    has_gpu = torch.cuda.is_available()
+    recipe = get_recipe(has_gpu=has_gpu)
+    # Whole paths: the kernels work in another folder.
+    os.environ["TINYTRAIN_RUNS"] = str(steps.runs_folder())
+    if recipe.corpus not in ("encyclopedia", "wikipedia"):
+        os.environ["TINYTRAIN_CORPUS"] = str(steps.get_text(recipe))
+    other = os.path.expanduser(os.environ.get("TINYTRAIN_COMPARE", ""))
+    if os.path.exists(other):
+        os.environ["TINYTRAIN_COMPARE"] = os.path.abspath(other)
+    folder = steps.run_folder(get_recipe(has_gpu=has_gpu))
+    (folder / "notebooks").mkdir(exist_ok=True)
+    return folder
+
+
 def main() -> int:
     """Run from the command line; returns the exit status."""
+    from tinytrain.common import print_any_character
+
+    print_any_character()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--in-place", action="store_true", help="keep the outputs in notebooks/")
     parser.add_argument("--edition", choices=("en", "zh"), default="en", help="English, Chinese")
@@ -161,17 +185,12 @@ def main() -> int:
         parser.error("the outputs of the Chinese edition come from the English one: make sync")
     source = HERE / "zh" if options.edition == "zh" else HERE
 
-    corpus = os.environ.get("TINYTRAIN_CORPUS")
-    if corpus and Path(corpus).exists():  # the kernels work in another folder
-        os.environ["TINYTRAIN_CORPUS"] = str(Path(corpus).absolute())
-    import torch
-
-    from tinytrain.recipes import get_recipe
-    from tinytrain.steps import run_folder
-
     begun = time.monotonic()
-    folder = run_folder(get_recipe(has_gpu=torch.cuda.is_available()))
-    (folder / "notebooks").mkdir(exist_ok=True)
+    try:
+        folder = prepare()
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
     paths, done = sorted(source.glob("[0-9]*.ipynb")), []
     for number, path in enumerate(paths, 1):
         print(f"{clock(begun)} notebook {number} of {len(paths)}: {path.stem}", flush=True)

@@ -1,5 +1,7 @@
 import logging
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -8,6 +10,7 @@ from tinytrain.common import (
     atomic_write,
     damaged_file,
     format_seconds,
+    full_disk,
     hash_files,
     read_json_lines,
     setup_logging,
@@ -87,3 +90,23 @@ def test_a_damaged_line_costs_that_line_and_an_unfinished_one_nothing(tmp_path, 
     for unfinished in ('{"step": 1}\n{"text": "京', '{"step": 1}\n'):
         path.write_bytes(unfinished.encode()[:-1])
         assert read_json_lines(path) == [{"step": 1}] and not caplog.records
+
+
+def test_the_disk_that_is_full_is_named(tmp_path, monkeypatch):
+    here, there = tmp_path / "run", tmp_path / "temporary"
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(there))
+    free = {here: 10**9, there: 4096}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    error = OSError(28, "No space left on device")
+    assert full_disk(error, here) == there
+    free[here] = 0
+    assert full_disk(error, here) == here
+    free |= {here: 10**8, there: 10**8}  # a checkpoint was too large for it, and is removed
+    assert full_disk(error, here) == here
+    assert full_disk(OSError(28, "No space", "/cache/a.py"), here) == Path("/cache")
+
+
+def test_a_log_that_cannot_be_written_names_its_folder(tmp_path):
+    (tmp_path / "run" / "training.log").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"cannot write to .*run \(.*\): choose another folder"):
+        setup_logging(tmp_path / "run" / "training.log")

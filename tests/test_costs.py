@@ -105,7 +105,7 @@ def test_memory_of_the_guides_model():
 def test_what_does_not_fit_together_has_no_estimate():
     with pytest.raises(ValueError, match="float16"):
         memory_of(precision="float16")
-    with pytest.raises(ValueError, match="512 is no multiple of num_attention_heads 7"):
+    with pytest.raises(ValueError, match="hidden_size is 512; it must be a multiple of 14"):
         memory_of(num_attention_heads=7)
 
 

@@ -1,6 +1,8 @@
 """pyproject.toml, constraints.txt and environment.yml say the same."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -105,3 +107,51 @@ def test_make_help_lists_the_targets():
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     for target in ("tutorial", "test", "browser-test", "colab-test", "lab"):
         assert re.search(rf"^{target} +\w", shown.stdout, re.M)
+
+
+NAMES = ["我 的 空格/tiny train", '我 的 $HOME/it\'s `a` "tiny" #train']
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="make is for Linux and macOS")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_targets_in_a_folder_of_any_name(name, tmp_path):
+    """Neighbours, whose names are the first words of the path, survive; nothing lands elsewhere."""
+    checkout = tmp_path / name
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    for neighbour in (tmp_path / "我", checkout.parent / "tiny", checkout.parent / "train"):
+        neighbour.mkdir()
+    (checkout / "build" / "test-runs" / "smoke").mkdir(parents=True)
+    for file in ("Makefile", "pyproject.toml", "constraints.txt", "notebooks"):
+        (checkout / file).symlink_to(ROOT / file)
+    python = checkout / ".venv" / "bin" / "python"  # writes down how it is called
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$TINYTRAIN_RUNS" "$@" >>called\n')
+    python.chmod(0o755)
+    (checkout / ".venv" / "bin" / "ruff").symlink_to("python")
+    (checkout / ".venv" / "ready").touch()
+    before = sorted(tmp_path.glob("*")) + sorted(checkout.parent.glob("*"))
+
+    def make(*arguments, **environment):
+        result = subprocess.run(
+            ["make", *arguments], cwd=checkout, env=os.environ | environment, capture_output=True
+        )
+        assert result.returncode == 0, result.stderr.decode()
+        called = checkout / "called"
+        lines = called.read_text(encoding="utf-8").splitlines() if called.exists() else []
+        called.unlink(missing_ok=True)
+        return lines
+
+    runs = str(checkout / "build" / "test-runs")
+    assert make("test-notebooks").count(runs) == 3
+    assert not (checkout / "build" / "test-runs").exists()
+    for target in ("tutorial", "lint", "test-package", "notebooks", "sync"):
+        assert make(target)
+    assert "runs/notebooks/zh/01_gpu_check.ipynb" in make("lab", "EDITION=zh")
+    mine = checkout.parent / "其他 $HOME runs"
+    assert f"{mine}/notebooks/01_gpu_check.ipynb" in make("lab", TINYTRAIN_RUNS=str(mine))
+    make("lab", TINYTRAIN_RUNS="~/mine", HOME=str(checkout / "home"))
+    for folder in (checkout / "runs", mine, checkout / "home" / "mine"):
+        assert len(list((folder / "notebooks").rglob("*.ipynb"))) == 14
+    shutil.rmtree(mine)
+    make("clean")
+    assert not (checkout / ".venv").exists() and (checkout / "runs").exists()
+    assert sorted(tmp_path.glob("*")) + sorted(checkout.parent.glob("*")) == before

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -156,19 +157,95 @@ def test_check_and_report_with_gpu(gpu, commands, capsys):
     assert report["precision"] == "fp16"
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux only")
-def test_a_containers_limits_count(no_gpu, monkeypatch):
-    files = {
-        "/sys/fs/cgroup/cpu.max": "150000 100000\n",
-        "/sys/fs/cgroup/memory.max": "2000000000\n",
-    }
-    monkeypatch.setattr(hardware, "_read", lambda path: files.get(path, ""))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    report = hardware_report()
-    assert report["CPU cores"].startswith("1 usable")
-    assert report["memory"].startswith("2.0 GB")
-    files.update({"/sys/fs/cgroup/cpu.max": "max 100000\n", "/sys/fs/cgroup/memory.max": "max\n"})
-    assert hardware_report()["CPU cores"].startswith("8 usable")
+V1 = "9:name=systemd:/\n4:memory:/job/7\n3:cpu,cpuacct:/job/7\n0::/"
+GROUPS = {  # what files there are, and the cores and gigabytes that they leave
+    "version 2, in a container": ({"cpu.max": "150000 100000", "memory.max": "2000000000"}, 1, 2),
+    "version 2, no limit": ({"cpu.max": "max 100000", "memory.max": "max"}, 8, 16),
+    "version 2, the job around has the limit": (
+        {
+            "proc": "0::/user.slice/job/step",
+            "user.slice/job/step/memory.max": "max",
+            "user.slice/job/step/cpu.max": "max 100000",
+            "user.slice/job/memory.max": "3000000000",
+            "user.slice/memory.max": "5000000000",
+            "user.slice/cpu.max": "200000 100000",
+        },
+        2,
+        3,
+    ),
+    "version 1, no limit": (
+        {
+            "proc": V1,
+            "memory/job/7/memory.limit_in_bytes": "9223372036854771712",
+            "cpu,cpuacct/job/7/cpu.cfs_quota_us": "-1",
+            "cpu,cpuacct/job/7/cpu.cfs_period_us": "100000",
+        },
+        8,
+        16,
+    ),
+    "version 1, a job": (
+        {
+            "proc": V1,
+            "memory/job/7/memory.limit_in_bytes": "9223372036854771712",
+            "memory/job/memory.limit_in_bytes": "4000000000",
+            "cpu,cpuacct/job/7/cpu.cfs_quota_us": "300000",
+            "cpu,cpuacct/job/7/cpu.cfs_period_us": "100000",
+        },
+        3,
+        4,
+    ),
+    "version 1, in a container, which sees its own folder as the outermost": (
+        {
+            "proc": V1,
+            "memory/memory.limit_in_bytes": "6000000000",
+            "cpu/cpu.cfs_quota_us": "50000",
+            "cpu/cpu.cfs_period_us": "100000",
+        },
+        1,
+        6,
+    ),
+    "version 1, a container in a container": (
+        {"proc": V1, "memory/memory.stat": "cache 7\nhierarchical_memory_limit 1000000000\nrss 7"},
+        8,
+        1,
+    ),
+    "version 2 beside version 1": (
+        {"proc": V1.replace("0::/", "0::/a"), "unified/a/memory.max": "7000000000"},
+        8,
+        7,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_least_limit_of_a_container_or_job_counts(name, monkeypatch, tmp_path):
+    files, cores, gigabytes = GROUPS[name]
+    for path, text in files.items():
+        at = "proc/self/cgroup" if path == "proc" else f"sys/fs/cgroup/{path}"
+        (tmp_path / at).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / at).write_text(text + "\n")
+    affinity = {"cpu_affinity": lambda self: list(range(8))}
+    monkeypatch.setattr(psutil, "Process", type("Process", (), affinity))
+    assert hardware._usable_cores(str(tmp_path)) == cores
+    assert hardware._memory_limit(16 * 10**9, str(tmp_path)) == gigabytes * 10**9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_a_jobs_cores_and_ulimit_count_and_pytorch_keeps_to_the_quota():
+    code = """if True:
+        import os, resource, torch
+        from tinytrain import hardware
+        resource.setrlimit(resource.RLIMIT_AS, (30 * 10**9, 30 * 10**9))
+        torch.set_num_threads(6)
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        hardware.use_no_more_cores()
+        print(hardware._usable_cores(), hardware._memory_limit(10**15), torch.get_num_threads())
+        """
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert shown[0] == "1" and int(shown[1]) <= 30 * 10**9 and shown[2] == "1"
 
 
 def test_matmul_speed_is_a_positive_number():

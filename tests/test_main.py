@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -56,7 +57,7 @@ def test_without_a_step_they_are_listed():
     assert shown.returncode == 0
     listed = [line.split()[0] for line in shown.stdout.splitlines() if line.startswith("    ")]
     assert [word for word in listed if word in STEPS] == STEPS
-    assert "torchrun --nproc-per-node 2 -m tinytrain train" in shown.stdout
+    assert "torchrun --standalone --nproc-per-node 2 -m tinytrain train" in shown.stdout
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -89,6 +90,7 @@ def test_a_wrong_call_ends_with_2(arguments, capsys):
         (["data", "--set", "learning_rate"], "write name=value"),
         (["data", "--set", "max_steps=1.5"], "'1.5' is not of type int"),
         (["data", "--set", "packing=perhaps"], "packing is true or false"),
+        (["data", "--set", "learning_rate=nan"], "learning_rate is nan; it must be above 0"),
         (["train", "--recipe", "smoke", "--fsdp"], "here is one"),
         (["generate", "法国", "--recipe", "smoke"], "train --recipe smoke"),
     ],
@@ -196,6 +198,72 @@ def test_a_text_is_continued_on_stdout_alone(with_model, capsys):
     assert shown.stdout.startswith("法国的首都是") and len(shown.stdout) > 10
     assert run("generate", "法国的首都是", *knobs, "--seed", "1") == 0
     assert capsys.readouterr().out == shown.stdout
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "cp1252", "ascii"])
+def test_output_in_an_old_encoding_has_escapes(encoding, with_model):
+    """As on Windows, where a file or a pipe gets what Chinese or Western programs used to write."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "tinytrain", "generate", "法国♥", "--recipe", "smoke"],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding},
+    )
+    assert shown.returncode == 0 and shown.stderr == b""
+    assert shown.stdout.startswith("法国♥".encode(encoding, errors="backslashreplace"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sh and /dev/full")
+@pytest.mark.parametrize(
+    ("redirected", "status", "told"),
+    [("| true", "141", ""), (">&-", "0", ""), (">/dev/full", "1", "No space left on device; free")],
+)
+def test_output_that_nobody_takes(redirected, status, told, with_model, tmp_path):
+    command = f"{{ '{sys.executable}' -m tinytrain generate 北京 --recipe smoke"
+    command = f"{command}; echo $? >'{tmp_path}/status'; }} {redirected}"
+    shown = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert (tmp_path / "status").read_text().strip() == status
+    assert len(shown.stderr.splitlines()) == bool(told) and told in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            MemoryError(),
+            r"out of memory \(MemoryError\). Training needs less with a smaller b",
+        ),
+        (
+            RuntimeError("[x]\nDefaultCPUAllocator: can't allocate memory"),
+            r"out of memory \(\[x\]\)",
+        ),
+        (AssertionError(), r"AssertionError: no more is known \(--debug shows where\)"),
+        (KeyError("name"), r"KeyError: 'name' \(--debug shows where\)"),
+        (ValueError("seed is -1"), "seed is -1"),
+        (
+            OSError(28, "No space left on device"),
+            r"\[Errno 28\] No .*; free are .* GB in .*, .* GB in .*",
+        ),
+        (OSError(28, "No space", "a.txt"), r"\[Errno 28\] No space: 'a.txt'"),
+    ],
+)
+def test_every_error_says_something(error, told, monkeypatch, capsys, tmp_path):
+    (tmp_path / "runs").mkdir()
+
+    def fail(recipe):
+        raise error
+
+    monkeypatch.setattr(steps, "get_split", fail)
+    assert run("data") == 1
+    assert re.fullmatch(f"tinytrain: {told}.*\n", capsys.readouterr().err)
+
+
+def test_home_may_be_written_as_a_wave(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert run("generate", "北京", "--runs", "~/mine") == 1
+    assert (tmp_path / "mine" / "smoke").is_dir()
+    monkeypatch.setenv("TINYTRAIN_RUNS", "~/other")
+    assert steps.runs_folder() == tmp_path / "other"
 
 
 def test_a_text_appears_as_it_is_written(with_model, monkeypatch):

@@ -1,6 +1,7 @@
 import functools
 import io
 import json
+import logging
 import math
 import pickle
 import shutil
@@ -138,6 +139,18 @@ def test_compiled_layers_learn_the_same_and_keep_what_is_estimated(monkeypatch, 
         assert found[recompute] + again == pytest.approx(expected, rel=0.25)
     assert found[True] < 0.3 * found[False]
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_without_a_compiler_a_line_says_so(caplog):
+    compile_layers(build_model(small_config()))
+    for _ in range(2):  # as PyTorch tells of each part of a model
+        try:
+            raise RuntimeError("No working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1")
+        except RuntimeError:
+            logging.getLogger("torch._dynamo.convert_frame").warning("WON'T", exc_info=True)
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    told = "torch.compile fails here (RuntimeError: No working C++ compiler found): the run goes on"
+    assert record.getMessage().startswith(told) and "\n" not in record.getMessage()
 
 
 def test_the_initial_loss_is_near_that_of_guessing():

@@ -4,11 +4,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -39,6 +41,35 @@ def test_the_set_up_cell_is_the_same_and_the_address_stands_in_one_place():
     cells = {code(notebook)[0].source for notebook in NOTEBOOKS.values()}
     assert len(cells) == 1
     assert f'"tinytrain @ git+{project["urls"]["Repository"]}"' in cells.pop()
+
+
+@EACH
+def test_papermill_finds_the_cell_of_parameters(name):
+    first, *others = code(NOTEBOOKS[name])
+    assert first.metadata.tags == ["parameters"] and "\nrecipe = None " in first.source
+    assert [cell for cell in others if "get_recipe(recipe, " in cell.source]
+    assert not [cell for cell in others if cell.metadata.get("tags")]
+
+
+def test_a_recipe_that_papermill_injects_is_used(tmp_path, monkeypatch):
+    """As ``papermill -p recipe seed`` does: a cell after the one with the tag."""
+    monkeypatch.setenv("TINYTRAIN_RECIPE", "smoke")
+    notebook = nbformat.read(PATHS[3], as_version=4)
+    first, second = code(notebook)[:2]
+    notebook.cells = [first, nbformat.v4.new_code_cell('recipe = "seed"'), second, second]
+    client = client_of(notebook)
+    client.execute()
+    assert second.outputs[0].text.startswith("recipe seed ")
+
+
+def client_of(notebook):
+    from nbclient import NotebookClient
+
+    place = {"metadata": {"path": str(ROOT / "notebooks")}}
+    client = NotebookClient(notebook, resources=place, timeout=300)
+    client.create_kernel_manager()
+    client.km.kernel_spec.argv = [sys.executable, *client.km.kernel_spec.argv[1:]]
+    return client
 
 
 @EACH
@@ -166,20 +197,8 @@ def test_ctrl_c_in_the_terminal_interrupts_the_cell_and_not_the_tutorial(tmp_pat
 @pytest.mark.parametrize("name", ["03_tokenization", "06_evaluate"])
 def test_any_notebook_can_be_opened_first(name, tmp_path):
     """Alone, in an empty folder of runs, on a short text of your own."""
-    from nbclient import NotebookClient
-
-    text = tmp_path / "mine.txt"
-    # Ten documents, of which one is held out.
-    days = [f"第{n}天，我走了{n * 3}公里，看见了{n % 9 + 1}条河和一座小城。" for n in range(200)]
-    documents = ["\n".join(days[n::10]) for n in range(10)]
-    text.write_text("\n\n".join(documents), encoding="utf-8")
-    client = NotebookClient(
-        nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4),
-        resources={"metadata": {"path": str(ROOT / "notebooks")}},
-        timeout=300,
-    )
-    client.create_kernel_manager()
-    client.km.kernel_spec.argv = [sys.executable, *client.km.kernel_spec.argv[1:]]
+    text = own_text(tmp_path)
+    client = client_of(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4))
     environment = os.environ | {
         "TINYTRAIN_RECIPE": "smoke",
         "TINYTRAIN_CORPUS": str(text),
@@ -187,3 +206,35 @@ def test_any_notebook_can_be_opened_first(name, tmp_path):
     }
     client.execute(env=environment)
     assert list((tmp_path / "runs").glob("smoke-mine-*/blocks/inputs.json"))
+
+
+def own_text(folder):
+    """Ten documents, of which one is held out."""
+    text = folder / "mine.txt"
+    days = [f"第{n}天，我走了{n * 3}公里，看见了{n % 9 + 1}条河和一座小城。" for n in range(200)]
+    documents = ["\n".join(days[n::10]) for n in range(10)]
+    text.write_text("\n\n".join(documents), encoding="utf-8")
+    return text
+
+
+def test_the_readmes_command_on_a_text_of_your_own(tmp_path):
+    """All notebooks; paths as one writes them, an old encoding, and the usual port is taken."""
+    own_text(tmp_path)
+    environment = os.environ | {
+        "TINYTRAIN_RECIPE": "smoke",
+        "TINYTRAIN_RUNS": "我的 runs",
+        "TINYTRAIN_CORPUS": "mine.txt",
+        "PYTHONIOENCODING": "gbk",
+    }
+    command = [sys.executable, str(ROOT / "notebooks" / "run_all.py")]
+    with socket.socket() as taken:
+        with suppress(OSError):  # if it is taken already, so much the better
+            taken.bind(("", 29500))
+            taken.listen()
+        result = subprocess.run(command, env=environment, capture_output=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr.decode("gbk", "replace")
+    (run,) = (tmp_path / "我的 runs").glob("smoke-mine*")
+    assert len(list((run / "notebooks").glob("*.ipynb"))) == 7
+    environment["TINYTRAIN_CORPUS"] = "nowhere.txt"
+    result = subprocess.run(command, env=environment, capture_output=True, cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.startswith(b"the corpus 'nowhere.txt' is neit")

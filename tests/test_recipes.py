@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def test_the_environment_selects_recipe_text_and_length(monkeypatch):
     monkeypatch.setenv("TINYTRAIN_RECIPE", "smoke")
     assert get_recipe(has_gpu=True).name == "smoke"
     assert get_recipe("seed").name == "seed"  # a name in the notebook wins
+    assert get_recipe(RECIPES["wiki"]) is RECIPES["wiki"]
     monkeypatch.setenv("TINYTRAIN_CORPUS", "my/text.jsonl")
     assert get_recipe("seed").corpus == "my/text.jsonl"
     monkeypatch.setenv("TINYTRAIN_MAX_STEPS", "60")
@@ -55,6 +57,60 @@ def test_the_environment_selects_recipe_text_and_length(monkeypatch):
 def test_an_unknown_recipe_names_the_known_ones():
     with pytest.raises(ValueError, match="'pocked'.*smoke, pocket, seed, wiki, qwen-0.5b"):
         get_recipe("pocked")
+
+
+IMPOSSIBLE = {
+    "corpus": [""],
+    "max_documents": [0, -3],
+    "test_size": [0, 1, 2, -0.1, float("nan")],
+    "split_seed": [-1, 10**19, 1.5],
+    "drop_duplicates": ["yes", None],
+    "tokenizer": ["qwen", None],
+    "vocab_size": [0, "many"],
+    "context_length": [1, 0, None, True],
+    "hidden_size": [0, 100, 4],  # no multiple of twice the heads; heads of one value
+    "num_attention_heads": [0, 3],
+    "num_key_value_heads": [0, 3, 8],
+    "optimizer": ["sgd"],
+    "learning_rate": [0, -1e-3, float("inf"), float("nan"), "high"],
+    "lr_scheduler": ["up"],
+    "warmup_steps": [-1, 0.1],
+    "weight_decay": [-0.1, float("inf")],
+    "adam_beta2": [1, -0.1],
+    "batch_size": [0, 2.5],
+    "epochs": [0, -1, float("inf")],
+    "max_steps": [0, -2],
+    "seed": [-1, 10**19],
+    "precision": ["fp32", "float16"],
+    "loss_rows": [0, -3],
+    "attention": ["fast"],
+    "sample_steps": [0],
+    "eval_blocks": [0],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in IMPOSSIBLE.items() for value in values]
+)
+def test_a_value_that_cannot_be_is_named_with_what_is_allowed(name, value):
+    with pytest.raises(ValueError, match=r"^\w+ is .+; it must (be|divide) \w+") as error:
+        replace(RECIPES["pocket"], **{name: value})
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_path_may_be_a_path_and_begin_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    recipe = replace(RECIPES["smoke"], corpus=Path("~") / "texts.jsonl")
+    assert recipe.corpus == str(tmp_path / "texts.jsonl")
+    monkeypatch.setenv("TINYTRAIN_CORPUS", "~/texts.jsonl")
+    assert get_recipe("smoke") == recipe
+
+
+def test_every_schedule_is_one_of_the_trainers():
+    from transformers.trainer_utils import SchedulerType
+
+    assert set(recipes._CHOICES["lr_scheduler"]) <= {kind.value for kind in SchedulerType}
 
 
 def test_recipes_are_frozen():

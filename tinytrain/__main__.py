@@ -14,7 +14,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
+import shutil
 import sys
+import tempfile
 import typing
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -22,16 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain import runs, steps
-from tinytrain.common import one_line, rank, safe_text, setup_logging
+from tinytrain.common import one_line, print_any_character, rank, safe_text, setup_logging
 from tinytrain.recipes import RECIPES, Recipe, get_recipe
 
 _EXAMPLES = """examples:
   python -m tinytrain train --recipe pocket
   python -m tinytrain train --recipe wiki --set learning_rate=2e-3 max_steps=2000
   python -m tinytrain generate "法国的首都是" --temperature 0.8 --top-p 0.9
-  torchrun --nproc-per-node 2 -m tinytrain train --recipe wiki
-  torchrun --nproc-per-node 2 -m tinytrain train --recipe qwen-0.5b --fsdp
-  accelerate launch --multi_gpu --num_processes 2 -m tinytrain train --recipe wiki
+  torchrun --standalone --nproc-per-node 2 -m tinytrain train --recipe wiki
+  torchrun --standalone --nproc-per-node 2 -m tinytrain train --recipe qwen-0.5b --fsdp
+  accelerate launch --main_process_port 0 --multi_gpu --num_processes 2 -m tinytrain train
 
 exit codes: 0 done; 1 an error, told in a line; 2 a wrong call; 130 stopped before its end (Ctrl-C)
 """
@@ -169,7 +172,7 @@ def _show_no_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if not sys.stderr.isatty():
+    if not (sys.stderr and sys.stderr.isatty()):
         datasets.disable_progress_bars()
 
 
@@ -314,8 +317,27 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
     add("--public", action="store_true", help="let everybody see it (default: you alone)")
 
 
+def _in_words(error: Exception) -> str:
+    """Return what an error says, with what to do where the error itself does not know."""
+    said = str(error).strip()
+    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|bad_alloc", said):
+        return (
+            f"out of memory ({(said or type(error).__name__).splitlines()[0]}). Training needs "
+            "less with a smaller batch_size, context_length or hidden_size (--set), other steps "
+            "with less text; `check` shows what there is"
+        )
+    if said.startswith("[Errno 28] No space") and not getattr(error, "filename", None):
+        folders = filter(Path.exists, (steps.runs_folder(), Path(tempfile.gettempdir())))
+        free = (f"{shutil.disk_usage(place).free / 1e9:.1f} GB in {place}" for place in folders)
+        return f"{said}; free are {', '.join(free)}"
+    if said and isinstance(error, ValueError | OSError | RuntimeError | ImportError):
+        return said
+    return f"{type(error).__name__}: {said or 'no more is known'} (--debug shows where)"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a step; returns the exit status."""
+    print_any_character()
     parser = _build_parser()
     options = parser.parse_args(arguments)
     if not hasattr(options, "step"):
@@ -326,17 +348,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0  # the other steps are done by the first process alone
     try:
         if options.runs:
-            os.environ["TINYTRAIN_RUNS"] = str(Path(options.runs).absolute())
+            os.environ["TINYTRAIN_RUNS"] = os.path.abspath(os.path.expanduser(options.runs))
         options.recipe = _parse_recipe(options)
-        return options.step(options) or 0
+        status = options.step(options) or 0
+        print(end="", flush=True)  # an error is to be told here
+        return status
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     except Exception as error:
         if options.debug:
             raise
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough, as `| head` has
+            return 128 + 13  # what a shell shows of a program that SIGPIPE has ended
         name = f"tinytrain (rank {process})" if process else "tinytrain"
-        print(safe_text(f"{name}: {error or type(error).__name__}"), file=sys.stderr)
+        print(safe_text(f"{name}: {_in_words(error)}"), file=sys.stderr)
         return 1
 
 

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from tinytrain.common import (
     damaged_file,
+    full_disk,
     hash_files,
     one_line,
     rank,
@@ -271,7 +272,7 @@ def train(
                 checkpoint = last_checkpoint(folder)
     except Exception as error:
         if _is_disk_full(error):
-            raise OSError(errno.ENOSPC, _clear_full_disk(folder)) from error
+            raise OSError(errno.ENOSPC, _clear_full_disk(folder, error)) from error
         if world_size() > 1:
             # At once: the launcher may end this process before it can report anything else.
             last = last_checkpoint(folder)
@@ -497,14 +498,16 @@ def _is_disk_full(error: BaseException) -> bool:
     return full or any(report in str(error) for report in reports)
 
 
-def _clear_full_disk(folder: Path) -> str:
+def _clear_full_disk(folder: Path, error: Exception) -> str:
     """Remove the checkpoint that was being written, and return what to say."""
+    full = full_disk(error, folder)
+    full = folder if full.is_relative_to(folder) else full
     last = last_checkpoint(folder)
     for path in _newest_first(folder):
         if last is None or _step_of(path) > _step_of(last):
             shutil.rmtree(path, ignore_errors=True)
     kept = f"{last.name} is complete" if last else "no checkpoint was finished before"
     return (
-        f"the disk that holds {folder} is full (the unfinished checkpoint is removed); {kept}. "
+        f"the disk that holds {full} is full (the unfinished checkpoint is removed); {kept}. "
         "Make space and call the same again: it goes on from there"
     )

@@ -18,7 +18,9 @@ import math
 import os
 import re
 import secrets
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -61,7 +63,20 @@ class _StdoutHandler(logging.StreamHandler):
         if _displays and getattr(record, "progress", False):
             return
         self.stream = sys.stdout
-        super().emit(record)
+        if self.stream:  # None if it was closed before the start
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Go on in silence where nobody reads any more; the file has it all."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+def print_any_character() -> None:
+    """Print escapes for characters that the output's encoding lacks: on Windows it may be GBK."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _SafeFormatter(logging.Formatter):
@@ -92,6 +107,7 @@ def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO)
     >>> logger.info("ready")  # doctest: +SKIP
     2026-01-31 12:00:00 - INFO: ready
     """
+    print_any_character()
     logger = logging.getLogger("tinytrain")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -99,8 +115,9 @@ def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO)
 
     handlers: list[logging.Handler] = [_StdoutHandler(sys.stdout)]
     if log_file is not None:
-        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        with writing_to(Path(log_file).parent):
+            Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(_SafeFormatter(_LOG_FORMAT, _DATE_FORMAT))
         logger.addHandler(handler)
@@ -112,12 +129,12 @@ def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO)
 
 def rank() -> int:
     """Return the number of this process among those of a distributed run, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK") or 0)
 
 
 def world_size() -> int:
     """Return how many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def atomic_write(path: str | Path, content: str | bytes, sync: bool = False) -> None:
@@ -171,6 +188,15 @@ def writing_to(folder: str | Path) -> Iterator[None]:
             number,
             f"cannot write to {folder} ({said}): choose another folder (notebooks: TINYTRAIN_RUNS)",
         ) from error
+
+
+def full_disk(error: BaseException, folder: str | Path) -> Path:
+    """Return the folder whose disk is full: `folder`, or the temporary one that PyTorch uses."""
+    if isinstance(getattr(error, "filename", None), str):
+        return Path(error.filename).parent
+    temporary, folder = Path(tempfile.gettempdir()), Path(folder)
+    free, free_there = (shutil.disk_usage(place).free for place in (folder, temporary))
+    return temporary if free_there < min(free, 2**24) else folder
 
 
 def hash_file(path: str | Path) -> str:

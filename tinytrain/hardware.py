@@ -12,10 +12,12 @@ import contextlib
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 
@@ -212,6 +214,14 @@ def this_hardware(path: str | Path = ".") -> Hardware:
     return Hardware(name, memory, precision, speed, _free_disk(path), is_gpu)
 
 
+def use_no_more_cores() -> None:
+    """Let PyTorch, which sees no quota, start no more threads than there are usable cores."""
+    import torch
+
+    if torch.get_num_threads() > _usable_cores() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(_usable_cores())
+
+
 def machine_name() -> str:
     """Return the GPU that is used, or the processor and how many of its cores, for reading."""
     import torch
@@ -277,6 +287,7 @@ def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -
     types = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision_name not in types:
         raise ValueError(f"precision {precision_name!r} is none of float32, bf16, fp16")
+    use_no_more_cores()
     mps = torch.backends.mps.is_available()
     device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     synchronize = getattr(torch, device).synchronize
@@ -358,22 +369,47 @@ def _cpu_name() -> str:
     return name or platform.processor() or platform.machine() or "unknown"
 
 
-def _usable_cores() -> int:
-    """Return how many cores this process may use: fewer than there are in a container."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").strip().partition(" ")
-    if quota.isdigit() and period.isdigit():
-        cores = min(cores, max(1, int(quota) // int(period)))
+def _usable_cores(root: str = "/") -> int:
+    """Return how many cores this process may use: fewer than there are in a container or job."""
+    import psutil
+
+    cores = psutil.cpu_count() or 1
+    if hasattr(psutil.Process, "cpu_affinity"):  # Linux and Windows; a cpuset counts as well
+        cores = len(psutil.Process().cpu_affinity())
+    for group in _control_groups("cpu", root):
+        quota = _read(f"{group}/cpu.max")
+        quota = quota or _read(f"{group}/cpu.cfs_quota_us") + _read(f"{group}/cpu.cfs_period_us")
+        if numbers := re.match(r"(\d+)\s+(\d+)", quota):
+            cores = min(cores, max(1, int(numbers[1]) // int(numbers[2])))
     return cores
 
 
-def _memory_limit(total: int) -> int:
-    """Return the memory this process may use: less than there is in a container."""
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    return min(total, int(limit)) if limit.isdigit() else total
+def _memory_limit(total: int, root: str = "/") -> int:
+    """Return the memory this process may use: less than there is in a container or job."""
+    limits = [total]
+    for group in _control_groups("memory", root):
+        for name in ("memory.max", "memory.limit_in_bytes", "memory.stat"):
+            pattern = r"^(?:hierarchical_memory_limit )?(\d+)$"
+            limits += map(int, re.findall(pattern, _read(f"{group}/{name}"), re.MULTILINE))
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # ulimit -v
+        limits += [limit] if limit != resource.RLIM_INFINITY else []
+    return min(limits)
+
+
+def _control_groups(controller: str, root: str) -> Iterator[PurePosixPath]:
+    """Yield the folders of this process's control group and of those around it (Linux)."""
+    for line in (_read(f"{root}/proc/self/cgroup") or "0::/").splitlines():
+        _, names, path = line.split(":", 2)
+        if names and controller not in names.split(","):
+            continue
+        # Version 1 has a tree for each controller or two; version 2 one, elsewhere beside those.
+        for tree in (names, controller) if names else ("", "unified"):
+            group = PurePosixPath("/", path)
+            for part in (group, *group.parents):  # in a container only the last may be there
+                yield PurePosixPath(root, "sys/fs/cgroup", tree, str(part)[1:])
 
 
 def _read(path: str) -> str:

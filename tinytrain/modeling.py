@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from tinytrain.recipes import Recipe
 
+logger = logging.getLogger(__name__)
+
 QWEN2_5_0_5B: dict[str, Any] = {
     "vocab_size": 151_936,  # rows of the embedding: 151,665 tokens, rounded up to 128 x 1,187
     "hidden_size": 896,  # width of the vector that represents a token inside the model
@@ -249,7 +251,7 @@ def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     The layers are alike, so one compilation, a quarter of a minute on a laptop, serves all of
     them. Training steps become faster and keep less for the backward pass; evaluation and
     generation, with their changing lengths, run uncompiled. Weights and their names stay as they
-    are. Where compiling fails, for example without a C++ compiler, PyTorch says so and the layers
+    are. Where compiling fails, for example without a C++ compiler, a warning says so and the layers
     run uncompiled.
 
     Parameters
@@ -264,6 +266,7 @@ def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
     torch._dynamo.config.suppress_errors = True
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_tell_failure_in_a_line)
     kind = type(model.model.layers[0])
     layer = kind.forward
     if recompute:
@@ -293,6 +296,21 @@ def _keep_only_attention(context: Any, operation: Any, *args: Any, **kwargs: Any
 
     keep = "attention" in str(operation)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _tell_failure_in_a_line(record: logging.LogRecord) -> bool:
+    """Warn in place of PyTorch, which prints some hundred lines for each part that fails."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is not None and record.levelno == logging.WARNING:
+        _warn_once(
+            f"torch.compile fails here ({type(error).__name__}: {str(error).strip()}".split("\n")[0]
+            + "): the run goes on uncompiled, which is only slower. It needs a C++ compiler (g++, "
+            "or clang on macOS); compile=False tries no more"
+        )
+    return error is None
+
+
+_warn_once = functools.cache(logger.warning)
 
 
 def _drop_in_place_warning(record: logging.LogRecord) -> bool:

@@ -76,7 +76,7 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
     >>> len(tokenizer), tokenizer.eos_token
     (151665, '<|endoftext|>')
     """
-    cache = os.environ.get("TINYTRAIN_CACHE") or Path.home() / ".cache" / "tinytrain"
+    cache = os.path.expanduser(os.environ.get("TINYTRAIN_CACHE") or "~/.cache/tinytrain")
     vocab_json, merges_txt = _vocabulary_files(Path(cache, "qwen2.5"))
     # The first line of merges.txt is a version.
     merges = [tuple(line.split(" ")) for line in merges_txt.decode().split("\n")[1:-1]]

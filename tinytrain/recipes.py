@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 # What you watch, and what makes a run fast or small, does not change what is learned.
@@ -23,6 +23,30 @@ DISPLAY_AND_SPEED_FIELDS = frozenset(
     ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_blocks")
     + ("sample_steps", "halve_batch", "loss_rows", "attention", "compile")
 )
+
+_CHOICES = {
+    "tokenizer": ("qwen2.5", "own"),
+    "optimizer": ("adamw", "muon"),
+    # Those of the Trainer that need no arguments of their own.
+    "lr_scheduler": ("linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt")
+    + ("constant", "constant_with_warmup", "reduce_lr_on_plateau"),
+    "precision": ("bf16", "fp16", "float32"),
+    "attention": ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
+}
+_SEED = (lambda value: 0 <= value < 2**32, f"from 0 to {2**32 - 1}")
+_RANGES = {  # of all other whole numbers: at least 1
+    "corpus": (bool, "encyclopedia, wikipedia or a path"),
+    "test_size": (lambda value: 0 < value < 1, "above 0 and below 1: a share of the documents"),
+    "split_seed": _SEED,
+    "context_length": (lambda value: value >= 2, "at least 2: a token, and one to predict"),
+    "learning_rate": (lambda value: 0 < value < math.inf, "above 0"),
+    "warmup_steps": (lambda value: value >= 0, "at least 0"),
+    "weight_decay": (lambda value: 0 <= value < math.inf, "at least 0"),
+    "adam_beta2": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "epochs": (lambda value: 0 < value < math.inf, "above 0"),
+    "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1: the epochs decide"),
+    "seed": _SEED,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +103,45 @@ class Recipe:
     eval_blocks: int | None = None  # held-out blocks per evaluation while training; None: all
     sample_steps: int = 500  # how often the model writes a sample
 
+    def __post_init__(self):
+        """Refuse what would fail later, with a message about something else."""
+        object.__setattr__(self, "corpus", os.path.expanduser(self.corpus))
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            kind, *optional = kind.split(" | ")
+            allowed = None if optional and value is None else _allowed(field.name, value, kind)
+            if allowed:
+                allowed += ", or None" if optional else ""
+                raise ValueError(f"{field.name} is {value!r}; it must be {allowed}")
+        size, heads, key_heads = (
+            self.hidden_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+        )
+        if size % (2 * heads):  # the heads share it, and each rotates pairs of values
+            allowed = f"a multiple of {2 * heads}, twice num_attention_heads"
+            raise ValueError(f"hidden_size is {size}; it must be {allowed}")
+        if heads % key_heads:
+            allowed = f"divide num_attention_heads, which is {heads}"
+            raise ValueError(f"num_key_value_heads is {key_heads}; it must {allowed}")
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one step of the optimiser learns from, on one device."""
         return self.batch_size * self.gradient_accumulation * self.context_length
+
+
+def _allowed(name: str, value: object, kind: str) -> str | None:
+    """Return what a field may be, in plain English, if the value is something else."""
+    kinds = {"int": int, "float": int | float, "str": str | os.PathLike, "bool": bool}
+    if not isinstance(value, kinds[kind]) or isinstance(value, bool) != (kind == "bool"):
+        names = {"int": "a whole number", "float": "a number", "bool": "True or False"}
+        return names.get(kind, "a text")
+    if name in _CHOICES:
+        return None if value in _CHOICES[name] else "one of " + ", ".join(_CHOICES[name])
+    at_least_1 = (lambda value: value >= 1, "at least 1")
+    fits, range_ = _RANGES.get(name, at_least_1 if kind == "int" else (lambda _: True, ""))
+    return None if fits(value) else range_
 
 
 SEED = Recipe(name="seed", drop_duplicates=False, packing=False)
@@ -172,7 +231,7 @@ SMOKE = replace(
 RECIPES = {recipe.name: recipe for recipe in (SMOKE, POCKET, SEED, WIKI, QWEN)}
 
 
-def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
+def get_recipe(name: str | Recipe | None = None, has_gpu: bool = False) -> Recipe:
     """Return the recipe of this run.
 
     Variables of the environment let one notebook serve all runs: ``TINYTRAIN_RECIPE`` selects the
@@ -182,8 +241,8 @@ def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
 
     Parameters
     ----------
-    name : str, optional
-        One of `RECIPES`.
+    name : str or Recipe, optional
+        One of `RECIPES`; a recipe is returned as it is, so that a notebook's cell can run again.
     has_gpu : bool
         Whether to default to ``wiki`` rather than ``pocket``.
 
@@ -201,6 +260,8 @@ def get_recipe(name: str | None = None, has_gpu: bool = False) -> Recipe:
     >>> get_recipe("seed").learning_rate
     2e-05
     """
+    if isinstance(name, Recipe):
+        return name
     name = name or os.environ.get("TINYTRAIN_RECIPE") or ("wiki" if has_gpu else "pocket")
     if name not in RECIPES:
         raise ValueError(f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}")

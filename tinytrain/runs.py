@@ -118,8 +118,6 @@ def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:
     """
     if recipe.optimizer == "adamw":
         return None
-    if recipe.optimizer != "muon":
-        raise ValueError(f"optimizer {recipe.optimizer!r} is neither 'adamw' nor 'muon'")
 
     def make(model: Any, arguments: Any) -> Any:
         import torch
@@ -283,7 +281,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     if fsdp and world_size() == 1:
         raise ValueError(
             "FSDP shares a model out to several processes and here is one: start them with "
-            "`torchrun --nproc-per-node 2 -m tinytrain train --fsdp`"
+            "`torchrun --standalone --nproc-per-node 2 -m tinytrain train --fsdp`"
         )
     folder = steps.run_folder(recipe)
     if rank() == 0:

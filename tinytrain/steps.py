@@ -54,7 +54,8 @@ def _project_folder() -> Path:
 
 def runs_folder() -> Path:
     """Return where all runs are kept: ``TINYTRAIN_RUNS``, or ``runs`` in the project's folder."""
-    return Path(os.environ.get("TINYTRAIN_RUNS") or _project_folder() / "runs").absolute()
+    folder = os.environ.get("TINYTRAIN_RUNS") or _project_folder() / "runs"
+    return Path(os.path.expanduser(folder)).absolute()
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -183,8 +184,6 @@ def _split_inputs(recipe: Recipe, path: Path) -> dict[str, Any]:
 
 def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a recipe: Qwen2.5's, full or reduced, or one trained on the text."""
-    if recipe.tokenizer not in ("qwen2.5", "own"):
-        raise ValueError(f"tokenizer {recipe.tokenizer!r} is neither 'qwen2.5' nor 'own'")
     if recipe.tokenizer == "qwen2.5" and not is_reduced(recipe):
         return qwen.qwen_tokenizer()
 
@@ -287,8 +286,10 @@ def get_model(recipe: Recipe, config: Qwen2Config | None = None) -> Qwen2ForCaus
     """
     import torch
 
+    from tinytrain.hardware import use_no_more_cores
     from tinytrain.loss import save_loss_memory
 
+    use_no_more_cores()
     model = modeling.build_model(config or get_config(recipe), seed=recipe.seed)
     if recipe.loss_rows:
         save_loss_memory(model, recipe.loss_rows, recipe.compile)
@@ -424,13 +425,13 @@ def _one_at_a_time(folder: Path) -> AbstractContextManager:
     """
     from filelock import FileLock, Timeout
 
-    with writing_to(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder.parent, os.W_OK):
+    if folder.parent.exists() and not os.access(folder.parent, os.W_OK):
         return nullcontext()  # somebody else's run: nothing can be built there, but read
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
-        return lock.acquire(timeout=0)
+        with writing_to(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            return lock.acquire(timeout=0)
     except Timeout:
         logger.info("another process makes %s: waiting for it", folder.name)
         return lock.acquire()
