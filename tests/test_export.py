@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tinytrain import export, gguf_file, modeling, qwen, runs, steps, tokenization
+from tinytrain import export, gguf_file, modeling, qwen, results, steps, tokenization
 from tinytrain.hardware import machine_name
 from tinytrain.loss import save_loss_memory
 
@@ -428,17 +428,17 @@ def run(smoke, monkeypatch):
     model.save_pretrained(folder / "model")
     smoke.tokenizer.save_pretrained(folder / "model")
     (folder / "model" / "training_args.bin").write_bytes(b"a pickle")
-    runs._write_inputs(folder / "model", runs.run_inputs(smoke.recipe, "float32"), 2, 2)
+    results._write_inputs(folder / "model", results.run_inputs(smoke.recipe, "float32"), 2, 2)
     lines = [{"step": 0, "max_steps": 2}, {"step": 2, "seconds": 61.0, "tokens": 99, "loss": 5.0}]
     history = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "history.jsonl").write_text(history, encoding="utf-8")
     measured = {"held_out_loss": 4.25, "precision": "float32", "completions": [("a", "b")]}
-    runs.save_summary(smoke.recipe, **measured)
+    results.save_summary(smoke.recipe, **measured)
     return folder
 
 
 def test_a_run_is_exported_with_its_facts(run, smoke):
-    folder = runs.export_run(smoke.recipe, precision="another one")
+    folder = results.export_run(smoke.recipe, precision="another one")
     assert folder == run / "export"
     assert not (folder / "training_args.bin").exists()
     card = (folder / "README.md").read_text(encoding="utf-8")
@@ -453,25 +453,25 @@ def test_a_run_is_exported_with_its_facts(run, smoke):
 
 
 def test_the_card_of_a_stopped_run_says_nothing_of_an_earlier_one(run, smoke):
-    runs._write_inputs(run / "model", runs.run_inputs(smoke.recipe, "float32"), 1, 2)
-    card = (runs.export_run(smoke.recipe) / "README.md").read_text(encoding="utf-8")
+    results._write_inputs(run / "model", results.run_inputs(smoke.recipe, "float32"), 1, 2)
+    card = (results.export_run(smoke.recipe) / "README.md").read_text(encoding="utf-8")
     assert "| stopped at step | 1 of 2 |" in card
     assert "4.250" not in card and "1 min 01 s" not in card and "## Results" not in card
 
 
 def test_what_an_export_lacks_is_said(run, smoke, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'smoke' has no reduced Qwen2.5 vocabulary"):
-        runs.export_run(smoke.recipe, whole_vocabulary=True)
+        results.export_run(smoke.recipe, whole_vocabulary=True)
     shutil.rmtree(run / "export", ignore_errors=True)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
         patch.delitem(sys.modules, "tinytrain.gguf_file")
         with pytest.raises(ModuleNotFoundError, match="pip install gguf"):
-            runs.export_run(smoke.recipe, gguf=True)
+            results.export_run(smoke.recipe, gguf=True)
     assert not (run / "export").exists()
     monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="notebook 05 makes one, or .* --recipe smoke"):
-        runs.export_run(smoke.recipe)
+        results.export_run(smoke.recipe)
 
 
 def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
@@ -482,9 +482,9 @@ def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
     model = steps.get_model(recipe)
     for part in (model, reduced):
         part.save_pretrained(steps.run_folder(recipe) / "model")
-    inputs = runs.run_inputs(recipe, "float32")
-    runs._write_inputs(steps.run_folder(recipe) / "model", inputs, 1, 1)
-    folder = runs.export_run(recipe, whole_vocabulary=True)
+    inputs = results.run_inputs(recipe, "float32")
+    results._write_inputs(steps.run_folder(recipe) / "model", inputs, 1, 1)
+    folder = results.export_run(recipe, whole_vocabulary=True)
 
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

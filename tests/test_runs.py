@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tinytrain import hardware, runs, steps
+from tinytrain import hardware, results, runs, steps
 from tinytrain.callbacks import read_history
 from tinytrain.checkpoints import train
 from tinytrain.recipes import RECIPES
@@ -26,10 +26,10 @@ def built_in(smoke, monkeypatch):
 
 def test_what_you_watch_does_not_make_another_run(built_in):
     recipe = built_in
-    same = runs.run_inputs(replace(recipe, logging_steps=3, save_steps=7), "float32")
-    assert same == runs.run_inputs(recipe, "float32")
-    assert same != runs.run_inputs(replace(recipe, seed=1), "float32")
-    assert same != runs.run_inputs(recipe, "bf16")
+    same = results.run_inputs(replace(recipe, logging_steps=3, save_steps=7), "float32")
+    assert same == results.run_inputs(recipe, "float32")
+    assert same != results.run_inputs(replace(recipe, seed=1), "float32")
+    assert same != results.run_inputs(recipe, "bf16")
 
 
 def test_a_run_keeps_the_precision_that_it_was_begun_in(small_trainer, monkeypatch):
@@ -48,7 +48,7 @@ def test_a_run_keeps_the_precision_that_it_was_begun_in(small_trainer, monkeypat
 
 
 def test_the_summary_is_written_beside_the_run(built_in):
-    runs.save_summary(built_in, held_out_loss=1.5)
+    results.save_summary(built_in, held_out_loss=1.5)
     path = steps.run_folder(built_in) / "summary.json"
     assert json.loads(path.read_text(encoding="utf-8"))["held_out_loss"] == 1.5
     path.unlink()
@@ -110,7 +110,7 @@ def test_a_trained_model_is_trained_once_and_only_from_the_same_inputs(tmp_path,
     damaged[-1000] ^= 1
     saved.write_bytes(damaged)
     with pytest.raises(ValueError, match="model.safetensors is missing or damaged"):
-        runs.load_trained(recipe)
+        results.load_trained(recipe)
     assert torch.equal(runs.get_trained(recipe)[0].get_input_embeddings().weight, weights)
 
 
@@ -119,20 +119,20 @@ def test_a_model_is_not_used_for_what_it_was_not_trained_on(tmp_path, monkeypatc
     recipe = replace(RECIPES["smoke"], max_steps=2, eval_steps=2, save_steps=2, sample_steps=2)
     recipe = replace(recipe, max_documents=100)
     with pytest.raises(FileNotFoundError, match="smoke/model: .*--set max_documents=100 max_steps"):
-        runs.load_trained(recipe)
+        results.load_trained(recipe)
     runs.train_recipe(recipe)
     for change in ({"test_size": 0.5}, {"hidden_size": 128}, {"max_documents": None}, {"seed": 1}):
         other = replace(recipe, **change)
         name, value = next(iter(change.items()))
         kept = f"trained with {name}={getattr(recipe, name)}, and"
-        for use in (runs.load_trained, runs.export_run, runs.trained_recipe):
+        for use in (results.load_trained, results.export_run, results.trained_recipe):
             with pytest.raises(ValueError, match=kept):
                 use(other)
         # What was not asked for is taken from the model.
-        assert runs.trained_recipe(other, asked=()) == recipe
+        assert results.trained_recipe(other, asked=()) == recipe
         with pytest.raises(ValueError, match=kept):
-            runs.trained_recipe(other, asked={name})
-    assert "max_documents" in runs.export_run(recipe).joinpath("README.md").read_text("utf-8")
+            results.trained_recipe(other, asked={name})
+    assert "max_documents" in results.export_run(recipe).joinpath("README.md").read_text("utf-8")
 
     # What a run is started over with has no results of the earlier one.
     runs.train_recipe(replace(recipe, seed=1))
@@ -151,7 +151,7 @@ def test_texts_of_the_same_name_have_runs_of_their_own(tmp_path, monkeypatch):
     assert steps.run_folder(first) != steps.run_folder(second)
     runs.train_recipe(first)
     with pytest.raises(FileNotFoundError, match=f"no trained model.*--corpus {texts[1]}"):
-        runs.load_trained(second)
+        results.load_trained(second)
     # The same text under another path, relative or moved, is the same run.
     monkeypatch.chdir(tmp_path)
     moved = texts[0].rename(tmp_path / "moved.jsonl")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinytrain import runs, steps
+from tinytrain import results, steps
 from tinytrain.recipes import RECIPES
 
 
@@ -119,13 +119,13 @@ def test_what_breaks_off_leaves_nothing_half_built(mine, monkeypatch):
 
 
 def test_blocks_that_edited_code_makes_differ_for_a_run_as_well(mine, monkeypatch):
-    before, pack = runs.run_inputs(mine, "float32"), steps.tokenization.pack_documents
+    before, pack = results.run_inputs(mine, "float32"), steps.tokenization.pack_documents
 
     def pack_fewer(documents, *arguments, **options):
         return pack(documents.select(range(len(documents) // 2)), *arguments, **options)
 
     monkeypatch.setattr(steps.tokenization, "pack_documents", pack_fewer)
-    after = runs.run_inputs(mine, "float32")
+    after = results.run_inputs(mine, "float32")
     assert [name for name in after if after[name] != before[name]] == ["blocks"]
 
 

@@ -17,8 +17,8 @@ notebook              its modules                                 what they are 
 Behind them: ``encyclopedia`` (the built-in text), ``hub`` (downloads and uploads), ``loss`` and
 ``optimizer`` (speed and memory), ``export`` and ``gguf_file`` (a model for others). ``recipes``
 holds every hyperparameter of a run, ``common`` what several modules share. ``steps`` keeps the
-results of the first notebooks on disk, ``runs`` puts a training together, and ``widgets`` lays
-sliders over some functions.
+results of the first notebooks on disk, ``runs`` puts a training together, ``results`` is what it
+leaves, and ``widgets`` lays sliders over some functions.
 
 Importing ``tinytrain`` imports none of them, nor torch.
 """

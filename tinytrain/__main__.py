@@ -24,7 +24,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from tinytrain import runs, steps
+from tinytrain import results, runs, steps
 from tinytrain.common import one_line, print_any_character, rank, safe_text, setup_logging
 from tinytrain.recipes import RECIPES, Recipe, get_recipe
 
@@ -111,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     model, tokenizer = _load_model(options)
     if options.model:
-        runs.check_held_out(options.recipe, options.model)
+        results.check_held_out(options.recipe, options.model)
     texts = list(steps.get_split(options.recipe)["test"]["text"])
     print(f"{len(texts):,} held-out documents; in brackets, what 95 of 100 such samples would give")
     losses = []
@@ -149,8 +149,10 @@ def export(options: argparse.Namespace) -> None:
 
     _show_no_bars()
     setup_logging()
-    options.recipe = runs.trained_recipe(options.recipe, options.changed)
-    folder = runs.export_run(options.recipe, options.dtype, options.gguf, options.whole_vocabulary)
+    options.recipe = results.trained_recipe(options.recipe, options.changed)
+    folder = results.export_run(
+        options.recipe, options.dtype, options.gguf, options.whole_vocabulary
+    )
     if options.upload:
         print(upload(folder, options.upload, to=options.to, private=not options.public))
 
@@ -162,8 +164,8 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """
     _show_no_bars()
     if options.model is None:
-        options.recipe = runs.trained_recipe(options.recipe, options.changed)
-    return runs.load_trained(options.recipe, options.model)
+        options.recipe = results.trained_recipe(options.recipe, options.changed)
+    return results.load_trained(options.recipe, options.model)
 
 
 def _show_no_bars() -> None:

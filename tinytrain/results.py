@@ -1,0 +1,329 @@
+"""What a training leaves in its run's folder, and the use of it.
+
+A model is kept with what it was made from, in ``inputs.json`` beside the weights: the recipe, and
+hashes of the text, of the blocks and of the files. Whatever loads, measures or exports the model
+goes by that, and refuses to take it for another one.
+
+This module joins the others, as `steps` does; copy from those, not from here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinytrain import export, modeling, qwen, steps, tokenization
+from tinytrain.common import hash_files, rank, write_json
+from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, RECIPES, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+
+def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
+    """Return what decides the outcome of a training run, for `tinytrain.checkpoints.train`."""
+    return {
+        **_recipe_inputs(recipe),
+        "precision": precision,
+        "text": steps.text_hash(steps.get_text(recipe)),
+        "blocks": steps.blocks_hash(recipe),
+        "tokenizer_fingerprint": tokenization.fingerprint(steps.get_tokenizer(recipe)),
+    }
+
+
+def _recipe_inputs(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields that decide an outcome; a text counts by its content, not by its place."""
+    left_out = {"corpus", *DISPLAY_AND_SPEED_FIELDS}
+    return {name: value for name, value in asdict(recipe).items() if name not in left_out}
+
+
+def result_files(recipe: Recipe) -> list[Path]:
+    """Return what a run leaves besides its checkpoints, which another run must not be taken for."""
+    return [steps.run_folder(recipe) / name for name in ("model", "summary.json")]
+
+
+def save_trained(
+    recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Any]
+) -> Path:
+    """Save a trained model, its tokenizer, and what it was made from, to ``model`` in the run.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Whose folder is used.
+    trainer : transformers.Trainer
+        With the model, trained to its end or stopped.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The model's.
+    inputs : dict
+        What `run_inputs` returned before the training. They go into ``inputs.json``, with the step
+        that was reached and hashes of the files, and tell `load_trained` what the model is.
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+    folder = steps.run_folder(recipe) / "model"
+    if rank() == 0:
+        (folder / "inputs.json").unlink(missing_ok=True)  # until all the rest is written
+    trainer.save_model(str(folder))
+    if rank() == 0:
+        tokenizer.save_pretrained(folder)
+        _write_inputs(folder, inputs, trainer.state.global_step, trainer.state.max_steps)
+    return folder
+
+
+def _write_inputs(folder: Path, inputs: dict[str, Any], step: int, max_steps: int) -> None:
+    files = {n: value for n, value in hash_files(folder).items() if n != "inputs.json"}
+    made = {"inputs": inputs, "step": step, "max_steps": max_steps, "files": files}
+    write_json(folder / "inputs.json", made)
+
+
+def is_trained(recipe: Recipe) -> bool:
+    """Tell whether the run has a whole model that was made from these inputs, be it stopped early."""
+    folder = steps.run_folder(recipe) / "model"
+    made = steps.read_inputs(folder)
+    if made is None or steps.find_damage(folder):
+        return False
+    return not _differences(made, run_inputs(recipe, ""))
+
+
+def _differences(made: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
+    """Return the names of inputs that a model was not made from.
+
+    The precision is none of them: it depends on the machine, and a model may come from another.
+    """
+    kept = made["inputs"]
+    inputs = json.loads(json.dumps(inputs))  # as they were read back
+    return [n for n in inputs if n != "precision" and kept.get(n) != inputs[n]]
+
+
+def trained_recipe(recipe: Recipe, asked: Collection[str] | None = None) -> Recipe:
+    """Return the recipe that the model in a run's folder was trained with.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Tells the folder, and what must be true of the model.
+    asked : collection of str, optional
+        The fields in which the model must agree with the recipe; by default all that decide an
+        outcome. The others are taken from the model.
+
+    Returns
+    -------
+    Recipe
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no model.
+    ValueError
+        If the model is incomplete or damaged, or was made from something else.
+    """
+    folder = steps.run_folder(recipe) / "model"
+    again = f"`{_training_command(recipe)}`"
+    made = steps.read_inputs(folder)
+    if made is None and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"there is no trained model in {folder}: notebook 05 makes one, or {again}"
+        )
+    if damaged := steps.find_damage(folder):
+        raise ValueError(
+            f"{folder / damaged} is missing or damaged: {again} makes the model again, in "
+            "seconds if its last checkpoint is good"
+        )
+    inputs = _recipe_inputs(recipe)
+    if recipe.corpus == "encyclopedia":  # the Wikipedia is one file; your own text has its folder
+        inputs["text"] = steps.text_hash(steps.get_text(recipe))
+    changed = [n for n in _differences(made, inputs) if asked is None or n in {"text", *asked}]
+    if changed:
+        other = ", ".join(f"{name}={made['inputs'].get(name)}" for name in changed)
+        raise ValueError(
+            f"the model in {folder.parent} was trained with {other}, and that is not what is asked "
+            f"for: leave the change out, or train such a model with {again}"
+        )
+    known = {n: made["inputs"].get(n) for n in _recipe_inputs(recipe) if n != "precision"}
+    return replace(recipe, **known)
+
+
+def check_held_out(recipe: Recipe, folder: Path) -> None:
+    """Raise a ValueError if a model was trained on documents that the recipe holds out."""
+    made = steps.read_inputs(folder)
+    if made and made["inputs"]["text"] == steps.text_hash(steps.get_text(recipe)):
+        for name in ("max_documents", "test_size", "split_seed"):
+            kept = made["inputs"][name]
+            if kept != getattr(recipe, name):
+                raise ValueError(
+                    f"{folder} was trained with {name}={kept}: documents that are held out here "
+                    f"were in its training set. Add --set {name}={kept}"
+                )
+
+
+def _training_command(recipe: Recipe) -> str:
+    """Return the command that trains a recipe, with all that differs from the recipe's own."""
+    plain = RECIPES.get(recipe.name, recipe)
+    command = f"python -m tinytrain train --recipe {recipe.name}"
+    if recipe.corpus != plain.corpus:
+        command += f" --corpus {shlex.quote(recipe.corpus)}"
+    changed = [n for n, value in asdict(recipe).items() if value != getattr(plain, n)]
+    values = [f"{n}={getattr(recipe, n)}" for n in changed if n not in ("name", "corpus")]
+    command += f" --set {' '.join(values)}" if values else ""
+    if runs := os.environ.get("TINYTRAIN_RUNS"):
+        command += f" --runs {shlex.quote(runs)}"
+    return command
+
+
+def load_trained(
+    recipe: Recipe, folder: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a saved model, in float32 and on the GPU if there is one, and its tokenizer.
+
+    By default it is the one that notebook 05 or `train_recipe` has saved in the recipe's run.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    ValueError
+        If it is damaged or was trained with another recipe; see `trained_recipe`.
+    """
+    import torch
+
+    if folder is None:
+        trained_recipe(recipe)
+        folder = steps.run_folder(recipe) / "model"
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = modeling.load_model(folder).to(device)
+    return model, tokenization.load_tokenizer(folder)
+
+
+def save_summary(recipe: Recipe, **values: Any) -> None:
+    """Write the results of a run, which JSON can hold, to ``summary.json`` in its folder."""
+    from tinytrain.hardware import machine_name
+
+    folder = steps.run_folder(recipe)
+    facts = {"recipe": recipe.name, "corpus": recipe.corpus, "machine": machine_name()}
+    step = (steps.read_inputs(folder / "model") or {}).get("step")  # of the model it tells about
+    write_json(folder / "summary.json", {**facts, "step": step, **values})
+
+
+def _run_facts(recipe: Recipe) -> dict[str, Any]:
+    """Return what the folder of a run tells about it, for the model card.
+
+    A run without ``summary.json`` or ``history.jsonl`` has fewer facts.
+    """
+    from importlib.metadata import version
+
+    from tinytrain.callbacks import read_history
+
+    folder = steps.run_folder(recipe)
+    made = steps.read_inputs(folder / "model")
+    tokenizer, split = steps.get_tokenizer(recipe), steps.get_split(recipe)
+    if recipe.tokenizer == "own":
+        kind = "byte-level byte pairs, trained on the text"
+    else:
+        kind = "Qwen2.5's"
+        if steps.is_reduced(recipe):
+            kind += ", reduced to the tokens that the text uses most"
+    left_out = {"name", "corpus", *DISPLAY_AND_SPEED_FIELDS}
+    facts: dict[str, Any] = {
+        "name": f"tinytrain-{folder.name}",
+        "text": recipe.corpus,
+        "documents": (len(split["train"]), len(split["test"])),
+        "tokenizer": kind,
+        "vocab_size": len(tokenizer),
+        "recipe": {name: value for name, value in asdict(recipe).items() if name not in left_out},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    if made["step"] < made["max_steps"]:
+        facts["stopped"] = f"{made['step']:,} of {made['max_steps']:,}"
+    if (folder / "history.jsonl").is_file():
+        for line in read_history(folder):
+            if line.get("step", 0) <= made["step"]:  # it may have gone on since
+                facts |= {name: line[name] for name in ("seconds", "tokens") if name in line}
+    with suppress(OSError, ValueError):  # a summary that is missing or damaged
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if summary.pop("step", None) == made["step"]:
+            facts |= {name: summary[name] for name in summary if name not in ("recipe", "corpus")}
+    return facts
+
+
+def export_run(
+    recipe: Recipe,
+    dtype: str = "float32",
+    gguf: bool = False,
+    whole_vocabulary: bool = False,
+    **facts: Any,
+) -> Path:
+    """Export the trained model of a run to ``export`` in its folder.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The recipe of a run whose model notebook 05 has saved.
+    dtype : {"float32", "bfloat16"}
+        Number format of the weights.
+    gguf : bool
+        Add ``model.gguf``; see `tinytrain.gguf_file.write_gguf`.
+    whole_vocabulary : bool
+        For a reduced Qwen2.5 vocabulary: give the model all tokens again, so that it works with
+        Qwen2.5's own tokenizer; see `tinytrain.modeling.expand_vocabulary`. Goes to
+        ``export-whole``.
+    **facts
+        For the card: what the run's folder does not hold, or holds wrongly.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no trained model.
+    ValueError
+        If it was trained with another recipe, or if ``whole_vocabulary`` is asked for and the
+        vocabulary is not a reduced one.
+    """
+    run = steps.run_folder(recipe)
+    model, tokenizer = load_trained(recipe)
+    facts = {**_run_facts(recipe), **facts}
+    if whole_vocabulary:
+        if not steps.is_reduced(recipe):
+            raise ValueError(
+                f"recipe {recipe.name!r} has no reduced Qwen2.5 vocabulary that could be completed"
+            )
+        model, tokenizer = _with_whole_vocabulary(recipe, model, tokenizer)
+        facts |= {
+            "tokenizer": "Qwen2.5's, in full; trained with a part of it",
+            "vocab_size": len(tokenizer),
+            "parameters": model.num_parameters(),
+        }
+    finish = None
+    if gguf:
+        from tinytrain.gguf_file import write_gguf  # if gguf is missing, it is said before the work
+
+        facts["gguf"] = "model.gguf"
+        finish = partial(write_gguf, name=facts["name"])
+    folder = run / ("export-whole" if whole_vocabulary else "export")
+    files = (run / "loss.png", run / "history.jsonl")
+    return export.export_model(model, tokenizer, folder, facts, dtype, files, finish)
+
+
+def _with_whole_vocabulary(recipe: Recipe, model: Any, reduced: Any) -> tuple[Any, Any]:
+    """Return the model with a row for each token of Qwen2.5, and Qwen2.5's tokenizer."""
+    full = qwen.qwen_tokenizer()
+    blocks = steps.get_blocks(recipe, reduced)["train"]
+    # Ten tokens for each number of the row that is searched, evenly from the whole text.
+    number = min(len(blocks), 1 + 10 * model.config.hidden_size // recipe.context_length)
+    some = blocks.select(range(0, len(blocks), len(blocks) // number))["input_ids"]
+    ids = qwen.original_ids(reduced, full)
+    return modeling.expand_vocabulary(model, ids, len(full), list(some)), full
