@@ -428,7 +428,9 @@ def run(smoke, monkeypatch):
     model.save_pretrained(folder / "model")
     smoke.tokenizer.save_pretrained(folder / "model")
     (folder / "model" / "training_args.bin").write_bytes(b"a pickle")
-    results._write_inputs(folder / "model", results.run_inputs(smoke.recipe, "float32"), 2, 2)
+    results._write_inputs(
+        folder / "model", results.run_inputs(smoke.recipe, "float32"), 2, 2, {"learning_rate": 0.5}
+    )
     lines = [{"step": 0, "max_steps": 2}, {"step": 2, "seconds": 61.0, "tokens": 99, "loss": 5.0}]
     history = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "history.jsonl").write_text(history, encoding="utf-8")
@@ -443,7 +445,13 @@ def test_a_run_is_exported_with_its_facts(run, smoke):
     assert not (folder / "training_args.bin").exists()
     card = (folder / "README.md").read_text(encoding="utf-8")
     words = ["# tinytrain-smoke", "1 min 01 s", "| precision | another one |"]
-    words += ["4.250", "| `hidden_size` | 64 |", "270 documents", export._escape(machine_name())]
+    words += [
+        "4.250",
+        "| `hidden_size` | 64 |",
+        "| `learning_rate` | 0.5 |",
+        "270 documents",
+        export._escape(machine_name()),
+    ]
     for word in words:
         assert word in card, word
     assert str(run) not in card
@@ -453,7 +461,7 @@ def test_a_run_is_exported_with_its_facts(run, smoke):
 
 
 def test_the_card_of_a_stopped_run_says_nothing_of_an_earlier_one(run, smoke):
-    results._write_inputs(run / "model", results.run_inputs(smoke.recipe, "float32"), 1, 2)
+    results._write_inputs(run / "model", results.run_inputs(smoke.recipe, "float32"), 1, 2, {})
     card = (results.export_run(smoke.recipe) / "README.md").read_text(encoding="utf-8")
     assert "| stopped at step | 1 of 2 |" in card
     assert "4.250" not in card and "1 min 01 s" not in card and "## Results" not in card
@@ -483,7 +491,7 @@ def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
     for part in (model, reduced):
         part.save_pretrained(steps.run_folder(recipe) / "model")
     inputs = results.run_inputs(recipe, "float32")
-    results._write_inputs(steps.run_folder(recipe) / "model", inputs, 1, 1)
+    results._write_inputs(steps.run_folder(recipe) / "model", inputs, 1, 1, {})
     folder = results.export_run(recipe, whole_vocabulary=True)
 
     loaded = AutoModelForCausalLM.from_pretrained(folder)

@@ -15,14 +15,8 @@ PACKAGE = Path(tinytrain.__file__).parent
 NOTEBOOKS = sorted((PACKAGE.parent / "notebooks").glob("[0-9]*.ipynb"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SHARED = {"recipes", "common"}
-JOINS_THE_OTHERS = {
-    "steps.py",
-    "runs.py",
-    "results.py",
-    "widgets.py",
-    "__main__.py",
-    "callbacks/__init__.py",
-}
+JOINS_THE_OTHERS = {f"{name}.py" for name in "steps runs results widgets __main__".split()}
+JOINS_THE_OTHERS.add("callbacks/__init__.py")
 
 
 def name_of(path):

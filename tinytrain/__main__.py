@@ -150,9 +150,8 @@ def export(options: argparse.Namespace) -> None:
     _show_no_bars()
     setup_logging()
     options.recipe = results.trained_recipe(options.recipe, options.changed)
-    folder = results.export_run(
-        options.recipe, options.dtype, options.gguf, options.whole_vocabulary
-    )
+    formats = options.dtype, options.gguf, options.whole_vocabulary
+    folder = results.export_run(options.recipe, *formats)
     if options.upload:
         print(upload(folder, options.upload, to=options.to, private=not options.public))
 
