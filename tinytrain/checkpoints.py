@@ -16,6 +16,7 @@ import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 _COMPLETION_FILE = "complete.json"  # the last file written into a checkpoint
 
-
 # Of the Trainer's arguments those that decide the outcome, beside batch and precision.
 _DECISIVE = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
@@ -60,8 +60,8 @@ class _CheckpointKeeper(TrainerCallback):
     """Marks each checkpoint when it is complete, and only then removes older ones.
 
     The Trainer writes straight into a checkpoint's folder, so that a crash leaves a part of one,
-    and it tells old from new by the clock, which may jump. Here the last thing written is
-    ``complete.json``, with sizes, hashes and what the run was made from; the step tells the age.
+    and it tells old from new by the clock, which may jump. Here ``complete.json`` is written last,
+    with sizes, hashes and what the run was made from, and the step tells the age.
     """
 
     def __init__(self, limit: int | None, made_from: dict[str, Any]):
@@ -72,7 +72,7 @@ class _CheckpointKeeper(TrainerCallback):
         """Let a resumed run follow the arguments where the Trainer follows its checkpoint."""
         state.compute_steps(args, state.max_steps)  # the rhythm of logging and saving
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not state.global_step < state.max_steps or not checkpoint.is_dir():
+        if state.global_step >= state.max_steps or not checkpoint.is_dir():
             return
         planned = _state_of(checkpoint).max_steps
         if planned == state.max_steps or not isinstance(lr_scheduler, LambdaLR):
@@ -99,12 +99,13 @@ class _CheckpointKeeper(TrainerCallback):
             shutil.rmtree(checkpoint, ignore_errors=True)
             return
         _mark_complete(checkpoint, self.made_from)
-        earlier = [path for path in _newest_first(folder) if _step_of(path) < state.global_step]
-        complete = [path for path in earlier if not _why_incomplete(path)]
-        kept = complete[: self.limit - 1] if self.limit else complete
-        for path in earlier:
-            if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+        kept = 1
+        for path in _newest_first(folder):
+            if _step_of(path) < state.global_step:
+                if _why_incomplete(path) or kept == self.limit:
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    kept += 1
 
 
 def _all_finite(model: torch.nn.Module, device: torch.device) -> bool:
@@ -163,19 +164,17 @@ def _step_of(checkpoint: Path) -> int:
 def last_checkpoint(folder: str | Path, thorough: bool = False) -> Path | None:
     """Return the newest complete checkpoint in a folder, or None.
 
-    One that a crash left half-written, or that has lost a file since, is passed over with a
-    warning.
+    One that a crash left half-written, or that was damaged since, is passed over with a warning.
 
     Parameters
     ----------
     folder : str or Path
         Holds folders ``checkpoint-<step>``; need not exist.
     thorough : bool
-        Read all files, to pass over one whose content has changed since it was written.
+        Compare the hashes of all files too, and not only their sizes.
     """
     for path in _newest_first(Path(folder)):
-        problem = _why_incomplete(path, thorough)
-        if not problem:
+        if not (problem := _why_incomplete(path, thorough)):
             return path
         logger.warning("%s is passed over: %s", path.name, problem)
     return None
@@ -206,9 +205,8 @@ def _made_from(trainer: Trainer, inputs: dict[str, Any] | None) -> dict[str, Any
     arguments["optim"] = str(args.optim.value).removesuffix("_fused")  # the same, computed faster
     arguments["precision"] = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
     arguments["processes"] = args.world_size
-    per_process = args.train_batch_size * args.gradient_accumulation_steps
-    arguments[_BATCH] = per_process * args.world_size
-    # As they will be read back.
+    arguments[_BATCH] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    # As it will be read back.
     return json.loads(json.dumps({"inputs": inputs or {}, "arguments": arguments}))
 
 
@@ -222,30 +220,29 @@ def train(
 ) -> None:
     """Train to the end, from the newest complete checkpoint if there is one.
 
-    Checkpoints are resumed only if inputs and arguments of the Trainer that decide the outcome are
-    the same; others are moved aside, never deleted, and the log names the difference. The precision
+    A run goes on only if its inputs, and the Trainer's arguments that decide the outcome, are the
+    same; another one is moved aside, never deleted, and the log names the difference. The precision
     may change, and how many processes share a step; more steps make a run longer. A finished run is
-    else not trained further: its weights are loaded and its plot is shown again. However the
+    otherwise not trained further: its weights are loaded and its plot is shown again. However the
     training ends, the callbacks that have a method ``close`` are closed in their order.
 
     Parameters
     ----------
     trainer : transformers.Trainer
-        Its ``args.output_dir`` is where the checkpoints are. What its callbacks write to, if they
-        name it in an attribute ``path``, is moved aside together with the checkpoints.
+        ``args.output_dir`` holds the checkpoints. What callbacks write to, if they name it in an
+        attribute ``path``, is moved aside together with them.
     inputs : dict, optional
-        What decides the outcome of the run, as values that JSON can hold: the hyperparameters,
-        fingerprints of text and tokenizer, the precision.
+        What else decides the outcome, as values that JSON can hold: fingerprints of text and
+        tokenizer, the shape of the model.
     fresh : bool
         Start over even though there is a checkpoint; the earlier run is kept aside.
     halve_batch : bool
         If the GPU runs out of memory, go on with half the per-device batch and twice the
         accumulation: the same tokens a step, a little slower.
     make_model : callable, optional
-        Returns the model as it was before the training: needed to start over in a session that
-        has trained it already.
+        Returns the model as it was before: needed to start over once it has been trained.
     results : sequence of Path
-        Files and folders with what came out of the run, moved aside as well if it starts over.
+        Files and folders with what came out of the run, moved aside as well.
 
     Raises
     ------
@@ -268,7 +265,6 @@ def train(
     try:
         with _opened_by_rank_zero(trainer, made_from, fresh, results) as checkpoint:
             while not _train_from(checkpoint, trainer, halve_batch, make_model):
-                _halve_batch(trainer)
                 checkpoint = last_checkpoint(folder)
     except Exception as error:
         if _is_disk_full(error):
@@ -282,16 +278,25 @@ def train(
     finally:
         trainer.remove_callback(keeper)
         trainer.args.save_total_limit = keeper.limit
-        _close(trainer.callback_handler.callbacks)
+        for callback in trainer.callback_handler.callbacks:  # StopCallback may end the process
+            try:
+                getattr(callback, "close", lambda: None)()
+            except OSError as error:  # must not hide what ended the training
+                logger.warning("%s: %s", type(callback).__name__, error)
 
 
 def _train_from(
     checkpoint: Path | None, trainer: Trainer, halve_batch: bool, make_model: Callable | None
 ) -> bool:
-    """Train to the end; return False if the memory is too small and the batch may be halved."""
-    if checkpoint is None:
-        _restore_first_weights(trainer, make_model)
-    else:
+    """Train to the end; return False if the memory was too small and the batch is halved now."""
+    if checkpoint is None and trainer.state.global_step:  # trained before, in this session
+        if make_model is None or trainer.is_fsdp_enabled:
+            raise RuntimeError(
+                "the model in memory is trained already: restart this program or notebook to start "
+                "over, or give train(..., make_model=...) a function that makes the model"
+            )
+        trainer.model.load_state_dict(make_model().state_dict())
+    elif checkpoint:
         state, before = _state_of(checkpoint), _completion(checkpoint).get("arguments", {})
         asked = {name: getattr(trainer.args, name) for name in ("max_steps", "num_train_epochs")}
         end = state.max_steps if asked.items() <= before.items() else _total_steps(trainer)
@@ -308,12 +313,15 @@ def _train_from(
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
-        message = _explain_out_of_memory(trainer, error)
+        args, message = trainer.args, _explain_out_of_memory(trainer, error)
         # Several ranks would have to agree on it, and one is out of step already.
-        can_halve = world_size() == 1 and trainer.args.per_device_train_batch_size % 2 == 0
-        if not (halve_batch and can_halve):
+        if not halve_batch or world_size() > 1 or args.per_device_train_batch_size % 2:
             raise torch.OutOfMemoryError(message) from error
         logger.warning(message)
+        args.per_device_train_batch_size //= 2
+        args.per_device_eval_batch_size = args.per_device_train_batch_size
+        args.gradient_accumulation_steps *= 2  # as many tokens a step as before
+        trainer._train_batch_size = args.train_batch_size  # what Trainer.train() reads
         return False
     return True
 
@@ -323,17 +331,6 @@ def _total_steps(trainer: Trainer) -> int:
         return trainer.args.max_steps
     *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     return steps
-
-
-def _restore_first_weights(trainer: Trainer, make_model: Callable | None) -> None:
-    if not trainer.state.global_step:
-        return  # the model has not been trained yet
-    if make_model is None or trainer.is_fsdp_enabled:
-        raise RuntimeError(
-            "the model in memory is trained already: restart this program or notebook to start "
-            "over, or give train(..., make_model=...) a function that makes the model"
-        )
-    trainer.model.load_state_dict(make_model().state_dict())
 
 
 def _load_finished_run(trainer: Trainer, checkpoint: Path, state: TrainerState) -> None:
@@ -346,35 +343,18 @@ def _load_finished_run(trainer: Trainer, checkpoint: Path, state: TrainerState) 
     trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)
 
 
-def _halve_batch(trainer: Trainer) -> None:
-    """Halve the per-device batch and double the accumulation: as many tokens a step as before."""
-    args = trainer.args
-    args.per_device_train_batch_size //= 2
-    args.per_device_eval_batch_size = args.per_device_train_batch_size
-    args.gradient_accumulation_steps *= 2
-    trainer._train_batch_size = args.train_batch_size  # what Trainer.train() reads
-
-
-def _close(callbacks: Sequence[TrainerCallback]) -> None:
-    for callback in callbacks:  # StopCallback, named last, may end the process
-        try:
-            getattr(callback, "close", lambda: None)()
-        except OSError as error:  # must not hide what ended the training
-            logger.warning("%s: %s", type(callback).__name__, error)
-
-
 def _quiet_transformers() -> None:
-    """Turn off its progress bars, one for each checkpoint, and the warnings that we expect."""
+    """Turn off its progress bars, one for each checkpoint, and two warnings that we expect."""
     transformers_logging.disable_progress_bar()
     for name in ("trainer", "trainer_utils"):
         logging.getLogger(f"transformers.{name}").addFilter(_is_unexpected)
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    """Tell a warning from two expected ones: of tied weights, which are stored once, of rhythm."""
     text = record.getMessage()
-    tied = "missing keys in the checkpoint" in text and "['lm_head.weight']" in text
-    return not tied and "do not match the ones in the `trainer_state.json`" not in text
+    tied = "missing keys in the checkpoint" in text and "['lm_head.weight']" in text  # stored once
+    rhythm = "do not match the ones in the `trainer_state.json`" in text
+    return not (tied or rhythm)
 
 
 @contextmanager
@@ -426,9 +406,8 @@ def _open_run(trainer: Trainer, made_from: dict, fresh: bool, files: Sequence[Pa
         aside = _move_aside(folder, files)
         logger.info("starting over (%s); the earlier run is kept as %s", reason, aside.name)
     elif checkpoint:
-        for path in _newest_first(folder):
-            if _step_of(path) > _step_of(checkpoint):  # damaged, and soon to be written over
-                (path / _COMPLETION_FILE).unlink(missing_ok=True)
+        for path in takewhile(lambda path: path != checkpoint, _newest_first(folder)):
+            (path / _COMPLETION_FILE).unlink(missing_ok=True)  # damaged, soon to be written over
         logger.info("going on from %s; fresh=True would start over", checkpoint.name)
         was, now = recorded_precision(checkpoint), made_from["arguments"]["precision"]
         if was not in (None, now):
@@ -480,13 +459,12 @@ def _explain_out_of_memory(trainer: Trainer, error: torch.OutOfMemoryError) -> s
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    batch = trainer.args.per_device_train_batch_size
-    accumulation = trainer.args.gradient_accumulation_steps
-    length = len(trainer.train_dataset[0]["input_ids"])
+    args, length = trainer.args, len(trainer.train_dataset[0]["input_ids"])
+    batch = args.per_device_train_batch_size
     return (
         f"The GPU's memory is too small for batches of {batch} x {length} tokens ({details}). "
         f"Two changes help: batch_size={max(batch // 2, 1)} with "
-        f"gradient_accumulation={accumulation * 2}, which learns the same; "
+        f"gradient_accumulation={args.gradient_accumulation_steps * 2}, which learns the same; "
         f"or context_length={length // 2}."
     )
 
@@ -503,9 +481,8 @@ def _clear_full_disk(folder: Path, error: Exception) -> str:
     full = full_disk(error, folder)
     full = folder if full.is_relative_to(folder) else full
     last = last_checkpoint(folder)
-    for path in _newest_first(folder):
-        if last is None or _step_of(path) > _step_of(last):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in takewhile(lambda path: path != last, _newest_first(folder)):
+        shutil.rmtree(path, ignore_errors=True)
     kept = f"{last.name} is complete" if last else "no checkpoint was finished before"
     return (
         f"the disk that holds {full} is full (the unfinished checkpoint is removed); {kept}. "

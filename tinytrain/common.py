@@ -1,11 +1,7 @@
-"""What several modules share: logging, files written whole, text to token ids, plots.
+"""What several modules share.
 
-A module that you copy into your own project may need this file beside it, and nothing else.
-
-The log of a long run is worth keeping: it is what remains when the browser tab is gone. So it goes
-to stdout, where a notebook shows it, and to ``training.log`` in the run's folder. Progress messages
-go to the file alone while a plot shows the same: a notebook would otherwise grow
-by a line every few seconds.
+Logging and output, processes, files, text to token ids, numbers for reading, plots, speed. A module
+that you copy into your own project may need this file beside it, and nothing else.
 """
 
 from __future__ import annotations
@@ -26,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,30 +34,18 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-_LOG_FORMAT = "%(asctime)s - %(levelname)s: %(message)s"
-_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
-
 EXPORT_MARK = ".tinytrain.json"  # in an exported folder: a hash of each file that we wrote there
 
 PROGRESS = {"progress": True}  # logger.info(..., extra=PROGRESS): a display shows it as well
-_displays: set[int] = set()  # those that show the progress at this moment
-
-
-def display_begins(display: object) -> None:
-    """Keep messages marked ``extra=PROGRESS`` off the screen while a display shows the same."""
-    _displays.add(id(display))
-
-
-def display_ends(display: object) -> None:
-    """Undo `display_begins`; harmless if there is nothing to undo."""
-    _displays.discard(id(display))
+# What shows the progress now: a notebook would otherwise grow by a line every few seconds too.
+DISPLAYS: WeakSet[Any] = WeakSet()
 
 
 class _StdoutHandler(logging.StreamHandler):
     """Writes to whatever ``sys.stdout`` is now: a notebook kernel and pytest replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if _displays and getattr(record, "progress", False):
+        if DISPLAYS and getattr(record, "progress", False):
             return
         self.stream = sys.stdout
         if self.stream:  # None if it was closed before the start
@@ -72,6 +57,44 @@ class _StdoutHandler(logging.StreamHandler):
             super().handleError(record)
 
 
+class _SafeFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return safe_text(super().format(record))
+
+
+def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO) -> logging.Logger:
+    """Send what the logger ``tinytrain`` gets to stdout and to a file, and return the logger.
+
+    The file remains when the browser tab is gone, and it has the progress that a plot shows, too.
+    Calling this again replaces the earlier set-up, so no message is ever shown twice.
+
+    Parameters
+    ----------
+    log_file : str or Path, optional
+        Usually ``training.log``, to append to; its folder is made. Without it stdout is all.
+    level : int
+        The least severe level that is shown.
+    """
+    print_any_character()
+    logger = logging.getLogger("tinytrain")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [_StdoutHandler()]
+    if log_file is not None:
+        with writing_to(Path(log_file).parent):
+            Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    formatter = _SafeFormatter("%(asctime)s - %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    logger.setLevel(level)
+    # Colab gives the root logger a handler of its own, which would repeat every line.
+    logger.propagate = False
+    return logger
+
+
 def print_any_character() -> None:
     """Print escapes for characters that the output's encoding lacks: on Windows it may be GBK."""
     for stream in (sys.stdout, sys.stderr):
@@ -79,52 +102,42 @@ def print_any_character() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-class _SafeFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return safe_text(super().format(record))
+# Control characters but tab and line end, signs that turn the direction of writing around, and
+# halves of characters, which cannot be written.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO) -> logging.Logger:
-    """Send the messages of ``tinytrain`` to stdout and, if a path is given, to a file.
+def safe_text(text: Any) -> str:
+    """Return a text for a terminal or a log: a control character is shown, and does nothing."""
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], str(text))
 
-    Calling it again replaces the earlier set-up, so no message is ever shown twice.
 
-    Parameters
-    ----------
-    log_file : str or Path, optional
-        A file to append to, usually ``training.log``; its folder is made.
-    level : int
-        The least severe level that is shown.
+def one_line(text: Any) -> str:
+    """Return a text without line breaks and invisible characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
-    Returns
-    -------
-    logging.Logger
-        The logger named ``tinytrain``.
 
-    Examples
-    --------
-    >>> logger = setup_logging()
-    >>> logger.info("ready")  # doctest: +SKIP
-    2026-01-31 12:00:00 - INFO: ready
-    """
-    print_any_character()
-    logger = logging.getLogger("tinytrain")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
+def in_notebook() -> bool:
+    """Tell whether this code runs in a Jupyter or Colab kernel, which can show pictures."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
-    handlers: list[logging.Handler] = [_StdoutHandler(sys.stdout)]
-    if log_file is not None:
-        with writing_to(Path(log_file).parent):
-            Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
-    for handler in handlers:
-        handler.setFormatter(_SafeFormatter(_LOG_FORMAT, _DATE_FORMAT))
-        logger.addHandler(handler)
-    logger.setLevel(level)
-    # Colab gives the root logger a handler of its own, which would repeat every line.
-    logger.propagate = False
-    return logger
+
+class NotebookOutput:
+    """One output of a notebook's cell, which each later one replaces."""
+
+    def __init__(self):
+        self._handle = None
+
+    def show(self, text: str, png: bytes | None = None) -> None:
+        """Show a picture, or the text where there is none or it cannot be shown."""
+        from IPython.display import display
+
+        bundle = {"text/plain": text} | ({"image/png": png} if png else {})
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
 
 
 def rank() -> int:
@@ -138,16 +151,10 @@ def world_size() -> int:
 
 
 def atomic_write(path: str | Path, content: str | bytes, sync: bool = False) -> None:
-    """Write a file so that a reader finds the old content or the new, never a part.
+    """Write a file, text as UTF-8, so that a reader finds the old content or the new, never a part.
 
-    Parameters
-    ----------
-    path : str or Path
-        The file; its folder is made.
-    content : str or bytes
-        Text is written as UTF-8, with line ends as they are.
-    sync : bool
-        Wait until the disk has it: a machine that loses power may lose what is only in memory.
+    The folder is made. With `sync` wait for the disk: a machine that loses power may lose what is
+    only in memory.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,11 +207,7 @@ def full_disk(error: BaseException, folder: str | Path) -> Path:
 
 
 def hash_file(path: str | Path) -> str:
-    """Return a hash of a file's content.
-
-    XXH3 tells damage as well as SHA-256 does, at the speed of the disk; it is no protection
-    against somebody who wants to deceive.
-    """
+    """Return a hash of a file's content: XXH3, which is fast and finds damage, but no deceit."""
     import xxhash
 
     with open(path, "rb") as file:
@@ -243,28 +246,18 @@ def append_json_line(path: str | Path, line: Any) -> None:
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines; one that is damaged or still being written is left out."""
     lines = []
-    *whole, unfinished = Path(path).read_bytes().split(b"\n")
-    for number, text in enumerate([*whole, unfinished], 1):
+    texts = Path(path).read_bytes().split(b"\n")
+    for number, text in enumerate(texts, 1):
         try:
             lines.append({**json.loads(text)})
         except (ValueError, TypeError):  # no UTF-8, no JSON, no object
-            if text.strip() and number <= len(whole):
+            if text.strip() and number < len(texts):  # the last has no end yet
                 _logger.warning("%s: line %d is damaged and left out", path, number)
     return lines
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Read the history of a run, past or still going on.
-
-    Parameters
-    ----------
-    path : str or Path
-        The run's folder, or its ``history.jsonl``.
-
-    Returns
-    -------
-    list of dict
-        The lines that `tinytrain.callbacks.HistoryCallback` wrote.
+    """Read the history of a run, past or still going on, from its folder or ``history.jsonl``.
 
     Raises
     ------
@@ -279,81 +272,8 @@ def read_history(path: str | Path) -> list[dict[str, Any]]:
     return read_json_lines(path)
 
 
-def in_notebook() -> bool:
-    """Tell whether this code runs in a Jupyter or Colab kernel, which can show pictures."""
-    if "IPython" not in sys.modules:
-        return False
-    from IPython import get_ipython
-
-    return hasattr(get_ipython(), "kernel")
-
-
-class NotebookOutput:
-    """One output of a notebook's cell, which each later one replaces."""
-
-    def __init__(self):
-        self._handle = None
-
-    def show(self, text: str, png: bytes | None = None) -> None:
-        """Show a picture, or the text where there is none or it cannot be shown."""
-        from IPython.display import display
-
-        bundle = {"text/plain": text} | ({"image/png": png} if png else {})
-        if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)
-        else:
-            self._handle.update(bundle, raw=True)
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration as people say it.
-
-    Examples
-    --------
-    >>> format_seconds(75), format_seconds(7300), format_seconds(200_000)
-    ('1 min 15 s', '2 h 01 min', '2.3 days')
-    """
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    if seconds < 48 * 3600:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-    return f"{seconds / 86_400:.1f} days"
-
-
-def format_count(number: float) -> str:
-    """Return a large number with three digits.
-
-    Examples
-    --------
-    >>> format_count(843_776), format_count(1_536_000)
-    ('844k', '1.54M')
-    """
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= unit * 0.9995:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.0f}"
-
-
-def one_line(text: Any) -> str:
-    """Return a text without line breaks and invisible characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-
-
-# Control characters but tab and line end, signs that turn the direction of writing around, and
-# halves of characters, which cannot be written.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def safe_text(text: Any) -> str:
-    """Return a text for a terminal or a log: a control character is shown, and does nothing."""
-    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], str(text))
-
-
-# A tokenizer holds some hundred bytes for each token of a call: a long text goes through it in
-# parts of at least so many characters, and a call gets so many of them, or of short texts.
+# A tokenizer holds some hundred bytes for each token of a call. So a long text goes through it in
+# parts, of at least so many characters, and a call ends once it has so many in all.
 _PART = 2**15
 _CALL = 2**17
 
@@ -410,29 +330,17 @@ def encode_each(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Ite
     for call in _calls(texts):
         found = encoder.encode_batch_fast([part for part, _ in call], add_special_tokens=False)
         for (_, ends), encoding in zip(call, found, strict=True):
-            ids = encoding.ids
-            begun.append(np.fromiter(ids, dtype=np.int32, count=len(ids)))
+            begun.append(np.array(encoding.ids, dtype=np.int32))
             if ends:
                 yield np.concatenate(begun)
                 begun = []
-
-
-def cut_text(text: str) -> list[str]:
-    """Return a text in parts that become the same tokens as the whole; see `encode_each`."""
-    parts, start = [], 0
-    while len(text) - start > 2 * _PART:
-        found = _PLACE_TO_CUT.search(text, start + _PART, start + 2 * _PART)
-        end = found.start() if found else start + 2 * _PART
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
 
 
 def _calls(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
     """Yield what to encode in one call: parts of texts, each with whether it ends its text."""
     call, size = [], 0
     for text in texts:
-        parts = cut_text(text)
+        parts = list(cut_text(text))
         for number, part in enumerate(parts, 1):
             call.append((part, number == len(parts)))
             size += len(part) + 1
@@ -441,6 +349,37 @@ def _calls(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
                 call, size = [], 0
     if call:
         yield call
+
+
+def cut_text(text: str) -> Iterator[str]:
+    """Yield the parts of a text, which become the same tokens as the whole; see `encode_each`."""
+    start = 0
+    while len(text) - start > 2 * _PART:
+        found = _PLACE_TO_CUT.search(text, start + _PART, start + 2 * _PART)
+        end = found.start() if found else start + 2 * _PART
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as people say it: ``1 min 15 s``, ``2 h 01 min``, ``2.3 days``."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    if seconds < 48 * 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def format_count(number: float) -> str:
+    """Return a large number with three digits: ``844k``, ``1.54M``."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit * 0.9995:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.0f}"
 
 
 def new_axes(width: float = 7, height: float = 3) -> tuple[Figure, Axes]:
@@ -473,25 +412,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Speedometer:
-    """The speed of a run since `start`; evaluations and checkpoints count as time.
+    """The speed of a run since this was made; evaluations and checkpoints count as time.
 
     Parameters
     ----------
     tokens_per_step : int
-        Tokens that a whole optimiser step learns from.
+        Tokens that a step learns from, where `args` and `train_dataloader` do not tell it.
+    state : transformers.TrainerState
+        The step that the run begins at.
+    args, train_dataloader
+        The Trainer's. By them the last step of an epoch, a shorter one, counts as what it is.
     """
 
-    def __init__(self, tokens_per_step: int):
+    def __init__(
+        self, tokens_per_step: int, state: Any, args: Any = None, train_dataloader: Any = None
+    ):
         self.tokens_per_step = tokens_per_step
-
-    def start(self, state: Any, args: Any = None, train_dataloader: Any = None) -> None:
-        """Begin to count, from the step that the ``TrainerState`` is at.
-
-        The Trainer's arguments and data tell what a step really learns from, and that the last one
-        of an epoch is a shorter one. Without them the number given counts for every step.
-        """
         self._start, self._first_step = time.monotonic(), state.global_step
-        self._epoch = 1, self.tokens_per_step
+        self._epoch = 1, tokens_per_step  # its steps and tokens
         data = getattr(train_dataloader, "dataset", None)
         if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             return  # a stream
@@ -506,8 +444,7 @@ class Speedometer:
     def tokens(self, step: int) -> int:
         """Return the tokens seen from the first step of the run to this one."""
         steps, tokens = self._epoch
-        rest = min(step % steps * self.tokens_per_step, tokens)
-        return step // steps * tokens + rest
+        return step // steps * tokens + min(step % steps * self.tokens_per_step, tokens)
 
     def seconds(self) -> float:
         """Return the seconds since the start."""

@@ -125,17 +125,14 @@ class MuonAdamW(torch.optim.AdamW):
                 average = state["momentum_buffer"]
                 average.lerp_(p.grad, 1 - group["momentum"])
                 # A look ahead (Nesterov): the average as it will be if the next gradient is this.
-                averages.append(_full_matrix(p.grad.lerp(average, group["momentum"])))
+                ahead = p.grad.lerp(average, group["momentum"])
+                # With FSDP this rank holds a shard only.
+                averages.append(ahead.full_tensor() if isinstance(ahead, DTensor) else ahead)
             stacked = torch.stack(averages).to(self.dtype)
             length = 0.2 * math.sqrt(max(matrices[0].shape))
             for p, direction in zip(matrices, _orthogonalize(stacked), strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(_shard_like(p, direction), alpha=-group["lr"] * length)
-
-
-def _full_matrix(matrix: torch.Tensor) -> torch.Tensor:
-    """Return all of a matrix of which this rank holds a shard (FSDP)."""
-    return matrix.full_tensor() if isinstance(matrix, DTensor) else matrix
 
 
 def _shard_like(p: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -181,10 +178,6 @@ def muon_adamw(
         AdamW's.
     dtype : torch.dtype
         What Muon computes its directions in.
-
-    Returns
-    -------
-    MuonAdamW
 
     Examples
     --------

@@ -118,27 +118,7 @@ def total_steps(recipe: Recipe, blocks: int) -> int:
 
 
 def _learning_rates(recipe: Recipe, steps: int) -> list[float]:
-    """Return the learning rate of each step, from the scheduler that the Trainer uses.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        Its ``learning_rate``, ``lr_scheduler`` and ``warmup_steps`` decide.
-    steps : int
-        Steps of the run, from `total_steps`.
-
-    Raises
-    ------
-    ValueError
-        If there is no such scheduler, or if it follows the loss and not the step.
-
-    Examples
-    --------
-    >>> from tinytrain.recipes import RECIPES
-    >>> rates = _learning_rates(RECIPES["seed"], 1000)
-    >>> rates[0], rates[200], rates[-1] < 1e-9
-    (0.0, 2e-05, True)
-    """
+    """Return the learning rate of each step, from the scheduler that the Trainer uses."""
     from transformers import get_scheduler
 
     if steps < 1:
@@ -156,7 +136,20 @@ def _learning_rates(recipe: Recipe, steps: int) -> list[float]:
 
 
 def plot_learning_rate(recipe: Recipe, steps: int) -> Figure:
-    """Draw the learning rate over a run; parameters and errors as for `_learning_rates`."""
+    """Draw the learning rate over a run.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its ``learning_rate``, ``lr_scheduler`` and ``warmup_steps`` decide.
+    steps : int
+        Steps of the run, from `total_steps`.
+
+    Raises
+    ------
+    ValueError
+        If there is no such scheduler, or if it follows the loss and not the step.
+    """
     rates = _learning_rates(recipe, steps)
     figure, axes = new_axes(7, 2.6)
     axes.plot(range(1, steps + 1), rates, linewidth=2)
@@ -176,16 +169,6 @@ def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     The model shifts the labels by one. Packed blocks are full: no padding, no mask.
     (``DataCollatorForLanguageModeling`` would take every end-of-text token for padding, and the
     model would never learn to stop.)
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        Each with ``input_ids``: a list of ints, or a tensor of shape (context_length,).
-
-    Returns
-    -------
-    dict of torch.Tensor
-        ``input_ids`` and ``labels``, int64 of shape (batch, context_length).
     """
     input_ids = torch.stack([torch.as_tensor(row["input_ids"]).long() for row in rows])
     return {"input_ids": input_ids, "labels": input_ids.clone()}

@@ -44,11 +44,11 @@ class LossError(RuntimeError):
 class LossGuard(TrainerCallback):
     """Stops a run whose loss is NaN or spikes, before the step changes the weights.
 
-    A loss spikes if it lies above the mean of the last `window` steps by more than `spike` of their
-    standard deviations, and by more than one nat: the model has become, at one blow, e times less
-    sure of every token. While the loss falls steeply the deviation is large and the guard is
-    patient. It sees the ``loss`` that the model returns; where the Trainer computes another one
-    (``compute_loss_func``, label smoothing), it judges the gradients alone.
+    A loss spikes if it exceeds the mean of the last `window` steps by more than `spike` of their
+    standard deviations, and by more than one nat: the model is suddenly e times less sure of every
+    token. While the loss falls steeply, the deviation is large and the guard patient. It sees the
+    ``loss`` that the model returns; where the Trainer computes another one (``compute_loss_func``,
+    label smoothing), it judges the gradients alone.
 
     Parameters
     ----------
@@ -160,17 +160,16 @@ class LossGuard(TrainerCallback):
 
     def _error(self, trouble: str, loss: float | None, step: int, args: Any) -> LossError:
         sentences = [f"step {step}: {trouble}; the step was not made."]
-        rows, documents, blocks = [], [], self._gather_blocks(args)
-        if len(blocks):
-            rows, documents = self._find(blocks)
+        blocks = self._gather_blocks(args)
+        rows, documents = self._find(blocks) if len(blocks) else ([], [])
         if rows:
-            sentences.append(f"Its batch is blocks {_listed(rows)} of the training set")
-            sentences[-1] += f", from documents {_listed(documents)}." if documents else "."
+            source = f", from documents {_listed(documents)}" if documents else ""
+            sentences.append(f"Its batch is blocks {_listed(rows)} of the training set{source}.")
         if self.tokenizer is not None and len(blocks):
             begins = [self.tokenizer.decode(block[:12]) for block in blocks[:4]]
             sentences.append(f"They begin {', '.join(repr(text) for text in begins)}.")
-        checkpoint = self.find_checkpoint(args.output_dir)
-        checkpoint = Path(checkpoint) if checkpoint else None
+        found = self.find_checkpoint(args.output_dir)
+        checkpoint = Path(found) if found else None
         good = f"is {checkpoint.name}" if checkpoint else "does not exist yet"
         sentences.append(
             f"The last good checkpoint {good}. Look at these documents, or halve the learning rate."

@@ -47,8 +47,7 @@ class VerboseTrainingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         """Log how large the model is, and how many steps there are."""
-        self._speed = Speedometer(self.tokens_per_step)
-        self._speed.start(state, args, train_dataloader)
+        self._speed = Speedometer(self.tokens_per_step, state, args, train_dataloader)
         self._last_message = -math.inf
         parameters = sum(parameter.numel() for parameter in model.parameters())
         logger.info(
@@ -76,8 +75,7 @@ class VerboseTrainingCallback(TrainerCallback):
         if now - self._last_message < self.seconds and state.global_step < state.max_steps:
             return
         self._last_message = now
-        left = self._speed.seconds_left(state)
-        left = "unknown" if left is None else format_seconds(left)
+        left = format_seconds(self._speed.seconds_left(state) or 0)
         logger.info(
             f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.3f}, "
             f"lr {logs.get('learning_rate', math.nan):.1e}, "
@@ -131,8 +129,7 @@ class HistoryCallback(TrainerCallback):
             lines = [line for line in read_json_lines(self.path) if "end" not in line]
             kept = [line for line in lines if 0 < line.get("step", 0) <= state.global_step]
         self._seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
-        self._speed = Speedometer(self.tokens_per_step)
-        self._speed.start(state, args, train_dataloader)
+        self._speed = Speedometer(self.tokens_per_step, state, args, train_dataloader)
         self._running = True
         first = {"step": 0, "tokens": 0, "seconds": 0.0, "max_steps": state.max_steps}
         first |= {"tokens_per_step": self._speed.tokens_per_step, **self.metadata}

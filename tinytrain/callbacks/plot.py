@@ -1,8 +1,8 @@
 """Draws a training run: while it goes on, from its history, or several runs over one another.
 
-Never with pyplot, whose figures are shared by the whole process: a widget's event that arrives in
-the middle of a drawing would show a half-drawn one. A PNG is sent to one output that is replaced,
-so neither the notebook nor the browser grows with the number of points.
+Never with pyplot, whose figures the whole process shares: a widget's event in the middle of a
+drawing would show half of it. Each PNG replaces the one before, so that neither the notebook nor
+the browser grows with the number of points.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import numpy as np
 from transformers import TrainerCallback
 
 from tinytrain.common import (
+    DISPLAYS,
     NotebookOutput,
     Speedometer,
     atomic_write,
-    display_begins,
-    display_ends,
     format_count,
     format_seconds,
     in_notebook,
@@ -42,8 +41,8 @@ class LivePlotCallback(TrainerCallback):
 
     In a notebook this is one picture that is replaced; elsewhere only the file is kept, and the
     messages of `VerboseTrainingCallback` show the progress. Drawing stops the training, so it takes
-    no more than one hundredth of the run's time, setting up included; two fifths of that may be
-    spent at once, since you watch the beginning most. The last state is always drawn.
+    no more than a hundredth of the run's time, more of it at the beginning, which you watch most.
+    The last state is always drawn.
 
     Parameters
     ----------
@@ -85,14 +84,13 @@ class LivePlotCallback(TrainerCallback):
         """Open the one output that later drawings replace."""
         self.close()  # an earlier run may have ended by an error
         start = time.monotonic()
-        self._speed = Speedometer(self.tokens_per_step)
-        self._speed.start(state, args, train_dataloader)
+        self._speed = Speedometer(self.tokens_per_step, state, args, train_dataloader)
         steps = max(state.max_steps, 1)
         average = self._speed.tokens(steps) / steps
         self._plot = _LossPlot(self.vocab_size, average, self.reference)
         self._output = NotebookOutput() if in_notebook() else None
         if self._output:
-            display_begins(self)
+            DISPLAYS.add(self)
         self.drawing_seconds = time.monotonic() - start
         self._state = state
         self._draw()
@@ -101,6 +99,7 @@ class LivePlotCallback(TrainerCallback):
         """Draw if it is time: here the losses and the evaluation of the last step are known."""
         if time.monotonic() - self._last_drawing >= self.seconds:
             left = self._speed.seconds_left(state) or 0.0
+            # Less than a hundredth of the time so far and of two fifths of the rest.
             if self.drawing_seconds <= 0.009 * (self._speed.seconds() + 0.4 * left):
                 self._draw()
 
@@ -113,7 +112,7 @@ class LivePlotCallback(TrainerCallback):
         if self._state is None:
             return
         self._draw()
-        display_ends(self)
+        DISPLAYS.discard(self)
         self._state = None
 
     def _draw(self) -> None:
@@ -121,10 +120,10 @@ class LivePlotCallback(TrainerCallback):
         state, left = self._state, self._speed.seconds_left(self._state)
         self._plot.add(state.log_history[self._plot.lines :])
         headline = f"step {state.global_step:,} of {state.max_steps:,}"
-        if left:
-            headline += f", {format_seconds(left)} left"
-        elif state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps:
             headline += ", done"
+        elif left:
+            headline += f", {format_seconds(left)} left"
         details = self._plot.latest_losses()
         details.append(f"{format_count(self._speed.tokens(state.global_step))} tokens seen")
         if left is not None:
@@ -215,18 +214,15 @@ def plot_runs(paths: Mapping[str, str | Path], x: str = "tokens") -> Figure:
 def is_this_normal(history: Sequence[Mapping[str, Any]], reference: Mapping[str, Any]) -> str:
     """Compare the latest training losses with those of other seeds, in a sentence.
 
+    A loss counts as normal within their band, widened by as much again on either side: a few seeds
+    do not show the whole range.
+
     Parameters
     ----------
     history : sequence of dict
         What `tinytrain.callbacks.read_history` returns.
     reference : dict
         As for `LivePlotCallback`.
-
-    Returns
-    -------
-    str
-        A loss counts as normal within the band, widened by as much again on either side: a few
-        seeds do not show the whole range.
     """
     lines = [line for line in history if "loss" in line]
     band = reference["train"]
@@ -283,10 +279,6 @@ class _LossPlot:
             uniform = math.log(vocab_size)
             label = f"uniform guess: ln({vocab_size:,}) = {uniform:.2f}"
             loss.axhline(uniform, color="#888888", linestyle=":", label=label)
-        self._label_axes(tokens_per_step)
-
-    def _label_axes(self, tokens_per_step: float) -> None:
-        loss, rate = self._axes
         for axis in self._axes:
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
@@ -312,9 +304,8 @@ class _LossPlot:
 
     def latest_losses(self) -> list[str]:
         """Return the latest training and held-out loss, for reading."""
-        names = (("loss", "train"), ("eval_loss", "held-out"))
-        latest = [(label, self._points[name][1]) for name, label in names]
-        return [f"{label} {values[-1]:.3f}" for label, values in latest if values]
+        latest = {"train": self._points["loss"][1], "held-out": self._points["eval_loss"][1]}
+        return [f"{label} {values[-1]:.3f}" for label, values in latest.items() if values]
 
     def update(self, headline: str, details: str, max_steps: int) -> None:
         """Move the lines to the points added so far."""
@@ -338,8 +329,8 @@ class _LossPlot:
     def png(self) -> bytes:
         """Return the plot as a PNG image.
 
-        Axes, labels and legend take most of the time and rarely change: they are drawn once and
-        kept as a background, before which only the moving parts are drawn again.
+        Axes, labels and legend take most of the time and rarely change: they are kept as a
+        background, before which the moving parts are drawn.
         """
         from PIL import Image
 
@@ -386,11 +377,7 @@ def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
 
 
 def _memory_in_use() -> str:
-    """Return the memory of this process, in GB (1e9 bytes).
-
-    On a GPU it is the most that PyTorch has had reserved so far, which decides whether a run
-    fits; elsewhere the resident memory of the process now.
-    """
+    """Return the most GPU memory that PyTorch has reserved so far, or this process's memory now."""
     import psutil
     import torch
 

@@ -10,11 +10,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 from tinytrain.common import (
+    DISPLAYS,
     PROGRESS,
     NotebookOutput,
     append_json_line,
-    display_begins,
-    display_ends,
     in_notebook,
     one_line,
     read_json_lines,
@@ -60,14 +59,12 @@ class SampleCallback(TrainerCallback):
         """Keep the samples of the steps already done."""
         self.samples: list[dict[str, Any]] = []
         if state.global_step and self.path.exists():
-            lines = [
-                line for line in read_json_lines(self.path) if line.keys() >= {"step", "texts"}
-            ]
-            self.samples = [line for line in lines if line["step"] <= state.global_step]
+            whole = [s for s in read_json_lines(self.path) if s.keys() >= {"step", "texts"}]
+            self.samples = [sample for sample in whole if sample["step"] <= state.global_step]
         write_json_lines(self.path, self.samples)
         self._output = NotebookOutput() if in_notebook() else None
         if self._output:
-            display_begins(self)
+            DISPLAYS.add(self)
             self._output.show(self.table() or "(here you will see what the model writes)")
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -83,7 +80,7 @@ class SampleCallback(TrainerCallback):
 
     def close(self) -> None:
         """Let messages appear on the screen again."""
-        display_ends(self)
+        DISPLAYS.discard(self)
 
     def _sample(self, state, model) -> None:
         texts = self.write(model, prompts=self.prompts)

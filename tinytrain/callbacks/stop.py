@@ -17,20 +17,18 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-
 # What announces the end of this process: of the machine, the terminal or the console (Windows).
-_FATAL = [getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP", "SIGBREAK")]
+_FATAL = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, n)]
 
 
 class StopCallback(TrainerCallback):
     """Ends a run in good order when asked: after the current step, with a checkpoint.
 
     The interrupt (■ in a notebook, or Ctrl-C) and a stop file end the run with a checkpoint, an
-    evaluation and a last drawing, and what follows the training runs; a second interrupt stops at
-    once. After SIGTERM, with which a cloud machine announces its end, and SIGHUP, that of a closed
-    window (on Windows SIGBREAK), there is time for a checkpoint only; then the signal takes its
-    usual course and ends the process. ``nohup`` keeps SIGHUP away, as always. With several
-    processes, a request to one of them stops all after the same step.
+    evaluation and a last drawing, and your program goes on; a second interrupt stops at once. After
+    SIGTERM, by which a cloud machine announces its end, and SIGHUP (a closed window; SIGBREAK on
+    Windows), there is time for a checkpoint only; then the signal ends the process as usual.
+    ``nohup`` keeps SIGHUP away. Asking one of several processes stops all after the same step.
 
     Name it last among the callbacks: after such a signal the process ends in this one's
     ``on_train_end``.
@@ -38,8 +36,7 @@ class StopCallback(TrainerCallback):
     Parameters
     ----------
     stop_file : str or Path, optional
-        ``touch`` it from anywhere, in Colab through the file browser. One that is left from before
-        is removed when the training begins.
+        ``touch`` it from anywhere. One that is left from before is removed when training begins.
 
     Attributes
     ----------
@@ -68,7 +65,7 @@ class StopCallback(TrainerCallback):
             self._watched.unlink()
         # Python hears signals in its main thread only; elsewhere the file remains.
         if threading.current_thread() is threading.main_thread():
-            for number in filter(None, (signal.SIGINT, *_FATAL)):
+            for number in (signal.SIGINT, *_FATAL):
                 if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
                     self._previous_handlers[number] = signal.signal(number, self._handle_signal)
 
