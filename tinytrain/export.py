@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 _CARD_TEMPLATE = Path(__file__).parent / "data" / "model_card.md"
 _LICENSES = {"encyclopedia": "mit", "wikipedia": "cc-by-sa-3.0"}
 _DATASETS = {"wikipedia": ["pleisto/wikipedia-cn-20230720-filtered"]}
-_LOCK = ".lock"
 
 
 def export_model(
@@ -75,10 +74,9 @@ def export_model(
     facts : mapping, optional
         What the card says of the run; see `_model_card`. The name is by default the folder's.
     dtype : {"float32", "bfloat16"}
-        Number format of the weights. bfloat16 takes half the space and keeps 8 bits of each
-        number's 24, which moves the logits a little.
+        Format of the weights. bfloat16 takes half the space and moves the logits a little.
     files : sequence of path
-        Files to add, such as ``loss.png`` (then shown in the card). Missing ones are passed over.
+        Files to add, such as ``loss.png`` (then shown in the card), if they are there.
     finish : callable, optional
         Called with the folder before it takes its place, to write more into it.
 
@@ -117,8 +115,8 @@ def export_model(
         (building / "README.md").write_text(card, encoding="utf-8")
         if finish:
             finish(building)
-        for file in building.iterdir():
-            file.chmod(0o644)  # safetensors writes for its owner alone
+        for file in building.glob("*.safetensors"):
+            file.chmod(0o644)  # the library writes them for their owner alone
     logger.info("exported to %s: %s", folder, ", ".join(sorted(os.listdir(folder))))
     return folder
 
@@ -137,13 +135,13 @@ def _building_beside(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()  # not the link that may lead there
     for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.*.tinytrain-export"):
         with contextlib.suppress(OSError):  # a Timeout, too: another process is writing there
-            FileLock(leftover / _LOCK, timeout=0).acquire().lock.release()
+            FileLock(leftover / ".lock", timeout=0).acquire().lock.release()
             shutil.rmtree(leftover)
     scratch = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tinytrain-export")
     building = scratch / "new"
     try:
         building.mkdir(parents=True)
-        with FileLock(scratch / _LOCK):
+        with FileLock(scratch / ".lock"):
             yield building
             hashes = hash_files(building)
             write_json(building / EXPORT_MARK, hashes)
@@ -161,8 +159,8 @@ def _take_place(new: Path, folder: Path, names: Set[str]) -> None:
                 f"{folder / name} is not as an export wrote it and would be overwritten: move it "
                 "away or rename it, or export to a new folder"
             )
-    # Linux exchanges two folders in one step, so a kill leaves the old export or the new one; your
-    # files are in both meanwhile. Elsewhere, file by file: killed, it leaves no config.json.
+    # On Linux both folders are exchanged in one step, your own files hard-linked into the new one
+    # before: a kill leaves the old export or the new. Elsewhere, a kill leaves no config.json.
     if not folder.exists():
         os.replace(new, folder)
     elif not _exchange(new, folder, leave_out={folder / name for name in {*old, EXPORT_MARK}}):
@@ -174,7 +172,7 @@ def _take_place(new: Path, folder: Path, names: Set[str]) -> None:
 
 
 def _unchanged_files(folder: Path) -> set[str]:
-    """Return the names of the files that an earlier export wrote and nobody has changed since."""
+    """Return the names of the files that an export wrote and nobody has changed since."""
     try:
         hashes = json.loads((folder / EXPORT_MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -185,15 +183,14 @@ def _unchanged_files(folder: Path) -> set[str]:
 
 
 def _exchange(new: Path, folder: Path, leave_out: Set[Path]) -> bool:
-    """Give a new folder an old one's other files and exchange both, or return False."""
-    # A folder in which this process works would be removed under it.
-    if sys.platform != "linux" or Path.cwd().is_relative_to(folder):
-        return False
+    """Link an old folder's other files into a new one and exchange both; False if it cannot."""
 
     def ignore(where: str, found: list[str]) -> list[str]:
         return [name for name in found if Path(where, name) in leave_out]
 
     try:
+        if sys.platform != "linux" or Path.cwd().is_relative_to(folder):
+            return False  # where this process works, the folder would be removed under it
         shutil.copytree(folder, new, True, ignore, os.link, dirs_exist_ok=True)
         rename = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):  # no hard links there; a C library without it
