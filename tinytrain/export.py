@@ -1,9 +1,8 @@
 """Write a trained model as a folder that needs nothing of tinytrain, with a model card.
 
-A model that only its own project can read is lost with the project. So the folder holds weights as
-safetensors, a configuration, a tokenizer, and a card that says what the model was trained on, how
-far, and what it must not be used for. The tests load it in a process that cannot import tinytrain,
-and compare the logits. The wording of the card is in ``data/model_card.md``.
+The folder holds weights as safetensors, a configuration, a tokenizer, and a card that says what the
+model was trained on, how far, and what it must not be used for (worded in ``data/model_card.md``).
+The tests load it in a process that cannot import tinytrain, and compare the logits.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ from tinytrain.common import (
 )
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
@@ -47,7 +45,6 @@ logger = logging.getLogger(__name__)
 _CARD_TEMPLATE = Path(__file__).parent / "data" / "model_card.md"
 _LICENSES = {"encyclopedia": "mit", "wikipedia": "cc-by-sa-3.0"}
 _DATASETS = {"wikipedia": ["pleisto/wikipedia-cn-20230720-filtered"]}
-_LOCK = ".lock"
 
 
 def export_model(
@@ -61,15 +58,15 @@ def export_model(
 ) -> Path:
     """Write a folder that plain transformers loads and a hub shows.
 
-    An earlier export there is replaced at the very end, in one step where the system can: what goes
-    wrong leaves it as it was. Only files that an export wrote, and nobody changed since, are
+    An earlier export there is replaced at the very end, on Linux in one step: what goes wrong
+    before leaves it as it was. Only files that an export wrote, and nobody changed since, are
     replaced or removed; ``.tinytrain.json`` remembers them.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        The trained model; it is not changed. What `tinytrain.loss` or compiled layers changed in
-        it is left behind.
+        The trained model; it is not changed. What `tinytrain.loss` or `compile_layers` changed
+        in it is left behind.
     tokenizer : transformers.PreTrainedTokenizerFast
         Its tokenizer.
     folder : str or Path
@@ -77,10 +74,9 @@ def export_model(
     facts : mapping, optional
         What the card says of the run; see `_model_card`. The name is by default the folder's.
     dtype : {"float32", "bfloat16"}
-        Number format of the weights. bfloat16 takes half the space and keeps 8 bits of each
-        number's 24, which moves the logits a little.
+        Format of the weights. bfloat16 takes half the space and moves the logits a little.
     files : sequence of path
-        Files to add, such as ``loss.png`` (then shown in the card). Missing ones are passed over.
+        Files to add, such as ``loss.png`` (then shown in the card), if they are there.
     finish : callable, optional
         Called with the folder before it takes its place, to write more into it.
 
@@ -119,8 +115,8 @@ def export_model(
         (building / "README.md").write_text(card, encoding="utf-8")
         if finish:
             finish(building)
-        for file in building.iterdir():
-            file.chmod(0o644)  # safetensors writes for its owner alone
+        for file in building.glob("*.safetensors"):
+            file.chmod(0o644)  # the library writes them for their owner alone
     logger.info("exported to %s: %s", folder, ", ".join(sorted(os.listdir(folder))))
     return folder
 
@@ -139,20 +135,19 @@ def _building_beside(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()  # not the link that may lead there
     for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.*.tinytrain-export"):
         with contextlib.suppress(OSError):  # a Timeout, too: another process is writing there
-            FileLock(leftover / _LOCK, timeout=0).acquire().lock.release()
+            FileLock(leftover / ".lock", timeout=0).acquire().lock.release()
             shutil.rmtree(leftover)
-    building = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tinytrain-export")
+    scratch = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tinytrain-export")
+    building = scratch / "new"
     try:
         building.mkdir(parents=True)
-        with FileLock(building / _LOCK):
+        with FileLock(scratch / ".lock"):
             yield building
             hashes = hash_files(building)
-            names = hashes.keys() - {_LOCK}
-            write_json(building / EXPORT_MARK, {name: hashes[name] for name in sorted(names)})
-        (building / _LOCK).unlink(missing_ok=True)
-        _take_place(building, folder, names)
+            write_json(building / EXPORT_MARK, hashes)
+            _take_place(building, folder, hashes.keys())
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _take_place(new: Path, folder: Path, names: Set[str]) -> None:
@@ -164,24 +159,20 @@ def _take_place(new: Path, folder: Path, names: Set[str]) -> None:
                 f"{folder / name} is not as an export wrote it and would be overwritten: move it "
                 "away or rename it, or export to a new folder"
             )
-
-    def leave_out(where: str, found: list[str]) -> list[str]:
-        ours = {folder / name for name in {*old, EXPORT_MARK}}
-        return [name for name in found if Path(where, name) in ours]
-
-    try:
-        if folder.exists():
-            # Files that are not ours are in both folders for a moment, under a second name.
-            shutil.copytree(folder, new, True, leave_out, os.link, dirs_exist_ok=True)
-            _exchange(new, folder)
-        else:
-            os.replace(new, folder)
-    except OSError:
-        _move_files(new, folder, names, old)
+    # On Linux both folders are exchanged in one step, your own files hard-linked into the new one
+    # before: a kill leaves the old export or the new. Elsewhere, a kill leaves no config.json.
+    if not folder.exists():
+        os.replace(new, folder)
+    elif not _exchange(new, folder, leave_out={folder / name for name in {*old, EXPORT_MARK}}):
+        for name in sorted(old, key=lambda name: name != "config.json"):
+            (folder / name).unlink()
+        for name in [EXPORT_MARK, *sorted(names, key=lambda name: name == "config.json")]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(new / name, folder / name)  # maybe to another file system
 
 
 def _unchanged_files(folder: Path) -> set[str]:
-    """Return the names of the files that an earlier export wrote and nobody has changed since."""
+    """Return the names of the files that an export wrote and nobody has changed since."""
     try:
         hashes = json.loads((folder / EXPORT_MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -191,26 +182,21 @@ def _unchanged_files(folder: Path) -> set[str]:
     return {name for name, path in own.items() if hash_file(path) == hashes[name]}
 
 
-def _exchange(first: Path, second: Path) -> None:
-    """Exchange two folders in one step, which Linux can; elsewhere it raises OSError.
+def _exchange(new: Path, folder: Path, leave_out: Set[Path]) -> bool:
+    """Link an old folder's other files into a new one and exchange both; False if it cannot."""
 
-    A folder in which this process works is refused as well: it would find itself in a removed one.
-    """
-    if sys.platform != "linux" or Path.cwd().is_relative_to(second):
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
-    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    here, flag = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if exchange is None or exchange(here, os.fsencode(first), here, os.fsencode(second), flag):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    def ignore(where: str, found: list[str]) -> list[str]:
+        return [name for name in found if Path(where, name) in leave_out]
 
-
-def _move_files(new: Path, folder: Path, names: Set[str], old: Set[str]) -> None:
-    """Replace file by file; killed on the way, it leaves no configuration, so no half a model."""
-    for name in sorted(old, key=lambda name: (folder / name).stat().st_size, reverse=True):
-        (folder / name).unlink()
-    for name in [EXPORT_MARK, *sorted(names - {"config.json"}), "config.json"]:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(new / name, folder / name)
+    try:
+        if sys.platform != "linux" or Path.cwd().is_relative_to(folder):
+            return False  # where this process works, the folder would be removed under it
+        shutil.copytree(folder, new, True, ignore, os.link, dirs_exist_ok=True)
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):  # no hard links there; a C library without it
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(new), here, os.fsencode(folder), exchange) == 0
 
 
 def _plain_model(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
@@ -254,15 +240,14 @@ def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast, config: Any) -> PreTrai
 def _model_card(facts: Mapping[str, Any]) -> str:
     """Return the model card: a README.md with metadata for Hugging Face and ModelScope.
 
-    Only what is known is said: a fact that is missing, None or NaN leaves its line out. Where
-    this file was copied without ``data/model_card.md``, it is Hugging Face's own form, to be
-    filled in by you.
+    A fact that is missing, None or NaN leaves its line out. Where you copied this file without
+    ``data/model_card.md``, the card is Hugging Face's own form, for you to fill in.
 
     Parameters
     ----------
     facts : mapping
-        ``name`` of the model. ``text``: "encyclopedia", "wikipedia" or the path of a text of your
-        own, of which only the file's name is told; ``license`` if you know it better.
+        ``name``; ``text``: "encyclopedia", "wikipedia" or the path of your own, of which only the
+        file's name is told; ``license`` if you know it better;
         ``parameters``, ``context``, ``dtype``, ``documents`` (training and held-out),
         ``tokenizer`` (described), ``vocab_size``, ``recipe`` (hyperparameters), ``precision``,
         ``machine``, ``seconds``, ``stopped`` (at which step), ``tokens``, ``held_out_loss``,
@@ -270,47 +255,15 @@ def _model_card(facts: Mapping[str, Any]) -> str:
         ``completions`` (pairs), ``picture`` and ``gguf`` (names of files beside the card),
         ``versions`` (of libraries).
     """
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
-    facts = {name: value for name, value in facts.items() if _is_known(value)}
-    prompt = facts["completions"][0][0] if facts.get("completions") else "北京是"
-    values = {
-        **facts,
-        "model_id": one_line(facts["name"]),  # as Hugging Face's own template calls it
-        # Backslashes too: a path may come from Windows.
-        "text_file": re.split(r"[\\/]", str(facts.get("text", "")))[-1],
-        "prompt": repr(one_line(prompt)),
-        "settings": _settings(facts),
+    facts = {
+        name: value
+        for name, value in facts.items()
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
     }
-    helpers = {"escape": _escape, "one_line": one_line, "format_count": format_count}
-    template = str(_CARD_TEMPLATE) if _CARD_TEMPLATE.is_file() else None
-    return f"{ModelCard.from_template(_metadata(facts), template, **values, **helpers)}\n"
-
-
-def _is_known(value: Any) -> bool:
-    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
-
-
-def _metadata(facts: Mapping[str, Any]) -> ModelCardData:
-    """Return the block of YAML, by which hubs sort, filter and show a model."""
-    from huggingface_hub import ModelCardData
-
     text = facts.get("text", "")
-    return ModelCardData(
-        language="zh",
-        license=one_line(facts.get("license") or _LICENSES.get(text, "unknown")),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["qwen2", "chinese", "from-scratch", "tinytrain"],
-        datasets=_DATASETS.get(text),
-        # ModelScope's names of library and task, which Hugging Face ignores.
-        frameworks=["Pytorch"],
-        tasks=["text-generation"],
-    )
-
-
-def _settings(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the rows of the table about the run."""
+    prompt = facts["completions"][0][0] if facts.get("completions") else "北京是"
     rows = {
         "precision": facts.get("precision"),
         "machine": facts.get("machine"),
@@ -321,7 +274,28 @@ def _settings(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
         **{f"`{name}`": value for name, value in facts.get("recipe", {}).items()},
         **facts.get("versions", {}),
     }
-    return [(name, value) for name, value in rows.items() if value is not None]
+    values = {
+        **facts,
+        "model_id": one_line(facts["name"]),  # as Hugging Face's own template calls it
+        # Backslashes too: a path may come from Windows.
+        "text_file": re.split(r"[\\/]", str(text))[-1],
+        "prompt": repr(one_line(prompt)),
+        "settings": [(name, value) for name, value in rows.items() if value is not None],
+    }
+    data = ModelCardData(
+        language="zh",
+        license=one_line(facts.get("license") or _LICENSES.get(text, "unknown")),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["qwen2", "chinese", "from-scratch", "tinytrain"],
+        datasets=_DATASETS.get(text),
+        # ModelScope's names of library and task, which Hugging Face ignores.
+        frameworks=["Pytorch"],
+        tasks=["text-generation"],
+    )
+    helpers = {"escape": _escape, "one_line": one_line, "format_count": format_count}
+    template = str(_CARD_TEMPLATE) if _CARD_TEMPLATE.is_file() else None
+    return f"{ModelCard.from_template(data, template, **values, **helpers)}\n"
 
 
 def _escape(text: Any) -> str:

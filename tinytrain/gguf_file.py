@@ -1,10 +1,9 @@
 """Write an exported model as GGUF, the format of llama.cpp, Ollama and LM Studio.
 
-llama.cpp's own converter is in no package to depend on (only in the source archive of
-llama-cpp-python), and it knows a tokenizer by the ids that it gives to a fixed text: one trained
-here, or a reduced one, it rejects. So the file is written with GGML's package ``gguf``, which that
-converter uses too; `make gguf` compares both results value by value. The module is not called
-``gguf``: copied into a folder, it would hide the package.
+llama.cpp's own converter is in no package to depend on, and rejects a tokenizer that is trained
+here or reduced. So the file is written with GGML's package ``gguf``, which that converter uses too;
+`make gguf` compares both results value by value. The module is not called ``gguf``: copied into a
+folder, it would hide the package.
 """
 
 from __future__ import annotations
@@ -48,13 +47,12 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
     Raises
     ------
     ValueError
-        If it is not a Qwen2 model, or its tokenizer cuts texts differently from Qwen2's, which
-        llama.cpp could not do.
+        If it is not a Qwen2 model, or its tokenizer cuts texts differently from Qwen2's.
 
     Notes
     -----
     GGUF cannot name the tokenizer's Unicode normalisation (NFC): a text that writes letters and
-    accents apart becomes other tokens there. Chinese is not concerned.
+    accents apart becomes other tokens there. Chinese text is not affected.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -101,15 +99,14 @@ def _check_pre_tokenizer(folder: Path) -> None:
     rule = json.loads(Qwen2Tokenizer().backend_tokenizer.to_str())["pre_tokenizer"]
     if saved["pre_tokenizer"] != rule:
         raise ValueError(
-            f"the tokenizer in {folder} cuts texts differently from Qwen2's, the rule that the "
-            "file would name: take one of tinytrain.tokenization"
+            f"the tokenizer in {folder} cuts texts differently from Qwen2's, whose rule the file "
+            "would name: take one from tinytrain.tokenization"
         )
 
 
 def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
-    bf16 = str(config.dtype).removeprefix("torch.") == "bfloat16"
     kind = gguf.LlamaFileType
-    writer.add_file_type(kind.MOSTLY_BF16 if bf16 else kind.ALL_F32)
+    writer.add_file_type(kind.MOSTLY_BF16 if "bfloat16" in str(config.dtype) else kind.ALL_F32)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -152,11 +149,9 @@ def _add_weights(writer: gguf.GGUFWriter, folder: Path, layers: int) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, layers)
     for file in sorted(folder.glob("*.safetensors")):
         for name, weight in load_file(file).items():
-            values = weight.float().numpy()
-            # llama.cpp wants vectors, which are few, in float32.
-            narrow = weight.dtype == torch.bfloat16 and weight.ndim > 1
-            kind = gguf.GGMLQuantizationType.BF16 if narrow else None
-            if narrow:
+            values, kind = weight.float().numpy(), None
+            if weight.dtype == torch.bfloat16 and weight.ndim > 1:  # vectors stay float32
+                kind = gguf.GGMLQuantizationType.BF16
                 values = gguf.quantize(values, kind)  # exact: they were bfloat16 before
             gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
             writer.add_tensor(gguf_name, values, raw_dtype=kind)

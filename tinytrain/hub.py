@@ -1,11 +1,10 @@
 """Download the guide's text, and upload a model, by the clients of ModelScope and Hugging Face.
 
-Three things that the clients leave open are added. Before a transfer, one small request asks
-whether the hub answers at all, because the clients repeat a failed request for minutes. An
-interrupted download continues where it stopped, and what arrived is compared with the hub's hash of
-it: ModelScope's client does so, Hugging Face's not for a file outside its cache. (The price is Xet,
-its faster protocol for large files, which cannot be resumed.) And an error says what to do next,
-and never shows your token.
+Three things are added to the clients. One small request asks first whether the hub answers at all:
+they repeat a failed one for minutes. An interrupted download continues where it stopped, and is
+compared with the hub's hash: ModelScope's client does so, Hugging Face's not for a file outside its
+cache. (The price is Xet, its faster protocol, which cannot be resumed.) And an error says what to
+do next, and never shows your token.
 
 For a mirror, set ``MODELSCOPE_ENDPOINT`` or ``HF_ENDPOINT``.
 """
@@ -20,7 +19,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,8 +39,7 @@ _EXPORTED = "README.md *config.json tokenizer.json model*.safetensors* *.gguf *.
 def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
     """Download the guide's text: 254,547 articles of Chinese Wikipedia, 524 MB.
 
-    A file that is there already is used without asking the hub, and one that was interrupted
-    continues where it stopped.
+    A file that is there already is used without asking the hub.
 
     Parameters
     ----------
@@ -64,11 +63,6 @@ def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
         If the hub does not have the file.
     ConnectionError, TimeoutError
         If the hub cannot be reached, answers with an error or not in time, or the transfer stops.
-
-    Examples
-    --------
-    >>> download_wikipedia("data", source="huggingface")  # doctest: +SKIP
-    PosixPath('data/wikipedia-cn-20230720-filtered.json')
     """
     hub = _find_hub(source)
     path = Path(folder) / _WIKIPEDIA_FILE
@@ -82,16 +76,9 @@ def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
         'a network, take the built-in text (recipe "pocket") or a file of your own '
         "(TINYTRAIN_CORPUS=path)."
     )
-
-    def transfer() -> None:
-        logger.info("downloading %s from %s to %s", path.name, source, folder)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        client.download(path)
-        if not path.is_file():  # for ModelScope's client an empty list of files is a success
-            raise ValueError("nothing arrived")
-
+    logger.info("downloading %s from %s to %s", path.name, source, folder)
     place = f"{source} ({client.endpoint}, {hub.wikipedia}/{path.name})"
-    _explain_errors(lambda: _ask(client.file_url(path.name)), transfer, place, advice)
+    _transfer(client.file_url(path.name), partial(client.download, path), place, advice)
     return path
 
 
@@ -105,7 +92,7 @@ def upload(
     """Upload an exported model to ModelScope or Hugging Face.
 
     A repository that is there already gets the files as a new version. Only files of the export
-    are sent, your edited card for one; notes, keys and whatever else lies there stay with you.
+    are sent, as you edited them; notes, keys and other files of yours in the folder are not.
 
     Parameters
     ----------
@@ -116,8 +103,8 @@ def upload(
     to : {"modelscope", "huggingface"}
         Which hub.
     token : str, optional
-        Your access token; by default ``MODELSCOPE_API_TOKEN`` or ``HF_TOKEN``, or what the
-        client's own log-in has kept. It is never shown.
+        Your access token; by default ``MODELSCOPE_API_TOKEN``, ``HF_TOKEN`` or the client's own
+        log-in. It is never shown.
     private : bool
         Whether a new repository is for you alone. Read the card before you change that.
 
@@ -155,15 +142,10 @@ def upload(
     advice = f" Get an access token from {hub.token_page}, for token=... or {hub.token_variable}."
     if not client.token:
         raise PermissionError(f"{to} wants to know who uploads.{advice}")
-
-    def transfer() -> str:
-        logger.info("uploading to %s/%s: %s", client.endpoint, repo_id, ", ".join(files))
-        return client.upload(folder, files, private)
-
+    logger.info("uploading to %s/%s: %s", client.endpoint, repo_id, ", ".join(files))
     place = f"{to} ({client.endpoint}, {repo_id})"
-    return _explain_errors(
-        lambda: _ask(client.endpoint, accept_errors=True), transfer, place, advice, client.token
-    )
+    send = partial(client.upload, folder, files, private)
+    return _transfer(client.endpoint, send, place, advice, client.token)
 
 
 class _ModelScope:
@@ -186,8 +168,8 @@ class _ModelScope:
         self.repo_id, self.endpoint, self.token = repo_id, config.endpoint, config.token
 
     def file_url(self, name: str) -> str:
-        repository = f"{self.endpoint}/api/v1/datasets/{self.repo_id}/repo"
-        return f"{repository}?Revision=master&FilePath={name}"
+        query = f"repo?Revision=master&FilePath={name}"
+        return f"{self.endpoint}/api/v1/datasets/{self.repo_id}/{query}"
 
     def download(self, path: Path) -> None:
         from modelscope import dataset_snapshot_download
@@ -200,6 +182,8 @@ class _ModelScope:
             allow_patterns=[path.name],
             endpoint=self.endpoint,
         )
+        if not path.is_file():  # for the client an empty list of files is a success
+            raise ValueError("nothing arrived")
 
     def upload(self, folder: Path, files: list[str], private: bool) -> str:
         from huggingface_hub import ModelCard
@@ -244,6 +228,7 @@ class _HuggingFace:
         sha256 = found.etag or ""  # of a large file
         if not (found.commit_hash and found.size and re.fullmatch("[0-9a-f]{64}", sha256)):
             raise ValueError("no hash of it is named")
+        path.parent.mkdir(parents=True, exist_ok=True)
         # Named after its version, so that parts of two versions are never joined.
         partial = path.with_name(f"{path.name}.{sha256[:16]}.incomplete")
         with partial.open("a+b") as file:
@@ -305,27 +290,17 @@ def _find_hub(name: str) -> type[_ModelScope] | type[_HuggingFace]:
     return _HUBS[name]
 
 
-def _ask(url: str, accept_errors: bool = False) -> None:
-    """Ask for the first byte of a file or page."""
+def _transfer(
+    url: str, transfer: Callable[[], Any], place: str, advice: str, token: str = ""
+) -> Any:
+    """Ask a hub for one byte, then transfer; what either raises says what to do."""
     import requests
 
-    first_byte = {"Range": "bytes=0-0"}
-    with requests.get(url, headers=first_byte, timeout=_TIMEOUT, stream=True) as response:
-        if not accept_errors:
-            response.raise_for_status()
-
-
-def _explain_errors(
-    ask: Callable[[], None],
-    transfer: Callable[[], Any],
-    place: str,
-    advice: str,
-    token: str = "",
-) -> Any:
-    """Ask whether the hub answers, then transfer; what either raises says what to do."""
-    begun = False
+    begun, first_byte = False, {"Range": "bytes=0-0"}
     try:
-        ask()
+        with requests.get(url, headers=first_byte, timeout=_TIMEOUT, stream=True) as response:
+            if not token:  # before an upload, any answer will do
+                response.raise_for_status()
         begun = True
         return transfer()
     except Exception as error:
@@ -336,12 +311,14 @@ def _explain_errors(
 
 def _explained(error: Exception, begun: bool, place: str, advice: str, token: str) -> OSError:
     """Return a client's exception as one that says what to do; with a token it was an upload."""
-    causes = list(_causes(error))
-    statuses = (
-        getattr(cause, "status_code", None)
-        or getattr(getattr(cause, "response", None), "status_code", None)
-        for cause in causes
-    )
+    causes = [error]
+    # ModelScope's client keeps what went wrong file by file.
+    while cause := (
+        next(iter(getattr(causes[-1], "failed_files", {}).values()), None) or causes[-1].__cause__
+    ):
+        causes.append(cause)
+    answers = [answer for cause in causes for answer in (cause, getattr(cause, "response", None))]
+    statuses = (getattr(answer, "status_code", None) for answer in answers)
     status = next(filter(None, statuses), None)
     if status in (401, 403, 404) and not token:
         return FileNotFoundError(f"{place}: there is no such public file (HTTP {status}).{advice}")
@@ -353,17 +330,13 @@ def _explained(error: Exception, begun: bool, place: str, advice: str, token: st
             "the name is someone else's: take one of your own, and a token that may write."
         )
     advice = "" if token else advice
-    said = getattr(error, "server_message", None) or getattr(error, "message", None) or ""
-    if token:
-        said = said.replace(token, "***")
-    elif not said:
-        said = causes[-1]  # not with a token: this text may quote a part of it, in a header
+    # Not an upload's last cause: it may quote a part of the token, in a header.
+    said = getattr(error, "server_message", None) or getattr(error, "message", None)
+    said = (said or "").replace(token, "***") if token else said or causes[-1]
     said = one_line(said)[:150]
     if status is not None:
-        return ConnectionError(
-            f"{place}: the hub answers with an error (HTTP {status}: {said}). Try again "
-            f"later.{advice}"
-        )
+        said = f"HTTP {status}: {said}"
+        return ConnectionError(f"{place}: the hub has an error ({said}). Try again later.{advice}")
     kind = type(causes[-1]).__name__
     wrong = isinstance(causes[-1], ValueError) or re.match("File(Integrity|SizeMismatch)", kind)
     if begun and wrong and not token:
@@ -378,17 +351,8 @@ def _explained(error: Exception, begun: bool, place: str, advice: str, token: st
         return TimeoutError(
             f"{place}: no answer within {_TIMEOUT:g} seconds. Check the network.{advice}"
         )
-    what = ": ".join(filter(None, (kind, said)))
-    if not begun:
-        return ConnectionError(f"{place}: cannot be reached ({what}). Check the network.{advice}")
-    return ConnectionError(
-        f"{place}: the transfer stopped ({what}). Check the network and run this again: it "
-        f"continues where it stopped.{advice}"
-    )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and what caused it; ModelScope's client keeps that file by file."""
-    while error is not None:
-        yield error
-        error = next(iter(getattr(error, "failed_files", {}).values()), None) or error.__cause__
+    what, hint = "cannot be reached", ""
+    if begun:
+        what, hint = "the transfer stopped", " and run this again: it continues where it stopped"
+    said = f"{kind}: {said}" if said else kind
+    return ConnectionError(f"{place}: {what} ({said}). Check the network{hint}.{advice}")

@@ -56,9 +56,8 @@ def qwen2_config(
 ) -> Qwen2Config:
     """Return the Qwen2.5-0.5B configuration in another size.
 
-    ``AutoConfig.from_pretrained(parent, num_hidden_layers=12)`` looks the same, but expands the
-    parent to 24 ``layer_types`` before it sets the 12 layers, so that the model trains and then
-    fails when it is first saved. Here the configuration is built for its layers from the start.
+    ``AutoConfig.from_pretrained(parent, num_hidden_layers=12)`` keeps the parent's 24
+    ``layer_types``: the model trains and then fails when it is first saved. This one fits.
 
     Parameters
     ----------
@@ -69,12 +68,11 @@ def qwen2_config(
     num_attention_heads, num_key_value_heads : int
         Query heads, and heads of keys and values, each shared by as many query heads.
     context_length : int
-        Tokens of a training block, saved as ``max_position_embeddings``. It adds no weights, but
-        tools that serve the model take it for the longest text it can read. (Qwen2 ignores GPT-2's
-        name, ``n_ctx``.)
+        Tokens of a training block, saved as ``max_position_embeddings`` (not as GPT-2's
+        ``n_ctx``): tools that serve the model take it for the longest text it can read.
     eos_token_id : int
-        The end-of-text token, which separates documents and so also begins a text (bos). There is
-        no padding token: Qwen2 would start its row of the embedding at zero and never train it.
+        The end-of-text token, which separates documents and so also begins a text (bos). It is not
+        named as padding: Qwen2 would start its row of the embedding at zero and never train it.
     tie_word_embeddings : bool
         Whether input and output share one matrix.
 
@@ -119,7 +117,6 @@ def qwen2_config(
             "vocab_size must be at least len(tokenizer)"
         )
     changes = {
-        # layer_types is left out: the constructor makes one for each of our layers.
         "max_window_layers": num_hidden_layers,
         "max_position_embeddings": context_length,
         "tie_word_embeddings": tie_word_embeddings,
@@ -141,7 +138,7 @@ def recipe_config(
     vocab_size : int, optional
         Rows of the embedding; by default those of the recipe, or all tokens of Qwen2.5.
     eos_token_id : int
-        The end-of-text token; it matters for generation, not for sizes.
+        The end-of-text token; it has no influence on sizes.
     """
     return qwen2_config(
         vocab_size or recipe.vocab_size or 151_665,
@@ -158,28 +155,26 @@ def recipe_config(
 def build_model(config: Qwen2Config, seed: int = 0) -> Qwen2ForCausalLM:
     """Build a model with random weights in float32.
 
-    The same seed gives the same weights, and the global random state stays as it was.
-
     Parameters
     ----------
     config : transformers.Qwen2Config
         For example from `qwen2_config`.
     seed : int
-        Decides the weights.
+        Decides the weights; the global random state stays as it was.
 
     Returns
     -------
     transformers.Qwen2ForCausalLM
-        On the CPU, in training mode. Mixed precision casts on the fly: the weights that are
-        trained stay float32, in which a small update is not rounded away.
+        On the CPU, in training mode. Mixed precision casts on the fly: the weights stay float32,
+        in which a small update is not rounded away.
     """
     import torch
     from transformers import Qwen2ForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU alone; GPUs keep their state
-        # Not AutoModelForCausalLM.from_config: where a configuration says bfloat16, as the one
-        # published with Qwen2.5-0.5B does, it makes the weights themselves bfloat16.
+        # AutoModelForCausalLM.from_config would make the weights bfloat16 where the configuration
+        # says so, as the one published with Qwen2.5-0.5B does.
         model = Qwen2ForCausalLM(config)
     # Only for generating: texts that end earlier than others are filled up with end-of-text.
     model.generation_config.pad_token_id = config.eos_token_id
@@ -189,8 +184,8 @@ def build_model(config: Qwen2Config, seed: int = 0) -> Qwen2ForCausalLM:
 def load_model(folder: str | Path) -> PreTrainedModel:
     """Load a causal language model in float32 from a folder, your own or a stranger's.
 
-    No code in the folder is run, no pickle is opened, and every weight of the model must be in the
-    files: transformers alone would draw missing ones at random.
+    No code in the folder is run, no pickle is opened, and no weight may be missing in the files:
+    transformers alone would draw it at random.
 
     Raises
     ------
@@ -233,10 +228,12 @@ def load_model(folder: str | Path) -> PreTrainedModel:
             output_loading_info=True,
         )
     except Exception as error:  # each part of the libraries has its own
-        said = "it needs code of its own, which is never run here"
-        if "trust_remote_code" not in str(error):
-            said = one_line(error)[:200]
-        raise ValueError(f"{file} cannot be loaded ({said}): make or download it again") from error
+        said = one_line(error)
+        if "trust_remote_code" in said:
+            said = "it needs code of its own, which is never run here"
+        raise ValueError(
+            f"{file} cannot be loaded ({said[:200]}): make or download it again"
+        ) from error
     finally:
         transformers_log.set_verbosity(level)
     wrong = [f"{kind}: {min(map(str, names))}" for kind, names in found.items() if names]
@@ -248,11 +245,10 @@ def load_model(folder: str | Path) -> PreTrainedModel:
 def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     """Let torch.compile fuse what happens inside each layer between the matrix products.
 
-    The layers are alike, so one compilation, a quarter of a minute on a laptop, serves all of
-    them. Training steps become faster and keep less for the backward pass; evaluation and
-    generation, with their changing lengths, run uncompiled. Weights and their names stay as they
-    are. Where compiling fails, for example without a C++ compiler, a warning says so and the layers
-    run uncompiled.
+    One compilation, a quarter of a minute on a laptop, serves all layers. Training steps become
+    faster and keep less for the backward pass; evaluation and generation, with their changing
+    lengths, run uncompiled. Weights and their names stay as they are. Where compiling fails, for
+    example without a C++ compiler, a warning says so and the layers run uncompiled.
 
     Parameters
     ----------
@@ -260,7 +256,7 @@ def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
         One whose layers are ``model.model.layers``, such as Qwen2 or Llama. Changed in place.
     recompute : bool
         Whether the backward pass computes a layer's results a second time, matrix products
-        included, instead of keeping them; only the results of attention are kept.
+        included, instead of keeping them; only those of attention are kept.
     """
     import torch
     from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -270,8 +266,8 @@ def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     kind = type(model.model.layers[0])
     layer = kind.forward
     if recompute:
-        # Compiling warns of operations in place, of which these layers have none.
-        logging.getLogger("torch._higher_order_ops.wrap").addFilter(_drop_in_place_warning)
+        # PyTorch warns of operations in place, of which these layers have none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         contexts = functools.partial(create_selective_checkpoint_contexts, _keep_only_attention)
         layer = functools.partial(checkpoint, layer, use_reentrant=False, context_fn=contexts)
     compiled = torch.compile(layer)
@@ -291,11 +287,14 @@ def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
 
 
 def _keep_only_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:
-    """Keep what is small for the time that it takes; compute the rest again."""
+    """Keep what takes long to compute for its size; compute the rest again."""
     from torch.utils.checkpoint import CheckpointPolicy
 
     keep = "attention" in str(operation)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_warn_once = functools.cache(logger.warning)
 
 
 def _tell_failure_in_a_line(record: logging.LogRecord) -> bool:
@@ -310,34 +309,25 @@ def _tell_failure_in_a_line(record: logging.LogRecord) -> bool:
     return error is None
 
 
-_warn_once = functools.cache(logger.warning)
-
-
-def _drop_in_place_warning(record: logging.LogRecord) -> bool:
-    return "context_fn is passed" not in record.getMessage()
-
-
 def expand_vocabulary(
     model: Qwen2ForCausalLM, ids: Sequence[int], vocab_size: int, blocks: Sequence[Sequence[int]]
 ) -> Qwen2ForCausalLM:
     """Give a model that was trained with a reduced vocabulary the rows of the full one again.
 
     The result works with the original tokenizer, and its logits for the tokens it was trained on
-    are the model's. All rows that are added are one vector: the one that takes the least
-    probability from those tokens on some text. Training with all rows leads there too, slowly.
+    are the model's. The added rows are all one vector: the one that takes the least probability
+    from those tokens on some text. Training with all rows leads there too, slowly.
 
     Parameters
     ----------
     model : transformers.Qwen2ForCausalLM
         The trained model, with tied embeddings. It stays as it is.
     ids : sequence of int
-        The id of each of its rows in the full vocabulary, from
-        `tinytrain.qwen.original_ids`.
+        The id of each of its rows in the full vocabulary, from `tinytrain.qwen.original_ids`.
     vocab_size : int
         Rows of the result.
     blocks : sequence
-        Token blocks of the text, of shape (blocks, context_length): some thousand tokens, at least
-        several times the model's width.
+        Of the text, of shape (blocks, context_length): several times the model's width in tokens.
 
     Returns
     -------
@@ -367,8 +357,8 @@ def expand_vocabulary(
     config = copy.deepcopy(model.config)
     config.vocab_size = vocab_size
     config.bos_token_id = config.eos_token_id = ids[model.config.eos_token_id]
-    full = torch.empty(vocab_size, rows.shape[1])
-    full[:] = _untrained_row(hidden, log_sums, max(1, vocab_size - len(ids)))
+    row = _untrained_row(hidden, log_sums, max(1, vocab_size - len(ids)))
+    full = row.repeat(vocab_size, 1)
     full[torch.as_tensor(ids)] = rows
     expanded = build_model(config)
     tables = {"model.embed_tokens.weight": full, "lm_head.weight": full}
@@ -377,10 +367,10 @@ def expand_vocabulary(
 
 
 def _untrained_row(hidden: torch.Tensor, log_sums: torch.Tensor, copies: int) -> torch.Tensor:
-    """Return the row for tokens without training: so many copies of it add least to the loss.
+    """Return the row of which so many copies add least to the loss; it is convex in the row.
 
     ``hidden`` has shape (positions, width); ``log_sums`` is the log-sum-exp of the trained tokens'
-    logits at each position. The loss is convex in the row, so the search finds the best one.
+    logits at each position.
     """
     import torch
 
@@ -389,8 +379,7 @@ def _untrained_row(hidden: torch.Tensor, log_sums: torch.Tensor, copies: int) ->
 
     def added_loss() -> torch.Tensor:
         search.zero_grad()
-        added = hidden @ row + math.log(copies) - log_sums
-        loss = torch.nn.functional.softplus(added).mean()
+        loss = torch.nn.functional.softplus(hidden @ row + math.log(copies) - log_sums).mean()
         loss.backward()
         return loss
 
@@ -401,8 +390,6 @@ def _untrained_row(hidden: torch.Tensor, log_sums: torch.Tensor, copies: int) ->
 def expected_initial_loss(vocab_size: int) -> float:
     """Return the loss of a model that finds all tokens equally likely: ln(vocab_size), in nats.
 
-    Examples
-    --------
     >>> round(expected_initial_loss(151_665), 2)
     11.93
     """
@@ -431,9 +418,7 @@ def initial_loss(model: PreTrainedModel, input_ids: Sequence[Sequence[int]]) -> 
     import torch
 
     with evaluating(model):
-        losses = [
-            # One block at a time: the logits of a large vocabulary fill the memory.
-            model(input_ids=block[None], labels=block[None]).loss.item()
-            for block in torch.as_tensor(input_ids, device=model.device).long()
-        ]
+        # One block at a time: the logits of a large vocabulary fill the memory.
+        blocks = torch.as_tensor(input_ids, device=model.device).long().split(1)
+        losses = [model(input_ids=block, labels=block).loss.item() for block in blocks]
     return sum(losses) / len(losses)
