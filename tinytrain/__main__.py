@@ -4,14 +4,13 @@ Each step finds the results of earlier ones in the run's folder and builds what 
 notebooks do, so any of them can be called first. ``train`` may be started several times at once
 by ``torchrun`` or ``accelerate launch``; then all processes share one training.
 
-Exit codes: 0 done; 1 an error, told in a line; 2 a wrong call; 130 stopped before its end (Ctrl-C).
-
 This module joins others as `tinytrain.steps` does; copy from those, not from here.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
@@ -168,7 +167,7 @@ def _load_model(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _show_no_bars() -> None:
-    """Leave out the bars of transformers, one for every file of weights; in a file, all bars."""
+    """Leave out transformers' bars, one for each file of weights; without a terminal, all bars."""
     import datasets
     from transformers.utils import logging
 
@@ -178,18 +177,12 @@ def _show_no_bars() -> None:
 
 
 def _shown(path: Path) -> Path:
-    """Return a path as one would write it here."""
+    """Return a path as you would write it here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _parse_recipe(options: argparse.Namespace) -> Recipe:
-    """Return the recipe that the options describe.
-
-    Raises
-    ------
-    ValueError
-        If there is no recipe or no hyperparameter of that name, or a value does not fit.
-    """
+    """Return the recipe that the options describe."""
     has_gpu = False
     if not (options.recipe or os.environ.get("TINYTRAIN_RECIPE")):
         import torch
@@ -204,7 +197,7 @@ def _parse_recipe(options: argparse.Namespace) -> Recipe:
 
 
 def _parse_change(text: str) -> tuple[str, Any]:
-    """Read ``name=value`` for a field of a recipe, in the field's own type.
+    """Read ``name=value`` for a field of a recipe, in the field's own type if the value has it.
 
     Examples
     --------
@@ -212,26 +205,21 @@ def _parse_change(text: str) -> tuple[str, Any]:
     (('learning_rate', 0.001), ('max_documents', None))
     """
     name, equals, value = text.partition("=")
-    kinds = typing.get_type_hints(Recipe)
     names = [field.name for field in fields(Recipe) if field.name != "name"]
     if not equals or name not in names:
         near = difflib.get_close_matches(name, names, 1)
-        raise ValueError(
-            f"--set {text}: "
-            + (f"a recipe has no {name!r}" if equals else "write name=value")
-            + (f"; {near[0]!r} is near" if near else "; tinytrain/recipes.py lists the names")
-        )
-    kinds = typing.get_args(kinds[name]) or (kinds[name],)
-    if type(None) in kinds and value.lower() == "none":
-        return name, None
-    if bool in kinds:
-        if value.lower() in ("true", "false"):
-            return name, value.lower() == "true"
-        raise ValueError(f"--set {text}: {name} is true or false")
-    try:
-        return name, kinds[0](value)
-    except ValueError:
-        raise ValueError(f"--set {text}: {value!r} is not of type {kinds[0].__name__}") from None
+        wrong = f"a recipe has no {name!r}" if equals else "write name=value"
+        advice = f"{near[0]!r} is near" if near else "tinytrain/recipes.py lists the names"
+        raise ValueError(f"--set {text}: {wrong}; {advice}")
+    kind = typing.get_type_hints(Recipe)[name]
+    kinds = typing.get_args(kind) or (kind,)
+    word = {"none": None, "true": True, "false": False}.get(value.lower(), value)
+    if type(word) in kinds:
+        return name, word
+    if kinds[0] is not bool:
+        with contextlib.suppress(ValueError):  # the recipe itself says what it must be
+            return name, kinds[0](value)
+    return name, value
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -244,22 +232,20 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     chosen = parser.add_subparsers(metavar="STEP", title="steps, in their order", prog=parser.prog)
     common = _common_options()
-    for step, add_options in (
-        (check, None),
-        (data, None),
-        (tokenize, None),
-        (train, _add_training_options),
-        (evaluate, _add_model_option),
-        (generate, _add_generation_options),
-        (export, _add_export_options),
-    ):
-        summary = (step.__doc__ or "").splitlines()[0]
+    add_options = {
+        train: _add_training_options,
+        evaluate: _add_model_option,
+        generate: _add_generation_options,
+        export: _add_export_options,
+    }
+    for step in (check, data, tokenize, train, evaluate, generate, export):
+        summary = (step.__doc__ or "").split("\n")[0]  # python -OO has none
         added = chosen.add_parser(
             step.__name__, parents=[common], help=summary, description=summary, allow_abbrev=False
         )
         added.set_defaults(step=step)
-        if add_options:
-            add_options(added)
+        if step in add_options:
+            add_options[step](added)
     return parser
 
 

@@ -118,8 +118,8 @@ def _training_memory(config: Qwen2Config, recipe: Recipe, hardware: Any) -> dict
     """Estimate the bytes of a training step by component.
 
     The sum is what is held when the backward pass begins, in any but the first step, without the
-    kernels' scratch space and fragmentation. In mixed precision weights, gradients and optimizer
-    remain float32; autocast makes 16-bit copies for the matrix products.
+    kernels' scratch space and fragmentation. Weights, gradients and optimizer are float32 in mixed
+    precision too; autocast makes 16-bit copies for the matrix products.
 
     Activations per token and layer, for width ``h``, key/value width ``k``, MLP width ``f`` and
     ``s`` bytes a value (4, or 2 in mixed precision):
@@ -132,8 +132,8 @@ def _training_memory(config: Qwen2Config, recipe: Recipe, hardware: Any) -> dict
     - the MLP's gate, its activation, up, and their product: ``4 s f``.
 
     Compiled layers keep their input and the results of matrix products and attention. On a CPU
-    they recompute (see `tinytrain.modeling.compile_layers`): they keep their float32 input and what
-    attention made of it, ``s h`` and a float32 value a head, but no copies of the matrices; what
+    they recompute (see `tinytrain.modeling.compile_layers`): they keep their float32 input and the
+    attention's output (``s h``, and a float32 value a head), but no copies of the matrices; what
     one layer holds while it recomputes is counted once.
 
     Logits take 12 bytes each: float32 log-probabilities and two float32 gradients exist together.
@@ -143,12 +143,8 @@ def _training_memory(config: Qwen2Config, recipe: Recipe, hardware: Any) -> dict
     On a CPU, two steps of several small models measured within 3% of this where freed memory went
     back to the system at once, and up to 1.5 times this with Linux's default allocator.
     """
-    precision = recipe.precision or hardware.precision
-    if precision not in ("float32", "bf16", "fp16"):
-        raise ValueError(f"precision {precision!r} is none of float32, bf16, fp16")
-    mixed = precision != "float32"
+    mixed = (recipe.precision or hardware.precision) != "float32"
     size = 2 if mixed else 4
-    recompute = recipe.compile and not hardware.is_gpu
     parameters = count_parameters(config)["total"]
     hidden, inner, key_value = config.hidden_size, config.intermediate_size, _key_width(config)
     layers, tokens = config.num_hidden_layers, recipe.batch_size * recipe.context_length
@@ -161,6 +157,7 @@ def _training_memory(config: Qwen2Config, recipe: Recipe, hardware: Any) -> dict
         inputs = (5 if mixed else 2) * hidden
         per_layer = 16 * hidden + size * (inputs + 2 * hidden + 2 * key_value + 4 * inner)
     kept = layers * per_layer
+    recompute = recipe.compile and not hardware.is_gpu
     if recompute:  # the input, what attention made, and all of the layer that recomputes
         attention = size * hidden + 4 * config.num_attention_heads
         kept = layers * (4 * hidden + attention) + per_layer
@@ -247,15 +244,6 @@ def estimate(
     peak_memory : int, optional
         Measured bytes of the process, or of the GPU.
 
-    Returns
-    -------
-    Estimate
-
-    Raises
-    ------
-    ValueError
-        If the precision is none of float32, bf16 and fp16.
-
     Examples
     --------
     >>> from tinytrain.hardware import KNOWN_GPUS
@@ -279,10 +267,7 @@ def estimate(
     eval_tokens = steps // recipe.eval_steps * eval_blocks * recipe.context_length
     # An evaluation is a forward pass, a third of the work.
     flops = steps * step_flops + eval_tokens * per_token / 3
-    if step_seconds is None:
-        seconds = flops / (USUAL_SHARE * hardware.tflops * 1e12)
-    else:
-        seconds = flops / step_flops * step_seconds
+    speed = step_flops / step_seconds if step_seconds else USUAL_SHARE * hardware.tflops * 1e12
 
     tokens_to_learn = steps * recipe.tokens_per_step
     # A checkpoint holds the weights and the optimiser; for a moment there is one more than kept.
@@ -297,7 +282,7 @@ def estimate(
         fits=memory["total"] <= hardware.memory and enough_disk,
         tokens=tokens_to_learn,
         flops=flops,
-        seconds=seconds,
+        seconds=flops / speed,
         disk=disk,
         probed=step_seconds is not None,
     )
@@ -330,25 +315,18 @@ def plot_memory(recipe: Recipe, hardware: Any) -> Figure:
     """Draw what a training step holds in memory, beside the sizes of graphics cards.
 
     One bar, its colours the components of `estimate`; each card's line is green where the run fits.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        The hyperparameters of the run.
-    hardware : tinytrain.hardware.Hardware
-        This machine, whose memory is marked and whose precision is assumed.
+    The memory of `hardware`, a `tinytrain.hardware.Hardware`, is marked.
     """
     cost = estimate(recipe, hardware)
     memory = {part: size / 1e9 for part, size in cost.memory.items()}
     total = memory.pop("total")
     here = hardware.memory / 1e9
-
     figure, axes = new_axes(7, 2.5)
     axes.grid(False)
     axes.spines["left"].set_visible(False)
     end = 0.0
     for color, (part, size) in zip(_COLORS, memory.items(), strict=True):
-        axes.barh([0], [size], left=[end], color=color, label=f"{part} {_size(size * 1e9)}")
+        axes.barh([0], [size], left=[end], color=color, label=f"{part} {_size(size)}")
         end += size
     last = next((card for card in _CARDS if card >= total), total)
     axes.set(xlim=(0, 1.08 * last), ylim=(-0.45, 0.8), yticks=[])
@@ -358,15 +336,14 @@ def plot_memory(recipe: Recipe, hardware: Any) -> Figure:
         axes.text(card, 0.6, f"{card} GB", color=color, ha="center", clip_on=True)
     axes.axvline(here, color="black", linewidth=1.5, label=f"this machine {here:.0f} GB")
     axes.set_xlabel("memory while training (GB)")
-    precision = recipe.precision or hardware.precision
-    millions = cost.parameters["total"] / 1e6
-    figure.suptitle(f"{millions:,.1f}M parameters: {_size(total * 1e9)} in {precision}")
+    precision, parameters = recipe.precision or hardware.precision, cost.row()["parameters"]
+    figure.suptitle(f"{parameters} parameters: {_size(total)} in {precision}")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     return figure
 
 
-def _size(number: float) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.0f} MB"
+def _size(gigabytes: float) -> str:
+    return f"{gigabytes:.1f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.0f} MB"
 
 
 def predicted_loss(parameters: float, tokens: float, corpus_tokens: float = math.inf) -> float:
@@ -437,11 +414,6 @@ def plan_sizes(
     list of Plan
         From 1 to 40 layers in the guide's proportions, each 64 times as wide as deep.
 
-    Raises
-    ------
-    ValueError
-        If there is nothing to spend.
-
     Examples
     --------
     >>> best_plan(plan_sizes(1e18)).num_hidden_layers
@@ -451,9 +423,8 @@ def plan_sizes(
         raise ValueError(f"a budget of {flops} operations buys nothing; it must be above 0")
     plans = []
     for layers in range(1, 41):
-        recipe = with_width(
-            replace(SEED, num_hidden_layers=layers, vocab_size=vocab_size), 64 * layers
-        )
+        deeper = replace(SEED, num_hidden_layers=layers, vocab_size=vocab_size)
+        recipe = with_width(deeper, 64 * layers)
         parameters = count_parameters(recipe)["total"]
         tokens = flops / flops_per_token(recipe, recipe.context_length)["total"]
         loss = predicted_loss(parameters, tokens, corpus_tokens)
@@ -468,7 +439,7 @@ def best_plan(plans: Sequence[Plan]) -> Plan:
 
 
 def plot_plans(budgets: Mapping[str, Sequence[Plan]]) -> Figure:
-    """Draw the predicted loss over the size of the model: by budget a list from `plan_sizes`."""
+    """Draw the predicted loss over the size of the model, from a list of plans for each budget."""
     figure, axes = new_axes(8, 4.2)
     for name, plans in budgets.items():
         # A model that gets less than a token for ten parameters is off any law.

@@ -77,12 +77,8 @@ def by_domain(
 ) -> dict[str, Interval]:
     """Return the share of right answers in each domain, the best known first.
 
-    Parameters
-    ----------
-    questions : sequence of tuple
-        Prompt, expected answer and domain.
-    right : sequence of bool
-        Whether each was answered correctly: ``[answer.right for answer in answers]``.
+    A question has a prompt, the expected answer and a domain; `right` tells for each whether it
+    was answered correctly: ``[answer.right for answer in answers]``.
     """
     marks: dict[str, list[bool]] = defaultdict(list)
     for (_, _, domain), mark in zip(questions, right, strict=True):
@@ -121,8 +117,6 @@ def document_losses(
         half, so that every token but the first ones has at least half a window before it.
     """
     texts = list(texts)
-    if not texts:
-        return []
     losses = _losses_of_rows(model, list(_rows(tokenizer, texts)), context_length)
     return [
         DocumentLoss(len(text), len(nats), float(nats.sum()), int(right.sum()))
@@ -150,8 +144,6 @@ def token_losses(
     before : str, optional
         A document that the model reads before it, as in a packed block.
     """
-    if not text:
-        return []
     encoding = text_encoder(tokenizer).encode(text, add_special_tokens=False)
     first = _rows(tokenizer, [] if before is None else [before])
     row = np.concatenate([*first, [_start(tokenizer)], encoding.ids]).astype(np.int64)
@@ -165,7 +157,7 @@ def token_losses(
             done = end
         else:
             pieces[-1] = (pieces[-1][0], pieces[-1][1] + loss)
-    if done < len(text):  # what the tokenizer passed over
+    if done < len(text):  # the tokenizer left out the end
         pieces.append((text[done:], 0.0))
     return pieces
 
@@ -195,10 +187,7 @@ def _windows(length: int, context_length: int) -> Iterator[tuple[int, int, int]]
 def _losses_of_rows(
     model: PreTrainedModel, rows: list[np.ndarray], context_length: int
 ) -> list[np.ndarray]:
-    """Return, for each row of token ids, nats and hit (1) or miss (0) of all tokens but the first.
-
-    Each array has the shape ``(2, len(row) - 1)``.
-    """
+    """Return of each row nats and hits (1 or 0) of its tokens but the first: (2, len(row) - 1)."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -247,11 +236,6 @@ def summarize(documents: Sequence[DocumentLoss]) -> Measures:
     of tokens that were the first guess. The intervals come from the bootstrap: documents are drawn
     with replacement, a thousand times, and the middle 95% of the results are kept. Tokens of one
     document resemble each other, so drawing tokens instead would promise too much.
-
-    Raises
-    ------
-    ValueError
-        If there is no document with a token.
 
     References
     ----------
@@ -312,17 +296,23 @@ def count_losses(
 
     References
     ----------
-    Witten and Bell, "The zero-frequency problem", IEEE Transactions on Information Theory 37,
-    1991, method C.
+    Witten and Bell, "The zero-frequency problem", IEEE Trans. on Information Theory 37, 1991.
     """
     if order not in (1, 2):
         raise ValueError(f"order {order} is neither 1 (tokens) nor 2 (pairs of tokens)")
     vocab_size = len(tokenizer)
-    pairs = np.concatenate([np.zeros(0, dtype=np.int64), *_pairs(tokenizer, train_texts)])
+    # A pair of neighbours is one number: ``first * vocab_size + second``.
+    found, room = [np.zeros(0, dtype=np.int64)], _MOST_COUNTED_TOKENS
+    for row in _rows(tokenizer, train_texts):
+        found.append((row[:-1] * vocab_size + row[1:])[:room])
+        room -= len(found[-1])
+        if not room:
+            break
+    pairs = np.concatenate(found)
     unigram = np.bincount(pairs % vocab_size, minlength=vocab_size) + 1.0
     unigram /= unigram.sum()
     if order == 1:
-        pairs = pairs[:0]  # whoever has seen no pair falls back to single tokens
+        pairs = pairs[:0]  # without pairs, single tokens are all there is
     seen, counts = np.unique(pairs, return_counts=True)
     first, second = np.divmod(seen, vocab_size)
     occurrences = np.bincount(first, weights=counts, minlength=vocab_size)
@@ -351,26 +341,11 @@ def count_losses(
     return losses
 
 
-def _pairs(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """Yield each text's pairs of neighbours, as ``first * vocab_size + second``."""
-    left = _MOST_COUNTED_TOKENS
-    for row in _rows(tokenizer, texts):
-        yield (row[:-1] * len(tokenizer) + row[1:])[:left]
-        left -= len(row) - 1
-        if left <= 0:
-            return
-
-
 def xz_bits_per_character(texts: Iterable[str], train_texts: Iterable[str] = ()) -> float:
     """Return the bits that ``xz -9e`` spends on a character after it has seen the training text.
 
     A compressor is a language model too: it spends few bits on what it expects. This one knows
     repetitions, and nothing else. Of either, the first two million characters are used.
-
-    Raises
-    ------
-    ValueError
-        If there is nothing to compress.
     """
     text, seen = (
         "".join(itertools.islice(itertools.chain.from_iterable(some), _MOST_COMPRESSED_CHARACTERS))

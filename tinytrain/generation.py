@@ -34,11 +34,6 @@ def complete(
         Beginnings, none of them empty.
     max_new_tokens : int
         Where to stop if the model does not.
-
-    Raises
-    ------
-    ValueError
-        If a prompt is empty.
     """
     if not all(prompts):
         raise ValueError("a prompt is empty: the model needs at least one character to go on from")
@@ -102,21 +97,17 @@ def generate(
 
     _check_sampling(prompt, temperature, top_k, top_p, repetition_penalty)
     [ids] = _prompt_ids(model, tokenizer, [prompt])
-    sampling = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
+    options = {"do_sample": temperature > 0, "repetition_penalty": float(repetition_penalty)}
+    if temperature > 0:
+        options |= {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
+    if on_text:
+        options["streamer"] = _streamer(tokenizer, on_text)
+    room = _context(model) - len(ids)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        [text] = _continue(
-            model,
-            tokenizer,
-            [ids],
-            min(max_new_tokens, _context(model) - len(ids)),
-            do_sample=temperature > 0,
-            **(sampling if temperature > 0 else {}),
-            repetition_penalty=float(repetition_penalty),
-            streamer=_streamer(tokenizer, on_text) if on_text else None,
-        )
+        [text] = _continue(model, tokenizer, [ids], min(max_new_tokens, room), **options)
     return text
 
 
@@ -139,11 +130,6 @@ def next_tokens(
         As for `generate`, but the temperature must be above 0.
     number : int
         Tokens to return at most.
-
-    Raises
-    ------
-    ValueError
-        If the prompt is empty or a sampling parameter is out of its range.
     """
     import torch
     from transformers import generation
@@ -190,8 +176,7 @@ def answer_questions(
     >>> answers[0].right  # doctest: +SKIP
     True
     """
-    prompts = [question[0] for question in questions]
-    expected = [question[1] for question in questions]
+    prompts, expected = ([question[n] for question in questions] for n in (0, 1))
     longest = max(map(len, encode_text(tokenizer, expected)), default=0)
     # Two tokens more than the longest answer: the model may cut the same characters differently.
     written = complete(model, tokenizer, prompts, max_new_tokens=longest + 2)
@@ -212,7 +197,7 @@ def _prompt_ids(
 ) -> list[list[int]]:
     """Return the ids of prompts, of a long one its last part, after what the tokenizer begins with.
 
-    In a prompt too, a special token that is spelled out is text.
+    A special token that is spelled out in a prompt is text.
     """
     begin = tokenizer("")["input_ids"]  # for many families a beginning-of-text token, here nothing
     room = max(1, _context(model) - 1 - len(begin))

@@ -59,11 +59,9 @@ def check_cuda_availability() -> bool:
         for index, gpu in enumerate(gpus):
             print(f"  {index}: {gpu}")
         return True
-    if torch.backends.mps.is_available():
-        print("CUDA is not available. Training will run on Apple's GPU (MPS).")
-    else:
-        cores = _count(_usable_cores(), "core")
-        print(f"CUDA is not available. Training will run on the CPU ({cores}).")
+    cores = _count(_usable_cores(), "core")
+    instead = "Apple's GPU (MPS)" if torch.backends.mps.is_available() else f"the CPU ({cores})"
+    print(f"CUDA is not available. Training will run on {instead}.")
     if gpus := _nvidia_smi("name"):
         print(f"There is a GPU here ({gpus[0]}), but this PyTorch ({torch.__version__}) ", end="")
         print("cannot use it: install a CUDA build of PyTorch that fits the driver.")
@@ -112,26 +110,22 @@ def computes(precision: str) -> bool:
     """Tell whether this machine has the precision in hardware, be it the fastest or not."""
     import torch
 
-    if precision == "float32":
-        return True
     if torch.cuda.is_available():
-        return precision == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return precision == "bf16" and not cpu_flags().isdisjoint(_BF16_FLAGS)
+        return precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bf16 = not cpu_flags().isdisjoint(_BF16_FLAGS)
+    return precision == "float32" or (precision == "bf16" and has_bf16)
 
 
-# "bf16" is what Linux calls it on ARM.
-_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
+_CPUINFO = "/proc/cpuinfo"
+_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # the last is what Linux calls it on ARM
 
 
 def _choose_for_cpu(flags: frozenset[str]) -> Precision:
     found = ", ".join(flag for flag in _BF16_FLAGS if flag in flags)
     if not found:
-        return Precision(
-            "float32",
-            "this CPU does not multiply bf16 in hardware (no amx_bf16, no avx512_bf16), "
-            "and emulating it costs more than it saves",
-        )
-    # The flag is a promise: some chips keep it at half the speed of float32.
+        reason = "this CPU does not multiply bf16 in hardware (no amx_bf16, no avx512_bf16), "
+        return Precision("float32", reason + "and emulating it costs more than it saves")
+    # With the flag, some chips still run at half the speed of float32.
     gain = _bf16_gain()
     measured = f"bf16 in hardware ({found}), measured at {gain:.1f} times the speed of float32"
     return Precision("bf16" if gain > 1.1 else "float32", f"this CPU multiplies {measured}")
@@ -139,7 +133,7 @@ def _choose_for_cpu(flags: frozenset[str]) -> Precision:
 
 @functools.cache
 def _bf16_gain() -> float:
-    """Return how many times as fast as float32 this processor multiplies bf16."""
+    """Measure how many times as fast as float32 this processor multiplies bf16."""
     return matmul_tflops("bf16", seconds=0.2) / matmul_tflops("float32", seconds=0.2)
 
 
@@ -149,7 +143,8 @@ def cpu_flags() -> frozenset[str]:
     For example ``{"avx2", "avx512f", "avx512_bf16", ...}``; empty if nothing could be read.
     """
     if platform.system() == "Linux":
-        return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())  # x86, ARM
+        # x86 and ARM name the field differently.
+        return frozenset((_field(_CPUINFO, "flags") or _field(_CPUINFO, "Features")).split())
     import torch
 
     # Elsewhere recent versions of PyTorch ask the processor itself.
@@ -160,10 +155,7 @@ def cpu_flags() -> frozenset[str]:
 def hardware_report(path: str | Path = ".") -> dict[str, str]:
     """Describe this machine, for a table; what cannot be found out reads "unknown" or "none".
 
-    Parameters
-    ----------
-    path : str or Path
-        Where the run will write, which need not exist yet; free space is that of its disk.
+    The free space is that of the disk of `path`, which need not exist yet.
     """
     import psutil
     import torch
@@ -178,8 +170,7 @@ def hardware_report(path: str | Path = ".") -> dict[str, str]:
         "Python": platform.python_version(),
         "platform": platform.platform(),
         "CPU": _cpu_name(),
-        "CPU cores": f"{_usable_cores()} usable, {physical} physical, "
-        f"{psutil.cpu_count() or 'unknown'} logical",
+        "CPU cores": f"{_usable_cores()} usable, {physical} physical, {psutil.cpu_count()} logical",
         "CPU flags": ", ".join(flag for flag in known if flag in flags) or "unknown",
         "memory": f"{_gigabytes(total)}, {_gigabytes(min(memory.available, total))} available",
         "GPU": _gpus(),
@@ -195,20 +186,15 @@ def hardware_report(path: str | Path = ".") -> dict[str, str]:
 def this_hardware(path: str | Path = ".") -> Hardware:
     """Return what this machine offers, its speed measured in about a second.
 
-    Parameters
-    ----------
-    path : str or Path
-        Where the run will write; need not exist yet.
+    The free space is that of the disk of `path`, which need not exist yet.
     """
     import psutil
     import torch
 
-    is_gpu = torch.cuda.is_available()
-    if is_gpu:
+    name, memory = _cpu_name(), _memory_limit(psutil.virtual_memory().total)
+    if is_gpu := torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         name, memory = gpu.name, gpu.total_memory
-    else:
-        name, memory = _cpu_name(), _memory_limit(psutil.virtual_memory().total)
     precision = choose_precision().name
     speed = max(matmul_tflops(precision, seconds=0.3) for _ in range(3))  # others may work here too
     return Hardware(name, memory, precision, speed, _free_disk(path), is_gpu)
@@ -223,7 +209,7 @@ def use_no_more_cores() -> None:
 
 
 def machine_name() -> str:
-    """Return the GPU that is used, or the processor and how many of its cores, for reading."""
+    """Return the name of the GPU, or that of the processor and how many cores can be used."""
     import torch
 
     if torch.cuda.is_available():
@@ -234,12 +220,8 @@ def machine_name() -> str:
 def peak_memory(reset: bool = False) -> int:
     """Return the most memory that this process has used so far, in bytes.
 
-    On a GPU that is what PyTorch has reserved there, elsewhere resident memory.
-
-    Parameters
-    ----------
-    reset : bool
-        Count from now on. Possible on a GPU and on Linux; elsewhere the count goes on.
+    On a GPU that is what PyTorch has reserved there, elsewhere resident memory. With `reset` it is
+    counted from now on, which only a GPU and Linux can do.
     """
     import torch
 
@@ -250,9 +232,8 @@ def peak_memory(reset: bool = False) -> int:
     if reset:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-    for line in _read("/proc/self/status").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    if kibibytes := _field("/proc/self/status", "VmHWM"):
+        return int(kibibytes.split()[0]) * 1024
     if platform.system() == "Windows":
         import psutil
 
@@ -263,7 +244,7 @@ def peak_memory(reset: bool = False) -> int:
 
 
 def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -> float:
-    """Measure how fast this machine multiplies two square matrices.
+    """Measure how many 10^12 operations a second this machine makes, on the GPU if there is one.
 
     That is an upper bound for training, which spends time on much else. What tells is the ratio
     between two precisions.
@@ -271,16 +252,11 @@ def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -
     Parameters
     ----------
     precision_name : {"float32", "bf16", "fp16"}
-        Type of the matrices.
+        Type of the two square matrices that are multiplied.
     size : int
         Their rows and columns.
     seconds : float
         How long to measure, about.
-
-    Returns
-    -------
-    float
-        10^12 floating-point operations a second, on the GPU if there is one.
     """
     import torch
 
@@ -311,8 +287,7 @@ def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -
 def _free_disk(path: str | Path) -> int:
     """Return the bytes that are free where a folder is or will be."""
     folder = Path(path).absolute()
-    existing = next((part for part in (folder, *folder.parents) if part.exists()), Path.cwd())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
 def _cuda_gpus() -> list[str]:
@@ -339,7 +314,7 @@ def _gpus() -> str:
 
 
 def _nvidia_smi(field: str) -> list[str]:
-    """Return a field for each GPU; nothing if there is no driver."""
+    """Return what the driver says of each GPU; nothing if there is no driver."""
     return _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader").splitlines()
 
 
@@ -352,21 +327,15 @@ def _output(*command: str) -> str:
     return run.stdout.strip()
 
 
-def _cpuinfo(field: str) -> str:
-    """Return the first value of a field in ``/proc/cpuinfo``, if there is one."""
-    for line in _read("/proc/cpuinfo").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == field:
-            return value.strip()
-    return ""
+def _field(path: str, name: str) -> str:
+    """Return the first value of a field in a file of ``name: value`` lines, if there is one."""
+    found = re.search(rf"^{name}\s*:(.*)$", _read(path), re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
 def _cpu_name() -> str:
-    if platform.system() == "Darwin":
-        name = _output("sysctl", "-n", "machdep.cpu.brand_string")
-    else:
-        name = _cpuinfo("model name")
-    return name or platform.processor() or platform.machine() or "unknown"
+    name = _field(_CPUINFO, "model name") or _output("sysctl", "-n", "machdep.cpu.brand_string")
+    return name or platform.processor() or platform.machine() or "unknown"  # sysctl: on a Mac
 
 
 def _usable_cores(root: str = "/") -> int:

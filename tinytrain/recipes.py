@@ -107,20 +107,17 @@ class Recipe:
         """Refuse what would fail later, with a message about something else."""
         object.__setattr__(self, "corpus", os.path.expanduser(self.corpus))
         for field in fields(self):
-            value, kind = getattr(self, field.name), str(field.type)
-            kind, *optional = kind.split(" | ")
-            allowed = None if optional and value is None else _allowed(field.name, value, kind)
-            if allowed:
+            value = getattr(self, field.name)
+            kind, *optional = field.type.split(" | ")
+            if value is None and optional:
+                continue
+            if allowed := _allowed(field.name, value, kind):
                 allowed += ", or None" if optional else ""
                 raise ValueError(f"{field.name} is {value!r}; it must be {allowed}")
-        size, heads, key_heads = (
-            self.hidden_size,
-            self.num_attention_heads,
-            self.num_key_value_heads,
-        )
-        if size % (2 * heads):  # the heads share it, and each rotates pairs of values
+        heads, key_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % (2 * heads):  # the heads share it, and each rotates pairs of values
             allowed = f"a multiple of {2 * heads}, twice num_attention_heads"
-            raise ValueError(f"hidden_size is {size}; it must be {allowed}")
+            raise ValueError(f"hidden_size is {self.hidden_size}; it must be {allowed}")
         if heads % key_heads:
             allowed = f"divide num_attention_heads, which is {heads}"
             raise ValueError(f"num_key_value_heads is {key_heads}; it must {allowed}")
@@ -139,8 +136,7 @@ def _allowed(name: str, value: object, kind: str) -> str | None:
         return names.get(kind, "a text")
     if name in _CHOICES:
         return None if value in _CHOICES[name] else "one of " + ", ".join(_CHOICES[name])
-    at_least_1 = (lambda value: value >= 1, "at least 1")
-    fits, range_ = _RANGES.get(name, at_least_1 if kind == "int" else (lambda _: True, ""))
+    fits, range_ = _RANGES.get(name, (lambda value: kind != "int" or value >= 1, "at least 1"))
     return None if fits(value) else range_
 
 
@@ -246,15 +242,6 @@ def get_recipe(name: str | Recipe | None = None, has_gpu: bool = False) -> Recip
     has_gpu : bool
         Whether to default to ``wiki`` rather than ``pocket``.
 
-    Returns
-    -------
-    Recipe
-
-    Raises
-    ------
-    ValueError
-        If there is no recipe of that name, or the number of steps is none.
-
     Examples
     --------
     >>> get_recipe("seed").learning_rate
@@ -265,35 +252,22 @@ def get_recipe(name: str | Recipe | None = None, has_gpu: bool = False) -> Recip
     name = name or os.environ.get("TINYTRAIN_RECIPE") or ("wiki" if has_gpu else "pocket")
     if name not in RECIPES:
         raise ValueError(f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}")
-    recipe = RECIPES[name]
-    if corpus := os.environ.get("TINYTRAIN_CORPUS"):
-        recipe = replace(recipe, corpus=corpus)
-    if field := os.environ.get("TINYTRAIN_TEXT_FIELD"):
-        recipe = replace(recipe, text_field=field)
-    if steps := os.environ.get("TINYTRAIN_MAX_STEPS"):
+    changes = {}
+    for field in ("corpus", "text_field", "max_steps"):
+        if value := os.environ.get(f"TINYTRAIN_{field.upper()}"):
+            changes[field] = value
+    if steps := changes.get("max_steps"):
         if not steps.isdecimal() or int(steps) < 1:
-            raise ValueError(
-                f"TINYTRAIN_MAX_STEPS is {steps!r}; it must be a number of steps, 1 or more"
-            )
-        recipe = replace(recipe, max_steps=int(steps))
-    return recipe
+            raise ValueError(f"TINYTRAIN_MAX_STEPS is {steps!r}; it must be a number, at least 1")
+        changes["max_steps"] = int(steps)
+    return replace(RECIPES[name], **changes)
 
 
 def with_width(recipe: Recipe, hidden_size: int) -> Recipe:
     """Return a recipe of another width: heads of the same size, an MLP of the same proportion.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Whose proportions to keep.
-    hidden_size : int
-        The new width, a multiple of the size of a head.
-
-    Returns
-    -------
-    Recipe
-        With fewer key/value heads where they would not divide the heads evenly. Its learning rate
-        is the old one, though a wider model wants a lower one.
+    It has fewer key/value heads where they would not divide the heads evenly. The learning rate
+    stays, though a wider model wants a lower one.
 
     Raises
     ------

@@ -73,16 +73,9 @@ def memory_explorer(recipe: Recipe, hardware: Hardware) -> ipw.VBox:
 def token_explorer(
     tokenizers: Mapping[str, PreTrainedTokenizerFast], text: str = "法国的首都是巴黎。"
 ) -> ipw.VBox:
-    """Show what becomes of a text in several tokenizers, while you type it.
+    """Show what becomes of a text in several byte-level tokenizers, while you type it.
 
     Without a browser: ``HTML(colour_tokens(tokenizer, text))`` of `tinytrain.tokenization`.
-
-    Parameters
-    ----------
-    tokenizers : mapping of str to transformers.PreTrainedTokenizerFast
-        Byte-level tokenizers by name.
-    text : str
-        What the box holds at first.
     """
     from tinytrain.tokenization import colour_tokens, show_tokens
 
@@ -146,13 +139,6 @@ def playground(
     """Let the model continue a prompt, with the parameters of sampling on sliders.
 
     Without a browser: ``generate(model, tokenizer, prompt, ...)`` of `tinytrain.generation`.
-
-    Parameters
-    ----------
-    model, tokenizer
-        A causal language model of transformers and its tokenizer.
-    prompt : str
-        What the box holds at first.
     """
     from tinytrain.generation import generate
 
