@@ -167,8 +167,8 @@ def matching_files(pattern: Path) -> list[Path]:
 
 def _format(path: Path) -> str | None:
     """Return the suffix that tells the format, if there is one."""
-    name = _uncompressed(path).name.lower()
-    return next((suffix for suffix in _FORMATS if name.endswith(suffix)), None)
+    suffix = _uncompressed(path).suffix.lower()
+    return suffix if suffix in _FORMATS else None
 
 
 def _is_table(path: Path) -> bool:
@@ -319,13 +319,13 @@ def _json_array(path: Path) -> Iterator[tuple[str, object]]:
 class _ArrayReader:
     """Reads a JSON array an element at a time, with the syntax and the messages of ``json``.
 
-    ijson would turn half an emoji into "?", refuses the NaN that Python writes, and names no line.
+    Not ijson: it turns half an emoji into "?", refuses Python's NaN, and names no line.
     """
 
     def __init__(self, path: Path, file: IO[str]) -> None:
         self.path, self.file = path, file
-        self.text, self.at = "", 0  # the part in memory; what is before this place has been used
-        self.before, self.line, self.column = 0, 1, 1  # characters before that part, and its place
+        self.text, self.at = "", 0  # the part in memory, and where to read on in it
+        self.before, self.line, self.column = 0, 1, 1  # where that part begins in the file
         self.decode = json.JSONDecoder().raw_decode
 
     def elements(self) -> Iterator[object]:
@@ -360,8 +360,8 @@ class _ArrayReader:
                 value, end = self.decode(self.text, self.at)
             except (ValueError, RecursionError) as error:
                 message, at = getattr(error, "msg", str(error)), getattr(error, "pos", self.at)
-                # A value that the end of the part cuts gives an error near that end, or in a string
-                # without an end. All others are real, and no reason to read on.
+                # If only the part ends too early, the error is near its end, or is a string
+                # without an end.
                 is_cut = at > nearly_all or message.startswith("Unterminated")
                 if not is_cut or not self.read_on():
                     raise self.error(message, at) from None
@@ -504,9 +504,14 @@ def _write_documents(rows: Iterable[tuple[object, object]], target: Path, path: 
     kept, left_out = 0, Counter()
     schema = pa.schema({"text": pa.string(), "source": pa.string()})
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in _batches(_usable(rows, left_out)):
-            kept += len(batch)
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+        batch, size = [], 0
+        for row in _usable(rows, left_out):
+            batch.append(row)
+            kept, size = kept + 1, size + len(row["text"])
+            if len(batch) == 1000 or size > _PIECE:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                batch, size = [], 0
+        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
 
     counts = ", ".join(f"{count:,} {problem}" for problem, count in left_out.most_common())
     if not kept:
@@ -540,19 +545,6 @@ def _usable(
                 left_out["with half a character"] += 1
 
 
-def _batches(rows: Iterable[dict[str, bytes]]) -> Iterator[list[dict[str, bytes]]]:
-    """Collect rows until there are a thousand of them, or enough for a large piece."""
-    batch, size = [], 0
-    for row in rows:
-        batch.append(row)
-        size += len(row["text"])
-        if len(batch) == 1000 or size > _PIECE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def split_documents(documents: Dataset, test_size: float = 0.1, seed: int = 2222) -> DatasetDict:
     """Split the documents at random into a training set and a held-out set.
 
@@ -567,7 +559,7 @@ def split_documents(documents: Dataset, test_size: float = 0.1, seed: int = 2222
     Returns
     -------
     datasets.DatasetDict
-        With ``"train"`` and ``"test"``.
+        With ``train`` and ``test``.
     """
     if len(documents) < 2:
         raise ValueError(
@@ -604,10 +596,6 @@ def plot_lengths(split: DatasetDict, mark: float | None = None, mark_label: str 
         A length in characters to mark with a line, for example that of one context.
     mark_label : str
         The label of that line.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     import numpy as np
     from matplotlib.ticker import LogLocator
