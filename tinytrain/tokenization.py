@@ -5,10 +5,7 @@ the 151,665 of Qwen2.5 (see `tinytrain.qwen`) and leaves the parameters of a sma
 layers. The blocks: cutting each document into full chunks (`chunk_documents`) is simple and throws
 away every document shorter than a chunk; joining all of them before cutting (`pack_documents`)
 loses only the last, unfinished block, at the price of blocks that hold the end of one document and
-the beginning of the next.
-
-Nothing here holds more of a text in memory than it works on, if the blocks go to a folder, or
-caches blocks. `fingerprint` says when blocks made earlier still fit the tokenizer.
+the beginning of the next. Only a part of the text is in memory if the blocks go to a folder.
 """
 
 from __future__ import annotations
@@ -34,14 +31,12 @@ logger = logging.getLogger(__name__)
 
 _END_OF_TEXT = "<|endoftext|>"
 
-# The longest token of your own tokenizer. Chinese has no spaces, so the pre-tokenizer splits only
-# at punctuation and digits: in a text that repeats itself whole phrases would become tokens, and
-# the model would be left with nothing to predict inside them. The longest common words have four
-# characters, of three bytes each.
+# Chinese has no spaces, so the pre-tokenizer splits only at punctuation and digits: in a text that
+# repeats itself, whole phrases would become tokens, with nothing left to predict inside them. The
+# longest common words have four characters, of three bytes each.
 _MAX_TOKEN_BYTES = 4 * 3
 
-# Characters that train your own tokenizer. A few million show which pairs are frequent; more hardly
-# change a small vocabulary, and each takes some 250 bytes of memory.
+# More hardly change a small vocabulary, and each takes some 250 bytes of memory.
 _MAX_TRAINING_CHARACTERS = 2_000_000
 
 _IDS_AT_ONCE = 2**16  # that wait to be written
@@ -114,11 +109,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         raise ValueError(
             "The texts are empty or too few to train a tokenizer: no pair of bytes occurs twice."
         )
-    if len(model["vocab"]) < vocab_size:
-        size = len(model["vocab"])
-        logger.warning(
-            "A vocabulary of %d tokens, not %d: no more pairs occur twice", size, vocab_size
-        )
+    if (size := len(model["vocab"])) < vocab_size:
+        logger.warning(f"A vocabulary of {size} tokens, not {vocab_size}: no more pairs repeat")
     merges = [tuple(pair) for pair in model["merges"]]
     return Qwen2Tokenizer(vocab=model["vocab"], merges=merges, padding_side="left")
 
@@ -158,10 +150,8 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
 
     folder = Path(folder)
     # Checked here because transformers takes a path that does not exist for a name on the hub.
-    complete = (folder / "tokenizer.json").is_file() or (
-        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    )
-    if not complete:
+    names = {path.name for path in folder.glob("*") if path.is_file()}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
         raise FileNotFoundError(
             f"No tokenizer in {folder}: it needs tokenizer.json, or vocab.json and merges.txt. "
             "Save one there with save_pretrained, or download it again."
@@ -190,11 +180,8 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return a hash of everything that decides which ids a text becomes.
 
-    Returns
-    -------
-    str
-        64 hexadecimal digits, the same in every process. Truncation and padding do not count:
-        they are left over from the last call, and the next one sets them again.
+    It is the same in every process. Truncation and padding do not count: they are left over from
+    the last call, and the next one sets them again.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor")
@@ -213,7 +200,7 @@ def tokenize(
     Parameters
     ----------
     element : mapping of str to list of str
-        A batch, as ``Dataset.map(..., batched=True)`` hands it over, with the column ``text``.
+        A batch with the column ``text``, as from ``Dataset.map(..., batched=True)``.
     tokenizer : transformers.PreTrainedTokenizerFast
     context_length : int
         Tokens a chunk.
@@ -332,7 +319,37 @@ def _write_blocks(
     return Dataset.from_file(str(Path(folder, "blocks.arrow")))
 
 
-# Measures
+# Views
+
+
+def tokens_per_character(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> float:
+    """Return how many tokens a character of the texts costs, without end-of-text tokens.
+
+    Take texts that the tokenizer was not trained on.
+    """
+    characters = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal characters
+        for text in texts:
+            characters += len(text)
+            yield text
+
+    tokens = sum(map(len, encode_each(tokenizer, counted())))
+    if characters == 0:
+        raise ValueError("The texts hold no characters: pass some text to measure on.")
+    return tokens / characters
+
+
+def show_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[tuple[str, int]]:
+    """Return the tokens of a short text for reading, each with its id.
+
+    A byte that is only a part of a character is shown as ``<0xE4>``. The tokenizer has to be
+    byte-level.
+    """
+    [ids] = encode_text(tokenizer, [text])
+    pieces = [token.decode(errors="surrogateescape") for token in _bytes_of(tokenizer, ids)]
+    return list(zip(map(_show_lone_bytes, pieces), ids, strict=True))
 
 
 def _bytes_of(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[bytes]:
@@ -351,48 +368,6 @@ def _bytes_of(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[by
         raise ValueError(f"The tokenizer is not byte-level: a token has {error}.") from error
 
 
-def tokens_per_character(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> float:
-    """Return how many tokens a character of the texts costs, without end-of-text tokens.
-
-    Take texts that the tokenizer was not trained on.
-
-    Raises
-    ------
-    ValueError
-        If the texts hold no characters.
-    """
-    characters = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal characters
-        for text in texts:
-            characters += len(text)
-            yield text
-
-    tokens = sum(map(len, encode_each(tokenizer, counted())))
-    if characters == 0:
-        raise ValueError("The texts hold no characters: pass some text to measure on.")
-    return tokens / characters
-
-
-# Views
-
-
-def show_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[tuple[str, int]]:
-    """Return the tokens of a short text for reading, each with its id.
-
-    A byte that is only a part of a character is shown as ``<0xE4>``.
-
-    Raises
-    ------
-    ValueError
-        If the tokenizer is not byte-level.
-    """
-    [ids] = encode_text(tokenizer, [text])
-    pieces = [token.decode(errors="surrogateescape") for token in _bytes_of(tokenizer, ids)]
-    return list(zip(map(_show_lone_bytes, pieces), ids, strict=True))
-
-
 def _show_lone_bytes(piece: str) -> str:
     # Decoding with "surrogateescape" turns a byte that fits nowhere into U+DC00 plus the byte.
     return "".join(
@@ -403,19 +378,9 @@ def _show_lone_bytes(piece: str) -> str:
 def colour_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     """Return the tokens of a text as HTML, on alternating colours, each with its id below.
 
-    Spaces, tabs and line ends are shown as signs, other invisible characters by their number; after
-    a line end a new line begins. Nothing in the text is read as HTML. Of a long text, the first
-    1,000 tokens are shown.
-
-    Returns
-    -------
-    str
-        For ``IPython.display.HTML``. It brings its own text colour, to be readable on a dark page.
-
-    Raises
-    ------
-    ValueError
-        If the tokenizer is not byte-level.
+    Show it with ``IPython.display.HTML``. Spaces, tabs and line ends become signs, other invisible
+    characters their number; after a line end a new line begins. Nothing in the text is read as
+    HTML. Of a long text, you see the first 1,000 tokens.
     """
     limit = 1000  # more spans than this make a page slow
     tokens = show_tokens(tokenizer, text)
@@ -433,7 +398,7 @@ def colour_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
 
 
 _TOKEN_COLORS = ("#bcd9f5", "#f9dcb0", "#c6e9c4", "#f3c9d6")
-_TOKEN_STYLE = (
+_TOKEN_STYLE = (  # with a colour of its own for the text, to be readable on a dark page
     "color:#111;display:inline-block;margin:1px;padding:1px 4px;border-radius:3px;"
     "text-align:center;line-height:1.35;white-space:nowrap"
 )
