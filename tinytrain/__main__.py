@@ -213,9 +213,9 @@ def _parse_change(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set {text}: {wrong}; {advice}")
     kind = typing.get_type_hints(Recipe)[name]
     kinds = typing.get_args(kind) or (kind,)
-    word = {"none": None, "true": True, "false": False}.get(value.lower(), value)
-    if type(word) in kinds:
-        return name, word
+    named = {"none": None, "true": True, "false": False}.get(value.lower(), value)
+    if type(named) in kinds:
+        return name, named
     if kinds[0] is not bool:
         with contextlib.suppress(ValueError):  # the recipe itself says what it must be
             return name, kinds[0](value)
