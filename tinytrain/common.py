@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -99,7 +99,8 @@ def print_any_character() -> None:
     """Print escapes for characters that the output's encoding lacks: on Windows it may be GBK."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # what it leads to may have changed or be gone
+                stream.reconfigure(errors="backslashreplace")
 
 
 # Control characters but tab and line end, signs that turn the direction of writing around, and
