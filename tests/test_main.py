@@ -92,6 +92,7 @@ def test_a_wrong_call_ends_with_2(arguments, capsys):
         (["data", "--set", "packing=perhaps"], "packing is 'perhaps'; it must be True or False"),
         (["data", "--set", "learning_rate=nan"], "learning_rate is nan; it must be above 0"),
         (["train", "--recipe", "smoke", "--fsdp"], "here is one"),
+        (["train", "--more", "0"], "cannot be made 0 steps longer"),
         (["generate", "法国", "--recipe", "smoke"], "train --recipe smoke"),
     ],
 )
@@ -236,7 +237,7 @@ def test_output_that_nobody_takes(redirected, status, told, with_model, tmp_path
             RuntimeError("[x]\nDefaultCPUAllocator: can't allocate memory"),
             r"out of memory \(\[x\]\)",
         ),
-        (AssertionError(), r"AssertionError: no more is known \(--debug shows where\)"),
+        (AssertionError(), r"AssertionError: no message \(--debug shows where\)"),
         (KeyError("name"), r"KeyError: 'name' \(--debug shows where\)"),
         (ValueError("seed is -1"), "seed is -1"),
         (

@@ -86,7 +86,7 @@ def train(options: argparse.Namespace) -> int:
 
     _show_no_bars()
     recipe = options.recipe
-    if options.more:
+    if options.more is not None:
         checkpoints = steps.run_folder(recipe) / "checkpoints"
         recipe = replace(recipe, max_steps=longer_run(checkpoints, options.more))
     result = runs.train_recipe(recipe, fresh=options.fresh, fsdp=options.fsdp)
@@ -213,9 +213,9 @@ def _parse_change(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set {text}: {wrong}; {advice}")
     kind = typing.get_type_hints(Recipe)[name]
     kinds = typing.get_args(kind) or (kind,)
-    named = {"none": None, "true": True, "false": False}.get(value.lower(), value)
-    if type(named) in kinds:
-        return name, named
+    constant = {"none": None, "true": True, "false": False}.get(value.lower(), value)
+    if type(constant) in kinds:
+        return name, constant
     if kinds[0] is not bool:
         with contextlib.suppress(ValueError):  # the recipe itself says what it must be
             return name, kinds[0](value)
@@ -319,7 +319,7 @@ def _in_words(error: Exception) -> str:
         return f"{said}; free are {', '.join(free)}"
     if said and isinstance(error, ValueError | OSError | RuntimeError | ImportError):
         return said
-    return f"{type(error).__name__}: {said or 'no more is known'} (--debug shows where)"
+    return f"{type(error).__name__}: {said or 'no message'} (--debug shows where)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -338,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ["TINYTRAIN_RUNS"] = os.path.abspath(os.path.expanduser(options.runs))
         options.recipe = _parse_recipe(options)
         status = options.step(options) or 0
-        print(end="", flush=True)  # an error is to be told here
+        print(end="", flush=True)  # a full disk shows itself here
         return status
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -81,7 +81,7 @@ class _CheckpointKeeper(TrainerCallback):
         lr_scheduler.step()  # to where it was, with the rate of a run of so many steps
         last = lr_scheduler.base_lrs[0] * lr_scheduler.lr_lambdas[0](state.max_steps - 1)
         logger.info(
-            f"{state.max_steps:,} steps in place of {planned:,}: the learning rate is from here on "
+            f"{state.max_steps:,} steps in place of {planned:,}: from here on the learning rate is "
             f"that of a run of {state.max_steps:,} steps, {lr_scheduler.get_last_lr()[0]:.2g} at "
             f"step {state.global_step + 1:,} and {last:.2g} at the last"
         )
@@ -193,6 +193,8 @@ def recorded_precision(checkpoint: str | Path) -> str | None:
 
 def longer_run(folder: str | Path, more: int) -> int:
     """Return the steps of a finished run that becomes longer; of an unfinished one, its own."""
+    if more < 1:
+        raise ValueError(f"a run cannot be made {more} steps longer: name 1 or more")
     checkpoint = last_checkpoint(folder)
     state = _state_of(checkpoint) if checkpoint else TrainerState()
     return state.max_steps + (more if state.global_step >= state.max_steps else 0)

@@ -104,7 +104,7 @@ def print_any_character() -> None:
 
 
 # Control characters but tab and line end, signs that turn the direction of writing around, and
-# halves of characters, which cannot be written.
+# lone surrogates, which cannot be encoded.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -208,7 +208,7 @@ def full_disk(error: BaseException, folder: str | Path) -> Path:
 
 
 def hash_file(path: str | Path) -> str:
-    """Return a hash of a file's content: XXH3, which is fast and finds damage, but no deceit."""
+    """Return a hash of a file's content: XXH3, fast, and made to find damage, not tampering."""
     import xxhash
 
     with open(path, "rb") as file:

@@ -17,6 +17,7 @@ import logging
 import lzma
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import zlib
@@ -110,7 +111,7 @@ def load_documents(
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
         target = Path(folder, "documents.arrow")
         target.parent.mkdir(parents=True, exist_ok=True)
-        building = target.with_name(f"{target.name}.{os.getpid()}.building")
+        building = target.with_name(f"{target.name}.{secrets.token_hex(4)}.building")
         try:
             rows = (row for file in files for row in _read_file(file, text_field))
             _write_documents(rows, building, path)

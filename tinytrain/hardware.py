@@ -246,7 +246,7 @@ def peak_memory(reset: bool = False) -> int:
 def matmul_tflops(precision_name: str, size: int = 1024, seconds: float = 0.5) -> float:
     """Measure how many 10^12 operations a second this machine makes, on the GPU if there is one.
 
-    That is an upper bound for training, which spends time on much else. What tells is the ratio
+    That is an upper bound for training, which spends time on much else. What counts is the ratio
     between two precisions.
 
     Parameters

@@ -230,14 +230,14 @@ class _HuggingFace:
             raise ValueError("no hash of it is named")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Named after its version, so that parts of two versions are never joined.
-        partial = path.with_name(f"{path.name}.{sha256[:16]}.incomplete")
-        with partial.open("a+b") as file:
+        incomplete = path.with_name(f"{path.name}.{sha256[:16]}.incomplete")
+        with incomplete.open("a+b") as file:
             _continue(file, url, found.size)
             file.seek(0)
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 file.truncate(0)
                 raise ValueError("its SHA-256 differs")
-        os.replace(partial, path)
+        os.replace(incomplete, path)
 
     def upload(self, folder: Path, files: list[str], private: bool) -> str:
         self.api.create_repo(self.repo_id, private=private, exist_ok=True)

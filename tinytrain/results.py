@@ -103,7 +103,7 @@ def _overrides(inputs: dict[str, Any], args: TrainingArguments) -> dict[str, Any
 
 
 def is_trained(recipe: Recipe) -> bool:
-    """Tell whether the run has a whole model made from these inputs, be it stopped early."""
+    """Tell whether the run has an undamaged model, finished or stopped, of these inputs."""
     folder = steps.run_folder(recipe) / "model"
     made = steps.read_inputs(folder)
     if made is None or steps.find_damage(folder):
@@ -279,7 +279,7 @@ def export_run(
     whole_vocabulary: bool = False,
     **facts: Any,
 ) -> Path:
-    """Export the trained model of a run to ``export`` in its folder.
+    """Export the trained model of a run to ``export`` in its folder, and return that path.
 
     Parameters
     ----------
@@ -295,11 +295,6 @@ def export_run(
         ``export-whole``.
     **facts
         For the card: what the run's folder does not hold, or holds wrongly.
-
-    Returns
-    -------
-    Path
-        The folder.
 
     Raises
     ------
