@@ -5,7 +5,6 @@ import gzip
 import json
 import logging
 import lzma
-import os
 import subprocess
 import sys
 import tempfile
@@ -366,7 +365,8 @@ def test_documents_are_mapped_from_the_folder_that_is_named_or_one_that_goes(sha
 def test_a_full_disk_and_one_that_fails_are_told_apart(shards, tmp_path, monkeypatch):
     folder = tmp_path / "temporary"
     folder.mkdir()
-    (folder / f"documents.arrow.{os.getpid()}.building").symlink_to("/dev/full")
+    monkeypatch.setattr(corpus.secrets, "token_hex", lambda length: "random")
+    (folder / "documents.arrow.random.building").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"cannot write to .*temporary .*No space left"):
         load_documents(shards, folder=folder)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
