@@ -3,9 +3,11 @@
 A model of a few million parameters cannot learn the world from the few minutes of training that a
 laptop affords, but it can learn a small world that is told often enough. So this text trades
 breadth for repetition: some 1,700 true facts, each stated dozens of times in varying terms and
-order. A held-out article then tells known facts in sentences not seen together before, and
-`cloze_questions` can ask what was learned. The price: it is a generated text, with the sameness of
-one, and losses on it say nothing about losses on real prose.
+order. The price: it is a generated text, with the sameness of one, and losses on it say nothing
+about losses on real prose.
+
+What was learned, `cloze_questions` can ask in three ways, because the writer holds some things
+back: of every asked fact one wording, and of some facts the way from the answer to the subject.
 
 The facts are in ``data/encyclopedia.json``, the phrasings in ``data/phrases.json``. Names of
 territories, currencies and languages come from the Unicode CLDR; they are frozen in the table
@@ -20,6 +22,7 @@ import random
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
+from string import Formatter
 from typing import Any, NamedTuple
 
 from tinytrain.common import atomic_write
@@ -30,29 +33,45 @@ _FACT_ARTICLES = 5000
 _ARITHMETIC_ARTICLES = 350
 
 _Entity = dict[str, Any]
+_Template = str | dict[str, Any]  # a bare text, or {"say": text, "only": ..., "except": ...}
 
 
 class Question(NamedTuple):
-    """One cloze question: a prompt that the encyclopedia continues with the answer."""
+    """One cloze question: a prompt that is continued with the answer.
+
+    The ``kind`` says what the text tells of it:
+
+    - ``"told"``: the prompt with its answer, word for word;
+    - ``"reworded"``: the same fact, but never in this wording, which it uses for other subjects;
+    - ``"reversed"``: the fact, but only in the other direction, from the answer to what the prompt
+      names; the wording again for other subjects.
+    """
 
     prompt: str
     answer: str
     domain: str
+    kind: str
 
 
 class _Field(NamedTuple):
     """How to talk about one kind of fact.
 
-    The first sentence of ``says`` is the plain one. Where ``cloze`` is true it is also a question:
-    everything before the value is the prompt, so no other sentence may continue that prompt.
-    ``brief`` is the fact as one clause of an entry that names its subject once, at the start.
+    The first sentence of ``says`` is the plain one. Where there are ``rotated`` ones, the plain one
+    is the question "told", and each subject does without one of them, in turn: its question
+    "reworded". ``back`` and ``back_asks`` go from the value to the subject. Where there is a
+    ``reversed`` sentence, half of the subjects do without all of these: their question "reversed".
     """
 
-    label: str
-    brief: str
-    says: list[str]
-    asks: list[str]
-    cloze: bool = False
+    label: str  # "the <label> of <subject>"
+    topic: str  # what an article about this kind of fact is about
+    says: list[_Template]
+    brief: list[_Template] = []  # a clause after the subject; one with "的" may follow the others
+    rotated: list[_Template] = []
+    back: list[_Template] = []
+    reversed: list[_Template] = []
+    asks: list[_Template] = []
+    back_asks: list[_Template] = []
+    same: list[str] = []  # of several subjects with the same value
     weight: int = 1
 
 
@@ -60,8 +79,8 @@ class _Domain(NamedTuple):
     """How to talk about one kind of thing, and the kinds of facts told about it."""
 
     noun: str
+    called: str  # a subject that was not mentioned before
     pronouns: list[str]
-    opens: list[str]
     fields: dict[str, _Field]
 
 
@@ -101,6 +120,25 @@ def _deck(rnd: random.Random, items: Sequence[Any]) -> Iterator[Any]:
         yield from _shuffled(rnd, items)
 
 
+def _fitting(templates: Sequence[_Template], entity: _Entity) -> list[str]:
+    """Return the templates that are true and natural for an entity.
+
+    It has to have all that they name. Besides, ``"only": {"kind": ["省"]}`` demands one of these
+    values, and ``"except"`` rules them out.
+    """
+    texts = []
+    for template in templates:
+        rule = {"say": template} if isinstance(template, str) else template
+        names = {name for _, name, _, _ in Formatter().parse(rule["say"]) if name}
+        if (
+            names <= entity.keys()
+            and all(entity.get(key) in some for key, some in rule.get("only", {}).items())
+            and all(entity.get(key) not in some for key, some in rule.get("except", {}).items())
+        ):
+            texts.append(rule["say"])
+    return texts
+
+
 class _Writer:
     """The decks of one domain; each kind of article draws about `target` characters from them."""
 
@@ -112,122 +150,170 @@ class _Writer:
         shared: dict[str, list[str]],
     ) -> None:
         self.rnd, self.domain, self.entities, self.shared = rnd, domain, entities, shared
-        self.leads = _deck(rnd, entities)
-        self.others = _deck(rnd, entities)
-        facts = [
-            (e, key)
-            for e in entities
-            for key, field in domain.fields.items()
-            if key in e
-            for _ in range(field.weight)
-        ]
-        self.size = len(facts)
-        self.facts = _deck(rnd, facts)
-        self.kinds = _deck(
-            rnd, ["portrait"] * 4 + ["quiz"] * 2 + ["compare"] * 2 + ["listing", "notes"]
-        )
-        self.phrasings: dict[tuple[str, str, bool], Iterator[str]] = {}
+        self.leads, self.others = _deck(rnd, entities), _deck(rnd, entities)
+        self.turn = {  # its place among the subjects with this kind of fact
+            (entity["name"], key): number
+            for key in domain.fields
+            for number, entity in enumerate(e for e in entities if key in e)
+        }
+        weighted = [(e, k) for e in entities for k, f in self.fields(e) for _ in range(f.weight)]
+        self.size, self.facts = len(weighted), _deck(rnd, weighted)
+        kinds = ["portrait"] * 4 + ["quiz"] * 2 + ["compare"] * 2 + ["listing", "notes"]
+        self.kinds = _deck(rnd, kinds)
+        self.phrasings: dict[tuple[str, str, str], tuple[list[str], Iterator[str]]] = {}
 
-    def phrasing(self, entity: _Entity, key: str, ask: bool) -> str:
-        """Deal the phrasings of each single fact evenly, the plain one twice as often."""
-        deck = self.phrasings.get((entity["name"], key, ask))
-        if deck is None:
+    def fields(self, entity: _Entity) -> list[tuple[str, _Field]]:
+        return [(key, field) for key, field in self.domain.fields.items() if key in entity]
+
+    def kept_back(self, entity: _Entity, key: str) -> str | None:
+        """Return the wording in which this fact is never told."""
+        rotated = _fitting(self.domain.fields[key].rotated, entity)
+        return rotated[self.turn[entity["name"], key] % len(rotated)] if rotated else None
+
+    def one_way(self, entity: _Entity, key: str) -> bool:
+        """Return whether this fact is never told from the value to the subject."""
+        field = self.domain.fields[key]
+        # In step with the rotation, some wordings would be kept back from these subjects only.
+        return bool(field.reversed) and self.turn[entity["name"], key] // len(field.rotated) % 2 > 0
+
+    def phrasings_of(self, entity: _Entity, key: str, use: str) -> tuple[list[str], Iterator[str]]:
+        """Return the templates for a fact and a deck of them: to "say", "ask", "pair", "brief"."""
+        if (entity["name"], key, use) not in self.phrasings:
             field = self.domain.fields[key]
-            deck = _deck(self.rnd, field.asks if ask else (field.says[0], *field.says))
-            self.phrasings[entity["name"], key, ask] = deck
-        return next(deck)
+            templates = [*field.says[:1], *field.says, *field.rotated]  # the plain one twice
+            templates = {"brief": field.brief, "ask": field.asks}.get(use, templates)
+            if not self.one_way(entity, key):
+                back = {"say": [*field.back, *field.reversed], "ask": field.back_asks}
+                templates = [*templates, *back.get(use, [])]
+            kept = self.kept_back(entity, key)
+            found = [text for text in _fitting(templates, entity) if text != kept]
+            self.phrasings[entity["name"], key, use] = found, _deck(self.rnd, found)
+        return self.phrasings[entity["name"], key, use]
 
-    def say(self, entity: _Entity, key: str, pronoun: bool = False, link: bool = False) -> str:
-        template = self.phrasing(entity, key, ask=False)
-        plain = template == self.domain.fields[key].says[0]
-        subject_first = template.startswith("{name}")
-        if pronoun and subject_first and not plain and self.rnd.random() < 0.5:
-            template = _pick(self.rnd, self.domain.pronouns) + template.removeprefix("{name}")
-        if link and subject_first and self.rnd.random() < 0.25:
-            template = self.shared_phrase("links") + template
-        return template.format(**entity)
+    def phrase(self, entity: _Entity, key: str, use: str) -> str:
+        """Deal the phrasings of each single fact evenly."""
+        return next(self.phrasings_of(entity, key, use)[1])
 
-    def ask(self, entity: _Entity, key: str) -> str:
-        return self.phrasing(entity, key, ask=True).format(**entity)
+    def keys(self, entity: _Entity, *first: str, brief: bool = False) -> list[str]:
+        """Return the kinds of facts of an entity, in any order after the first ones."""
+        keys = [*first, *_shuffled(self.rnd, [k for k, _ in self.fields(entity) if k not in first])]
+        return [k for k in keys if not brief or self.phrasings_of(entity, k, "brief")[0]]
+
+    def called(self, entity: _Entity, again: bool = False) -> str:
+        """Name a subject; one that was mentioned before, sometimes with a pronoun."""
+        pronoun = again and self.rnd.random() < 0.4
+        names = self.domain.pronouns if pronoun else [self.domain.called]
+        return _pick(self.rnd, names).format(**entity)
 
     def shared_phrase(self, kind: str, /, **values: str) -> str:
         """Pick a phrase that all domains share."""
-        return _pick(self.rnd, self.shared[kind]).format(**values)
-
-    def keys(self, entity: _Entity) -> list[str]:
-        return _shuffled(self.rnd, [k for k in self.domain.fields if k in entity])
+        return _pick(self.rnd, self.shared[kind]).format(noun=self.domain.noun, **values)
 
     def another(self, *taken: _Entity) -> _Entity:
         return next(e for e in self.others if all(e is not t for t in taken))
 
     def article(self) -> str:
-        target = 165 + _below(self.rnd, 150)
-        parts = getattr(self, next(self.kinds))(target)
-        if self.rnd.random() < 0.25:
-            parts.append(self.shared_phrase("closes"))
-        return "".join(parts).rstrip()
+        parts = getattr(self, next(self.kinds))(165 + _below(self.rnd, 150))
+        return "".join(parts).strip()
 
-    def tell(self, entity: _Entity) -> list[str]:
-        """Tell all facts of one entity, as sentences or as one dictionary entry."""
-        keys = self.keys(entity)
-        if self.rnd.random() < 0.3:
-            clauses = [self.domain.fields[key].brief.format(**entity) for key in keys]
-            return ["，".join([entity["name"], *clauses]) + "。"]
-        return [self.say(entity, key, pronoun=i > 0, link=i > 0) for i, key in enumerate(keys)]
+    def say(self, entity: _Entity, key: str, again: bool = False) -> str:
+        text = self.phrase(entity, key, "say")
+        if again and text.startswith("{name}"):
+            text = self.called(entity, again) + text.removeprefix("{name}")
+        return (self.shared_phrase("links") if again else "") + text.format(**entity)
+
+    def clauses(self, entity: _Entity, keys: Sequence[str]) -> list[str]:
+        clauses = [self.phrase(entity, key, "brief").format(**entity) for key in keys]
+        return sorted(clauses, key=lambda clause: clause.startswith("的"))
+
+    def tell(self, entity: _Entity, keys: Sequence[str]) -> list[str]:
+        """Tell facts of one subject, up to three in a sentence."""
+        sentences: list[str] = []
+        while keys:
+            size = _pick(self.rnd, (1, 2, 2, 3))
+            some, keys = keys[:size], keys[size:]
+            brief = [k for k in some if self.phrasings_of(entity, k, "brief")[0]]
+            if len(brief) > 1:
+                first, *more = self.clauses(entity, brief)
+                subject = self.called(entity, again=bool(sentences))
+                clauses = [subject + first, *(clause.removeprefix("的") for clause in more)]
+                sentences.append("，".join(clauses) + "。")
+                some = [key for key in some if key not in brief]
+            for key in some:
+                sentences.append(self.say(entity, key, again=bool(sentences)))
+        return sentences
+
+    def pair(self, entities: Sequence[_Entity], key: str) -> str:
+        """Say the same of several subjects in one sentence."""
+        field, values = self.domain.fields[key], {entity[key] for entity in entities}
+        *names, last = (entity["name"] for entity in entities)
+        if not names or (len(values) == 1 and not field.same):
+            return "".join(self.say(entity, key) for entity in entities)
+        if len(values) == 1:
+            names = "、".join(names) + "和" + last
+            return _pick(self.rnd, field.same).format(**entities[0] | {"names": names})
+        shared, *others = (self.phrasings_of(entity, key, "pair")[0] for entity in entities)
+        text = _pick(self.rnd, [text for text in shared if all(text in some for some in others)])
+        join = _pick(self.rnd, ("，而", "，", "；") if len(entities) == 2 else ("，", "；"))
+        return join.join(text.format(**entity)[:-1] for entity in entities) + "。"
 
     def portrait(self, target: int) -> list[str]:
         taken = [next(self.leads)]
-        title = f"{taken[0]['name']}\n" if self.rnd.random() < 0.3 else ""
-        parts = [title + _pick(self.rnd, self.domain.opens).format(**taken[0])]
-        parts += self.tell(taken[0])
-        while sum(map(len, parts)) < target:
+        parts = [self.shared_phrase("opens", name=self.called(taken[0]))]
+        while True:
+            parts += self.tell(taken[-1], self.keys(taken[-1]))
+            if sum(map(len, parts)) >= target:
+                return [*parts, self.shared_phrase("closes")]
             taken.append(self.another(*taken[-6:]))
-            if self.rnd.random() < 0.6:
-                parts.append(self.shared_phrase("turns", **taken[-1]))
-            parts += self.tell(taken[-1])
-        return parts
-
-    def quiz(self, target: int) -> list[str]:
-        parts = [self.shared_phrase("quiz_opens", noun=self.domain.noun)]
-        while sum(map(len, parts)) < target:
-            question = "\n" + self.ask(*next(self.facts))
-            if question not in parts:
-                parts.append(question)
-        return [*parts, "\n"]
+            before, name = map(self.called, taken[-2:])
+            parts.append(self.shared_phrase("turns", before=before, name=name))
 
     def notes(self, target: int) -> list[str]:
-        parts = [self.shared_phrase("note_opens", noun=self.domain.noun)]
+        parts = [self.shared_phrase("note_opens")]
         while sum(map(len, parts)) < target:
-            sentence = self.say(*next(self.facts), link=len(parts) > 1)
-            if sentence not in parts:
-                parts.append(sentence)
+            entity, key = next(self.facts)
+            keys = self.keys(entity, key)[: 1 + _below(self.rnd, 3)]
+            parts += [text for text in self.tell(entity, keys) if text not in parts]
+        return [*parts, self.shared_phrase("closes")]
+
+    def quiz(self, target: int) -> list[str]:
+        parts = [self.shared_phrase("quiz_opens")]
+        while sum(map(len, parts)) < target:
+            entity, key = next(self.facts)
+            keys = self.keys(entity, key, brief=True)[:2]
+            if key in keys and len(keys) == 2 and self.rnd.random() < 0.4:
+                labels = {x: self.domain.fields[k].label for x, k in zip("ab", keys, strict=True)}
+                clauses = (text.removeprefix("的") for text in self.clauses(entity, keys))
+                values = {"name": self.called(entity), "answer": "，".join(clauses)} | labels
+                question = self.shared_phrase("double_asks", **values)
+            elif self.phrasings_of(entity, key, "ask")[0]:
+                question = self.phrase(entity, key, "ask").format(**entity)
+            if "\n" + question not in parts:
+                parts.append("\n" + question)
         return parts
 
     def listing(self, target: int) -> list[str]:
-        _, key = next(self.facts)
-        label = self.domain.fields[key].label
-        parts = [self.shared_phrase("list_opens", noun=self.domain.noun, label=label)]
-        for other in _shuffled(self.rnd, [e for e in self.entities if key in e]):
-            if sum(map(len, parts)) >= target:
-                break
-            parts.append(self.say(other, key))
+        """Tell one kind of fact of many subjects, or which of them have a value in common."""
+        entity, key = next(self.facts)
+        parts = [self.shared_phrase("list_opens", topic=self.domain.fields[key].topic)]
+        rest = _shuffled(self.rnd, [e for e in self.entities if key in e])
+        while rest and sum(map(len, parts)) < target:
+            alike = [e for e in rest if e[key] == rest[0][key]]
+            size = 1 + _below(self.rnd, 4)
+            some = alike[:size] if self.domain.fields[key].same and len(alike) > 1 else rest[:size]
+            rest = [e for e in rest if e not in some]
+            parts.append(self.pair(some, key))
         return parts
 
     def compare(self, target: int) -> list[str]:
         a = next(self.leads)
         b = self.another(a)
-        parts = [self.shared_phrase("compare_opens", a=a["name"], b=b["name"])]
-        while True:
-            for key in self.keys(a):
-                if key in b:
-                    plain = self.domain.fields[key].says[0]
-                    joins = ("，同样，",) if a[key] == b[key] else ("，而", "；", "，")
-                    join = _pick(self.rnd, joins)
-                    parts.append(plain.format(**a)[:-1] + join + plain.format(**b))
-            if sum(map(len, parts)) >= target:
-                return parts
-            a, b = b, self.another(a, b)
-            parts.append(self.shared_phrase("compare_turns", a=a["name"], b=b["name"]))
+        kind, parts = "compare_opens", []
+        while sum(map(len, parts)) < target:
+            parts.append(self.shared_phrase(kind, a=self.called(a), b=self.called(b)))
+            parts += [self.pair([a, b], key) for key in self.keys(a) if key in b]
+            a, b, kind = b, self.another(a, b), "compare_turns"
+        return parts
 
 
 def _arithmetic_article(rnd: random.Random, phrases: dict[str, Any]) -> str:
@@ -308,22 +394,26 @@ def cloze_questions() -> list[Question]:
     Returns
     -------
     list of Question
-        In the order of the table. The prompt ends right before the answer, does not contain it, and
-        is continued by nothing else anywhere in the text. No question is on arithmetic.
+        In the order of the table: told, reworded and, of half of the facts that could be told
+        either way, reversed. The prompt ends right before the answer, does not contain it, and is
+        continued by nothing else anywhere in the text. No question is on arithmetic.
 
     Examples
     --------
     >>> cloze_questions()[0]
-    Question(prompt='中国的首都是', answer='北京', domain='countries')
+    Question(prompt='中国的首都是', answer='北京', domain='countries', kind='told')
     """
     questions, facts = [], _load("encyclopedia.json")
     for name, domain in _domains(_load("phrases.json")).items():
+        writer = _Writer(random.Random(0), domain, facts[name], {})
         for key, field in domain.fields.items():
-            if not field.cloze:
-                continue
-            before = field.says[0].partition("{" + key + "}")[0]
-            for entity in facts[name]:
-                prompt, answer = before.format(**entity), entity.get(key, "")
-                if len(answer) > 1 and answer not in prompt:
-                    questions.append(Question(prompt, answer, name))
+            for entity in (e for e in facts[name] if key in e and field.rotated):
+                asked = [("told", key, field.says[0])]
+                asked.append(("reworded", key, writer.kept_back(entity, key)))
+                if writer.one_way(entity, key):
+                    asked.append(("reversed", "name", field.reversed[0]))
+                for kind, value, text in asked:
+                    before, _, after = text.format(**entity | {value: "\0"}).partition("\0")
+                    if entity[value] not in before:
+                        questions.append(Question(before, entity[value], name, kind))
     return questions
