@@ -158,8 +158,8 @@ class _Writer:
         }
         weighted = [(e, k) for e in entities for k, f in self.fields(e) for _ in range(f.weight)]
         self.size, self.facts = len(weighted), _deck(rnd, weighted)
-        kinds = ["portrait"] * 4 + ["quiz"] * 2 + ["compare"] * 2 + ["listing", "notes"]
-        self.kinds = _deck(rnd, kinds)
+        kinds = {"portrait": 4, "quiz": 2, "compare": 3, "listing": 2, "notes": 1}
+        self.kinds = _deck(rnd, [kind for kind, number in kinds.items() for _ in range(number)])
         self.phrasings: dict[tuple[str, str, str], tuple[list[str], Iterator[str]]] = {}
 
     def fields(self, entity: _Entity) -> list[tuple[str, _Field]]:
@@ -180,7 +180,8 @@ class _Writer:
         """Return the templates for a fact and a deck of them: to "say", "ask", "pair", "brief"."""
         if (entity["name"], key, use) not in self.phrasings:
             field = self.domain.fields[key]
-            templates = [*field.says[:1], *field.says, *field.rotated]  # the plain one twice
+            often = 2 if field.rotated else 1  # the plain one once more, or twice if asked for
+            templates = [*field.says[:1] * often, *field.says, *field.rotated]
             templates = {"brief": field.brief, "ask": field.asks}.get(use, templates)
             if not self.one_way(entity, key):
                 back = {"say": [*field.back, *field.reversed], "ask": field.back_asks}
