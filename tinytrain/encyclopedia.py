@@ -143,27 +143,19 @@ class _Writer:
     """The decks of one domain; each kind of article draws about `target` characters from them."""
 
     def __init__(
-        self,
-        rnd: random.Random,
-        domain: _Domain,
-        entities: list[_Entity],
-        shared: dict[str, list[str]],
+        self, rnd: random.Random, domain: _Domain, entities: list[_Entity], shared: dict[str, Any]
     ) -> None:
         self.rnd, self.domain, self.entities, self.shared = rnd, domain, entities, shared
         self.leads, self.others = _deck(rnd, entities), _deck(rnd, entities)
-        self.turn = {  # its place among the subjects with this kind of fact
-            (entity["name"], key): number
-            for key in domain.fields
-            for number, entity in enumerate(e for e in entities if key in e)
-        }
-        weighted = [(e, k) for e in entities for k, f in self.fields(e) for _ in range(f.weight)]
+        self.turn, weighted = {}, []
+        for key, field in domain.fields.items():
+            for number, entity in enumerate(e for e in entities if key in e):
+                self.turn[entity["name"], key] = number
+                weighted += [(entity, key)] * field.weight
         self.size, self.facts = len(weighted), _deck(rnd, weighted)
         kinds = {"portrait": 4, "quiz": 2, "compare": 3, "listing": 2, "notes": 1}
         self.kinds = _deck(rnd, [kind for kind, number in kinds.items() for _ in range(number)])
-        self.phrasings: dict[tuple[str, str, str], tuple[list[str], Iterator[str]]] = {}
-
-    def fields(self, entity: _Entity) -> list[tuple[str, _Field]]:
-        return [(key, field) for key, field in self.domain.fields.items() if key in entity]
+        self.dealt: dict[tuple[str, str, str], tuple[list[str], Iterator[str]]] = {}
 
     def kept_back(self, entity: _Entity, key: str) -> str | None:
         """Return the wording in which this fact is never told."""
@@ -176,29 +168,22 @@ class _Writer:
         # In step with the rotation, some wordings would be kept back from these subjects only.
         return bool(field.reversed) and self.turn[entity["name"], key] // len(field.rotated) % 2 > 0
 
-    def phrasings_of(self, entity: _Entity, key: str, use: str) -> tuple[list[str], Iterator[str]]:
-        """Return the templates for a fact and a deck of them: to "say", "ask", "pair", "brief"."""
-        if (entity["name"], key, use) not in self.phrasings:
+    def phrasings(self, entity: _Entity, key: str, use: str) -> tuple[list[str], Iterator[str]]:
+        """Return what may be said of a fact, and a deck of it: to say, pair, ask or be brief."""
+        if (entity["name"], key, use) not in self.dealt:
             field = self.domain.fields[key]
             often = 2 if field.rotated else 1  # the plain one once more, or twice if asked for
             templates = [*field.says[:1] * often, *field.says, *field.rotated]
-            templates = {"brief": field.brief, "ask": field.asks}.get(use, templates)
+            templates = {"ask": field.asks, "brief": field.brief}.get(use, templates)
             if not self.one_way(entity, key):
                 back = {"say": [*field.back, *field.reversed], "ask": field.back_asks}
                 templates = [*templates, *back.get(use, [])]
             kept = self.kept_back(entity, key)
             found = [text for text in _fitting(templates, entity) if text != kept]
-            self.phrasings[entity["name"], key, use] = found, _deck(self.rnd, found)
-        return self.phrasings[entity["name"], key, use]
-
-    def phrase(self, entity: _Entity, key: str, use: str) -> str:
-        """Deal the phrasings of each single fact evenly."""
-        return next(self.phrasings_of(entity, key, use)[1])
-
-    def keys(self, entity: _Entity, *first: str, brief: bool = False) -> list[str]:
-        """Return the kinds of facts of an entity, in any order after the first ones."""
-        keys = [*first, *_shuffled(self.rnd, [k for k, _ in self.fields(entity) if k not in first])]
-        return [k for k in keys if not brief or self.phrasings_of(entity, k, "brief")[0]]
+            if use == "pair":  # "On a map, A is here, and on a map, B is there" is no good style
+                found = [text for text in found if "，" not in text]
+            self.dealt[entity["name"], key, use] = found, _deck(self.rnd, found)
+        return self.dealt[entity["name"], key, use]
 
     def called(self, entity: _Entity, again: bool = False) -> str:
         """Name a subject; one that was mentioned before, sometimes with a pronoun."""
@@ -207,25 +192,28 @@ class _Writer:
         return _pick(self.rnd, names).format(**entity)
 
     def shared_phrase(self, kind: str, /, **values: str) -> str:
-        """Pick a phrase that all domains share."""
         return _pick(self.rnd, self.shared[kind]).format(noun=self.domain.noun, **values)
+
+    def keys(self, entity: _Entity, *first: str) -> list[str]:
+        return [
+            *first,
+            *_shuffled(self.rnd, [k for k in self.domain.fields if k in entity and k not in first]),
+        ]
 
     def another(self, *taken: _Entity) -> _Entity:
         return next(e for e in self.others if all(e is not t for t in taken))
 
-    def article(self) -> str:
-        parts = getattr(self, next(self.kinds))(165 + _below(self.rnd, 150))
-        return "".join(parts).strip()
-
     def say(self, entity: _Entity, key: str, again: bool = False) -> str:
-        text = self.phrase(entity, key, "say")
+        text = next(self.phrasings(entity, key, "say")[1])
         if again and text.startswith("{name}"):
             text = self.called(entity, again) + text.removeprefix("{name}")
         return (self.shared_phrase("links") if again else "") + text.format(**entity)
 
-    def clauses(self, entity: _Entity, keys: Sequence[str]) -> list[str]:
-        clauses = [self.phrase(entity, key, "brief").format(**entity) for key in keys]
-        return sorted(clauses, key=lambda clause: clause.startswith("的"))
+    def clauses(self, entity: _Entity, keys: Sequence[str]) -> list[tuple[str, str]]:
+        """Return the facts that can be told in a clause, those with a subject of their own last."""
+        decks = [(key, self.phrasings(entity, key, "brief")) for key in keys]
+        clauses = [(next(deck).format(**entity), key) for key, (some, deck) in decks if some]
+        return sorted(clauses, key=lambda clause: clause[0].startswith("的"))
 
     def tell(self, entity: _Entity, keys: Sequence[str]) -> list[str]:
         """Tell facts of one subject, up to three in a sentence."""
@@ -233,30 +221,34 @@ class _Writer:
         while keys:
             size = _pick(self.rnd, (1, 2, 2, 3))
             some, keys = keys[:size], keys[size:]
-            brief = [k for k in some if self.phrasings_of(entity, k, "brief")[0]]
-            if len(brief) > 1:
-                first, *more = self.clauses(entity, brief)
-                subject = self.called(entity, again=bool(sentences))
-                clauses = [subject + first, *(clause.removeprefix("的") for clause in more)]
-                sentences.append("，".join(clauses) + "。")
-                some = [key for key in some if key not in brief]
+            clauses = self.clauses(entity, some) if size > 1 else []
+            if len(clauses) > 1:
+                texts = [clauses[0][0], *(text.removeprefix("的") for text, _ in clauses[1:])]
+                sentences.append(self.called(entity, bool(sentences)) + "，".join(texts) + "。")
+                told = {key for _, key in clauses}
+                some = [key for key in some if key not in told]
             for key in some:
-                sentences.append(self.say(entity, key, again=bool(sentences)))
+                sentences.append(self.say(entity, key, bool(sentences)))
         return sentences
 
     def pair(self, entities: Sequence[_Entity], key: str) -> str:
-        """Say the same of several subjects in one sentence."""
-        field, values = self.domain.fields[key], {entity[key] for entity in entities}
+        """Say the same of several subjects in one sentence, if there is a sentence for it."""
+        values = {entity[key] for entity in entities}
         *names, last = (entity["name"] for entity in entities)
-        if not names or (len(values) == 1 and not field.same):
+        if names and len(values) == 1 and self.domain.fields[key].same:
+            text = _pick(self.rnd, self.domain.fields[key].same)
+            return text.format(**entities[0] | {"names": "、".join(names) + "和" + last})
+        first, *rest = (self.phrasings(entity, key, "pair")[0] for entity in entities)
+        shared = [text for text in first if all(text in some for some in rest)]
+        if not shared or len(values) < len(entities):
             return "".join(self.say(entity, key) for entity in entities)
-        if len(values) == 1:
-            names = "、".join(names) + "和" + last
-            return _pick(self.rnd, field.same).format(**entities[0] | {"names": names})
-        shared, *others = (self.phrasings_of(entity, key, "pair")[0] for entity in entities)
-        text = _pick(self.rnd, [text for text in shared if all(text in some for some in others)])
+        text = _pick(self.rnd, shared)
         join = _pick(self.rnd, ("，而", "，", "；") if len(entities) == 2 else ("，", "；"))
         return join.join(text.format(**entity)[:-1] for entity in entities) + "。"
+
+    def article(self) -> str:
+        parts = getattr(self, next(self.kinds))(165 + _below(self.rnd, 150))
+        return "".join(parts).strip()
 
     def portrait(self, target: int) -> list[str]:
         taken = [next(self.leads)]
@@ -281,39 +273,39 @@ class _Writer:
         parts = [self.shared_phrase("quiz_opens")]
         while sum(map(len, parts)) < target:
             entity, key = next(self.facts)
-            keys = self.keys(entity, key, brief=True)[:2]
-            if key in keys and len(keys) == 2 and self.rnd.random() < 0.4:
-                labels = {x: self.domain.fields[k].label for x, k in zip("ab", keys, strict=True)}
-                clauses = (text.removeprefix("的") for text in self.clauses(entity, keys))
-                values = {"name": self.called(entity), "answer": "，".join(clauses)} | labels
-                question = self.shared_phrase("double_asks", **values)
-            elif self.phrasings_of(entity, key, "ask")[0]:
-                question = self.phrase(entity, key, "ask").format(**entity)
-            if "\n" + question not in parts:
-                parts.append("\n" + question)
+            labels = {k: self.domain.fields[k].label for k in self.keys(entity, key)}
+            clauses = self.clauses(entity, [k for k, label in labels.items() if label][:2])
+            if len(clauses) == 2 and self.rnd.random() < 0.4:
+                values = {x: labels[k] for x, (_, k) in zip("ab", clauses, strict=True)}
+                values["answer"] = "，".join(text.removeprefix("的") for text, _ in clauses)
+                text = self.shared_phrase("double_asks", name=self.called(entity), **values)
+            else:
+                text = next(self.phrasings(entity, key, "ask")[1]).format(**entity)
+            if "\n" + text not in parts:
+                parts.append("\n" + text)
         return parts
 
     def listing(self, target: int) -> list[str]:
-        """Tell one kind of fact of many subjects, or which of them have a value in common."""
-        entity, key = next(self.facts)
+        """Tell one kind of fact of many subjects, together of those that have it in common."""
+        _, key = next(self.facts)
         parts = [self.shared_phrase("list_opens", topic=self.domain.fields[key].topic)]
         rest = _shuffled(self.rnd, [e for e in self.entities if key in e])
         while rest and sum(map(len, parts)) < target:
             alike = [e for e in rest if e[key] == rest[0][key]]
-            size = 1 + _below(self.rnd, 4)
-            some = alike[:size] if self.domain.fields[key].same and len(alike) > 1 else rest[:size]
+            if len(alike) == 1 or not self.domain.fields[key].same:
+                alike = rest
+            some = alike[: 1 + _below(self.rnd, 4)]
             rest = [e for e in rest if e not in some]
             parts.append(self.pair(some, key))
         return parts
 
     def compare(self, target: int) -> list[str]:
-        a = next(self.leads)
-        b = self.another(a)
-        kind, parts = "compare_opens", []
+        a, parts, kind = next(self.leads), [], "compare_opens"
         while sum(map(len, parts)) < target:
+            b = self.another(a)
             parts.append(self.shared_phrase(kind, a=self.called(a), b=self.called(b)))
             parts += [self.pair([a, b], key) for key in self.keys(a) if key in b]
-            a, b, kind = b, self.another(a, b), "compare_turns"
+            a, kind = b, "compare_turns"
         return parts
 
 
