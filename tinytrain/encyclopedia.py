@@ -1,13 +1,10 @@
 """A small Chinese encyclopedia, written by a program from a table of facts.
 
 A model of a few million parameters cannot learn the world from the few minutes of training that a
-laptop affords, but it can learn a small world that is told often enough. So this text trades
-breadth for repetition: some 1,700 true facts, each stated dozens of times in varying terms and
-order. The price: it is a generated text, with the sameness of one, and losses on it say nothing
-about losses on real prose.
-
-What was learned, `cloze_questions` can ask in three ways, because the writer holds some things
-back: of every asked fact one wording, and of some facts the way from the answer to the subject.
+laptop affords, but it can learn a small world that is told often enough: some 1,700 true facts,
+each dozens of times in varying terms and order. The price: it is a generated text, with the
+sameness of one, and losses on it say nothing about losses on real prose. The writer keeps some
+wordings and directions back, so that `cloze_questions` can ask for more than memory.
 
 The facts are in ``data/encyclopedia.json``, the phrasings in ``data/phrases.json``. Names of
 territories, currencies and languages come from the Unicode CLDR; they are frozen in the table
@@ -33,18 +30,15 @@ _FACT_ARTICLES = 5000
 _ARITHMETIC_ARTICLES = 350
 
 _Entity = dict[str, Any]
-_Template = str | dict[str, Any]  # a bare text, or {"say": text, "only": ..., "except": ...}
+_Template = str | dict[str, Any]  # a sentence, or {"say": sentence, "only": ..., "except": ...}
 
 
 class Question(NamedTuple):
-    """One cloze question: a prompt that is continued with the answer.
+    """One cloze question: a prompt, and the answer that continues it.
 
-    The ``kind`` says what the text tells of it:
-
-    - ``"told"``: the prompt with its answer, word for word;
-    - ``"reworded"``: the same fact, but never in this wording, which it uses for other subjects;
-    - ``"reversed"``: the fact, but only in the other direction, from the answer to what the prompt
-      names; the wording again for other subjects.
+    The ``kind`` says how the text tells it: ``"told"`` word for word; ``"reworded"`` never in this
+    wording, which it uses for other subjects; ``"reversed"`` only from the answer to what the
+    prompt names, while it tells of other subjects both ways.
     """
 
     prompt: str
@@ -56,16 +50,15 @@ class Question(NamedTuple):
 class _Field(NamedTuple):
     """How to talk about one kind of fact.
 
-    The first sentence of ``says`` is the plain one. Where there are ``rotated`` ones, the plain one
-    is the question "told", and each subject does without one of them, in turn: its question
-    "reworded". ``back`` and ``back_asks`` go from the value to the subject. Where there is a
-    ``reversed`` sentence, half of the subjects do without all of these: their question "reversed".
+    With ``rotated`` sentences it is asked for: "told" is the first of ``says``, "reworded" one of
+    the rotated, kept back from the subject. ``back`` and ``back_asks`` go from the value to the
+    subject; if there is a ``reversed`` sentence, half of the subjects do without all of these.
     """
 
-    label: str  # "the <label> of <subject>"
-    topic: str  # what an article about this kind of fact is about
+    label: str  # of a question for two kinds of facts, which leaves out those without
+    topic: str  # of an article
     says: list[_Template]
-    brief: list[_Template] = []  # a clause after the subject; one with "的" may follow the others
+    brief: list[_Template] = []  # clauses after the subject; those with "的" can stand alone
     rotated: list[_Template] = []
     back: list[_Template] = []
     reversed: list[_Template] = []
@@ -79,9 +72,9 @@ class _Domain(NamedTuple):
     """How to talk about one kind of thing, and the kinds of facts told about it."""
 
     noun: str
-    called: str  # a subject that was not mentioned before
+    called: str  # its name at first
     pronouns: list[str]
-    fields: dict[str, _Field]
+    fields: dict[str, _Field]  # in the order of a good sentence
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -90,11 +83,9 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def _domains(phrases: dict[str, Any]) -> dict[str, _Domain]:
-    domains = {}
-    for name, domain in phrases["domains"].items():
-        fields = {key: _Field(**field) for key, field in domain["fields"].items()}
-        domains[name] = _Domain(**{**domain, "fields": fields})
-    return domains
+    for domain in phrases["domains"].values():
+        domain["fields"] = {key: _Field(**field) for key, field in domain["fields"].items()}
+    return {name: _Domain(**domain) for name, domain in phrases["domains"].items()}
 
 
 def _below(rnd: random.Random, n: int) -> int:
@@ -121,19 +112,18 @@ def _deck(rnd: random.Random, items: Sequence[Any]) -> Iterator[Any]:
 
 
 def _fitting(templates: Sequence[_Template], entity: _Entity) -> list[str]:
-    """Return the templates that are true and natural for an entity.
+    """Return the sentences that an entity fits: it has all that they name, and obeys the rule.
 
-    It has to have all that they name. Besides, ``"only": {"kind": ["省"]}`` demands one of these
-    values, and ``"except"`` rules them out.
+    ``"only": {"kind": ["省"]}`` demands, and ``"except"`` excludes, values (``null`` for none).
     """
     texts = []
     for template in templates:
         rule = {"say": template} if isinstance(template, str) else template
-        names = {name for _, name, _, _ in Formatter().parse(rule["say"]) if name}
+        only, never = rule.get("only", {}), rule.get("except", {})
         if (
-            names <= entity.keys()
-            and all(entity.get(key) in some for key, some in rule.get("only", {}).items())
-            and all(entity.get(key) not in some for key, some in rule.get("except", {}).items())
+            all(name in entity for _, name, _, _ in Formatter().parse(rule["say"]) if name)
+            and all(entity.get(key) in values for key, values in only.items())
+            and not any(entity.get(key) in values for key, values in never.items())
         ):
             texts.append(rule["say"])
     return texts
@@ -147,15 +137,17 @@ class _Writer:
     ) -> None:
         self.rnd, self.domain, self.entities, self.shared = rnd, domain, entities, shared
         self.leads, self.others = _deck(rnd, entities), _deck(rnd, entities)
-        self.turn, weighted = {}, []
+        self.turn, self.texts, weighted = {}, {}, []
         for key, field in domain.fields.items():
             for number, entity in enumerate(e for e in entities if key in e):
                 self.turn[entity["name"], key] = number
                 weighted += [(entity, key)] * field.weight
+                for use in ("say", "ask", "pair", "brief"):
+                    self.texts[entity["name"], key, use] = self.templates(entity, key, use)
+        self.decks = {key: _deck(rnd, texts) for key, texts in self.texts.items()}
         self.size, self.facts = len(weighted), _deck(rnd, weighted)
         kinds = {"portrait": 4, "quiz": 2, "compare": 3, "listing": 2, "notes": 1}
         self.kinds = _deck(rnd, [kind for kind, number in kinds.items() for _ in range(number)])
-        self.dealt: dict[tuple[str, str, str], tuple[list[str], Iterator[str]]] = {}
 
     def kept_back(self, entity: _Entity, key: str) -> str | None:
         """Return the wording in which this fact is never told."""
@@ -168,25 +160,23 @@ class _Writer:
         # In step with the rotation, some wordings would be kept back from these subjects only.
         return bool(field.reversed) and self.turn[entity["name"], key] // len(field.rotated) % 2 > 0
 
-    def phrasings(self, entity: _Entity, key: str, use: str) -> tuple[list[str], Iterator[str]]:
-        """Return what may be said of a fact, and a deck of it: to say, pair, ask or be brief."""
-        if (entity["name"], key, use) not in self.dealt:
-            field = self.domain.fields[key]
-            often = 2 if field.rotated else 1  # the plain one once more, or twice if asked for
-            templates = [*field.says[:1] * often, *field.says, *field.rotated]
-            templates = {"ask": field.asks, "brief": field.brief}.get(use, templates)
-            if not self.one_way(entity, key):
-                back = {"say": [*field.back, *field.reversed], "ask": field.back_asks}
-                templates = [*templates, *back.get(use, [])]
-            kept = self.kept_back(entity, key)
-            found = [text for text in _fitting(templates, entity) if text != kept]
-            if use == "pair":  # "On a map, A is here, and on a map, B is there" is no good style
-                found = [text for text in found if "，" not in text]
-            self.dealt[entity["name"], key, use] = found, _deck(self.rnd, found)
-        return self.dealt[entity["name"], key, use]
+    def templates(self, entity: _Entity, key: str, use: str) -> list[str]:
+        """Return what can be said of a fact: to "say", "ask", "pair" with others or be "brief"."""
+        field, back = self.domain.fields[key], not self.one_way(entity, key)
+        if use == "brief":
+            return _fitting(field.brief, entity)
+        if use == "ask":
+            return _fitting(field.asks + field.back_asks * back, entity)
+        often = 3 if field.rotated else 1  # the plain one more often, as it is asked for
+        found = _fitting([*field.says[:1] * often, *field.says, *field.rotated], entity)
+        if use == "pair":  # "On a map, A is here, and on a map, B is there" is no good style
+            found = [text for text in found if "，" not in text]
+        elif back:
+            found += _fitting(field.back + field.reversed, entity)
+        return [text for text in found if text != self.kept_back(entity, key)]
 
     def called(self, entity: _Entity, again: bool = False) -> str:
-        """Name a subject; one that was mentioned before, sometimes with a pronoun."""
+        """Name a subject; one that the last sentence was about, sometimes with a pronoun."""
         pronoun = again and self.rnd.random() < 0.4
         names = self.domain.pronouns if pronoun else [self.domain.called]
         return _pick(self.rnd, names).format(**entity)
@@ -195,66 +185,60 @@ class _Writer:
         return _pick(self.rnd, self.shared[kind]).format(noun=self.domain.noun, **values)
 
     def keys(self, entity: _Entity, *first: str) -> list[str]:
-        return [
-            *first,
-            *_shuffled(self.rnd, [k for k in self.domain.fields if k in entity and k not in first]),
-        ]
+        rest = [key for key in self.domain.fields if key in entity and key not in first]
+        return [*first, *_shuffled(self.rnd, rest)]
 
     def another(self, *taken: _Entity) -> _Entity:
-        return next(e for e in self.others if all(e is not t for t in taken))
+        return next(e for e in self.others if e not in taken)
 
-    def say(self, entity: _Entity, key: str, again: bool = False) -> str:
-        text = next(self.phrasings(entity, key, "say")[1])
-        if again and text.startswith("{name}"):
-            text = self.called(entity, again) + text.removeprefix("{name}")
-        return (self.shared_phrase("links") if again else "") + text.format(**entity)
+    def joined(self, entity: _Entity, keys: Sequence[str], again: bool = False) -> str:
+        """Tell several facts of one subject as one sentence, if they can all be told briefly."""
+        names = [(entity["name"], key, "brief") for key in self.domain.fields if key in keys]
+        if len(names) < 2 or not all(self.texts[name] for name in names):
+            return ""
+        clauses = [next(self.decks[name]).format(**entity) for name in names]
+        clauses.sort(key=lambda clause: clause.startswith("的"))
+        more = ["，" + clause.removeprefix("的") for clause in clauses[1:]]
+        return self.called(entity, again) + clauses[0] + "".join(more)
 
-    def clauses(self, entity: _Entity, keys: Sequence[str]) -> list[tuple[str, str]]:
-        """Return the facts that can be told in a clause, those with a subject of their own last."""
-        decks = [(key, self.phrasings(entity, key, "brief")) for key in keys]
-        clauses = [(next(deck).format(**entity), key) for key, (some, deck) in decks if some]
-        return sorted(clauses, key=lambda clause: clause[0].startswith("的"))
-
-    def tell(self, entity: _Entity, keys: Sequence[str]) -> list[str]:
-        """Tell facts of one subject, up to three in a sentence."""
-        sentences: list[str] = []
-        while keys:
-            size = _pick(self.rnd, (1, 2, 2, 3))
-            some, keys = keys[:size], keys[size:]
-            clauses = self.clauses(entity, some) if size > 1 else []
-            if len(clauses) > 1:
-                texts = [clauses[0][0], *(text.removeprefix("的") for text, _ in clauses[1:])]
-                sentences.append(self.called(entity, bool(sentences)) + "，".join(texts) + "。")
-                told = {key for _, key in clauses}
-                some = [key for key in some if key not in told]
-            for key in some:
-                sentences.append(self.say(entity, key, bool(sentences)))
-        return sentences
-
-    def pair(self, entities: Sequence[_Entity], key: str) -> str:
-        """Say the same of several subjects in one sentence, if there is a sentence for it."""
-        values = {entity[key] for entity in entities}
-        *names, last = (entity["name"] for entity in entities)
-        if names and len(values) == 1 and self.domain.fields[key].same:
-            text = _pick(self.rnd, self.domain.fields[key].same)
-            return text.format(**entities[0] | {"names": "、".join(names) + "和" + last})
-        first, *rest = (self.phrasings(entity, key, "pair")[0] for entity in entities)
+    def single(self, entities: Sequence[_Entity], key: str, again: bool = False) -> str:
+        """Tell one kind of fact: of one subject, or of several in one sentence if there is one."""
+        values, same = {entity[key] for entity in entities}, self.domain.fields[key].same
+        first, *rest = (self.texts[entity["name"], key, "pair"] for entity in entities)
         shared = [text for text in first if all(text in some for some in rest)]
-        if not shared or len(values) < len(entities):
-            return "".join(self.say(entity, key) for entity in entities)
-        text = _pick(self.rnd, shared)
-        join = _pick(self.rnd, ("，而", "，", "；") if len(entities) == 2 else ("，", "；"))
-        return join.join(text.format(**entity)[:-1] for entity in entities) + "。"
+        if len(entities) > 1 and len(values) == 1 and same:
+            *names, last = (entity["name"] for entity in entities)
+            mark = "" if last[0] in "《“" else "、"  # quoted names are separated enough
+            names = mark.join(names) + "和" + last
+            return _pick(self.rnd, same).format(**entities[0] | {"names": names})
+        if 1 < len(entities) == len(values) and shared:
+            text = _pick(self.rnd, shared)
+            join = "，而" if len(entities) == 2 and self.rnd.random() < 0.5 else "，"
+            return join.join(text.format(**entity)[:-1] for entity in entities) + "。"
+        texts = [next(self.decks[entity["name"], key, "say"]) for entity in entities]
+        if again and texts[0].startswith("{name}"):
+            texts[0] = self.called(entities[0], again) + texts[0].removeprefix("{name}")
+        return "".join(text.format(**e) for text, e in zip(texts, entities, strict=True))
 
-    def article(self) -> str:
-        parts = getattr(self, next(self.kinds))(165 + _below(self.rnd, 150))
-        return "".join(parts).strip()
+    def tell(self, keys: list[str], *entities: _Entity) -> list[str]:
+        """Tell facts of one subject, or the same facts of two, up to three in a sentence."""
+        sentences: list[str] = []
+        named = (entities[0]["name"], self.called(entities[0]), "它", "这", "该")
+        while keys:
+            again = bool(sentences) and len(entities) == 1 and sentences[-1].startswith(named)
+            some = keys[: _pick(self.rnd, (1, 2, 2, 3, 3, 3) if len(entities) == 1 else (1, 1, 2))]
+            texts = [self.joined(entity, some, again) for entity in entities]
+            if not all(texts):
+                some, texts = some[:1], [self.single(entities, some[0], again)[:-1]]
+            sentences.append("，而".join(texts) + "。")
+            keys = keys[len(some) :]
+        return sentences
 
     def portrait(self, target: int) -> list[str]:
         taken = [next(self.leads)]
         parts = [self.shared_phrase("opens", name=self.called(taken[0]))]
         while True:
-            parts += self.tell(taken[-1], self.keys(taken[-1]))
+            parts += self.tell(self.keys(taken[-1]), taken[-1])
             if sum(map(len, parts)) >= target:
                 return [*parts, self.shared_phrase("closes")]
             taken.append(self.another(*taken[-6:]))
@@ -266,21 +250,20 @@ class _Writer:
         while sum(map(len, parts)) < target:
             entity, key = next(self.facts)
             keys = self.keys(entity, key)[: 1 + _below(self.rnd, 3)]
-            parts += [text for text in self.tell(entity, keys) if text not in parts]
+            parts += [text for text in self.tell(keys, entity) if text not in parts]
         return [*parts, self.shared_phrase("closes")]
 
     def quiz(self, target: int) -> list[str]:
         parts = [self.shared_phrase("quiz_opens")]
         while sum(map(len, parts)) < target:
             entity, key = next(self.facts)
-            labels = {k: self.domain.fields[k].label for k in self.keys(entity, key)}
-            clauses = self.clauses(entity, [k for k, label in labels.items() if label][:2])
-            if len(clauses) == 2 and self.rnd.random() < 0.4:
-                values = {x: labels[k] for x, (_, k) in zip("ab", clauses, strict=True)}
-                values["answer"] = "，".join(text.removeprefix("的") for text, _ in clauses)
-                text = self.shared_phrase("double_asks", name=self.called(entity), **values)
+            labels = {k: self.domain.fields[k].label for k in self.keys(entity, key)[:2]}
+            answer = self.joined(entity, list(labels)) if all(labels.values()) else ""
+            if answer and self.rnd.random() < 0.5:
+                values = dict(zip("ab", labels.values(), strict=True), name=self.called(entity))
+                text = self.shared_phrase("double_asks", answer=answer, **values)
             else:
-                text = next(self.phrasings(entity, key, "ask")[1]).format(**entity)
+                text = next(self.decks[entity["name"], key, "ask"]).format(**entity)
             if "\n" + text not in parts:
                 parts.append("\n" + text)
         return parts
@@ -292,11 +275,10 @@ class _Writer:
         rest = _shuffled(self.rnd, [e for e in self.entities if key in e])
         while rest and sum(map(len, parts)) < target:
             alike = [e for e in rest if e[key] == rest[0][key]]
-            if len(alike) == 1 or not self.domain.fields[key].same:
-                alike = rest
-            some = alike[: 1 + _below(self.rnd, 4)]
+            together = len(alike) > 1 and self.domain.fields[key].same
+            some = (alike if together else rest)[: 2 + _below(self.rnd, 3)]
             rest = [e for e in rest if e not in some]
-            parts.append(self.pair(some, key))
+            parts.append(self.single(some, key))
         return parts
 
     def compare(self, target: int) -> list[str]:
@@ -304,7 +286,7 @@ class _Writer:
         while sum(map(len, parts)) < target:
             b = self.another(a)
             parts.append(self.shared_phrase(kind, a=self.called(a), b=self.called(b)))
-            parts += [self.pair([a, b], key) for key in self.keys(a) if key in b]
+            parts += self.tell([key for key in self.keys(a) if key in b], a, b)
             a, kind = b, "compare_turns"
         return parts
 
@@ -349,7 +331,9 @@ def build_encyclopedia(seed: int = 2222) -> list[dict[str, str]]:
     for name, writer in writers.items():
         # As many articles as a domain has facts to tell, so that all facts are told equally often.
         count = round(_FACT_ARTICLES * writer.size / total)
-        articles += [(name, writer.article()) for _ in range(count)]
+        for _ in range(count):
+            parts = getattr(writer, next(writer.kinds))(165 + _below(rnd, 150))
+            articles.append((name, "".join(parts).strip()))
     for _ in range(_ARITHMETIC_ARTICLES):
         articles.append(("arithmetic", _arithmetic_article(rnd, phrases["arithmetic"])))
     unique = dict.fromkeys(_shuffled(rnd, articles))
@@ -387,9 +371,8 @@ def cloze_questions() -> list[Question]:
     Returns
     -------
     list of Question
-        In the order of the table: told, reworded and, of half of the facts that could be told
-        either way, reversed. The prompt ends right before the answer, does not contain it, and is
-        continued by nothing else anywhere in the text. No question is on arithmetic.
+        In the order of the table. The prompt ends right before the answer, does not contain it, and
+        is continued by nothing else anywhere in the text. No question is on arithmetic.
 
     Examples
     --------
@@ -406,7 +389,7 @@ def cloze_questions() -> list[Question]:
                 if writer.one_way(entity, key):
                     asked.append(("reversed", "name", field.reversed[0]))
                 for kind, value, text in asked:
-                    before, _, after = text.format(**entity | {value: "\0"}).partition("\0")
-                    if entity[value] not in before:
-                        questions.append(Question(before, entity[value], name, kind))
+                    prompt = text.partition("{" + value + "}")[0].format(**entity)
+                    if entity[value] not in prompt:
+                        questions.append(Question(prompt, entity[value], name, kind))
     return questions
