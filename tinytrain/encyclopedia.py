@@ -30,7 +30,7 @@ _FACT_ARTICLES = 5000
 _ARITHMETIC_ARTICLES = 350
 
 _Entity = dict[str, Any]
-_Template = str | dict[str, Any]  # a sentence, or {"say": sentence, "only": ..., "except": ...}
+_Template = str | dict[str, Any]  # or {"say": text, "except": {"name": ["金"]}}
 
 
 class Question(NamedTuple):
@@ -112,19 +112,13 @@ def _deck(rnd: random.Random, items: Sequence[Any]) -> Iterator[Any]:
 
 
 def _fitting(templates: Sequence[_Template], entity: _Entity) -> list[str]:
-    """Return the sentences that an entity fits: it has all that they name, and obeys the rule.
-
-    ``"only": {"kind": ["省"]}`` demands, and ``"except"`` excludes, values (``null`` for none).
-    """
+    """Return the sentences for an entity: it has all that they name, and is no exception."""
     texts = []
     for template in templates:
         rule = {"say": template} if isinstance(template, str) else template
-        only, never = rule.get("only", {}), rule.get("except", {})
-        if (
-            all(name in entity for _, name, _, _ in Formatter().parse(rule["say"]) if name)
-            and all(entity.get(key) in values for key, values in only.items())
-            and not any(entity.get(key) in values for key, values in never.items())
-        ):
+        named = (name for _, name, _, _ in Formatter().parse(rule["say"]) if name)
+        excepted = (entity.get(key) in values for key, values in rule.get("except", {}).items())
+        if all(name in entity for name in named) and not any(excepted):
             texts.append(rule["say"])
     return texts
 
@@ -228,7 +222,8 @@ class _Writer:
             again = bool(sentences) and len(entities) == 1 and sentences[-1].startswith(named)
             some = keys[: _pick(self.rnd, (1, 2, 2, 3, 3, 3) if len(entities) == 1 else (1, 1, 2))]
             texts = [self.joined(entity, some, again) for entity in entities]
-            if not all(texts):
+            alike = any(entity[key] == entities[0][key] for entity in entities[1:] for key in some)
+            if alike or not all(texts):
                 some, texts = some[:1], [self.single(entities, some[0], again)[:-1]]
             sentences.append("，而".join(texts) + "。")
             keys = keys[len(some) :]
@@ -257,11 +252,12 @@ class _Writer:
         parts = [self.shared_phrase("quiz_opens")]
         while sum(map(len, parts)) < target:
             entity, key = next(self.facts)
-            labels = {k: self.domain.fields[k].label for k in self.keys(entity, key)[:2]}
-            answer = self.joined(entity, list(labels)) if all(labels.values()) else ""
-            if answer and self.rnd.random() < 0.5:
-                values = dict(zip("ab", labels.values(), strict=True), name=self.called(entity))
-                text = self.shared_phrase("double_asks", answer=answer, **values)
+            keys = self.keys(entity, key)[:2]
+            a, b = self.domain.fields[keys[0]].label, self.domain.fields[keys[-1]].label
+            answer = self.joined(entity, keys) if a and b and self.rnd.random() < 0.5 else ""
+            if answer:
+                names = {"name": self.called(entity), "a": a, "b": b}
+                text = self.shared_phrase("double_asks", answer=answer, **names)
             else:
                 text = next(self.decks[entity["name"], key, "ask"]).format(**entity)
             if "\n" + text not in parts:
