@@ -1,10 +1,10 @@
 """A small Chinese encyclopedia, written by a program from a table of facts.
 
-A model of a few million parameters cannot learn the world from the few minutes of training that a
-laptop affords, but it can learn a small world that is told often enough: some 1,700 true facts,
-each dozens of times in varying terms and order. The price: it is a generated text, with the
-sameness of one, and losses on it say nothing about losses on real prose. The writer keeps some
-wordings and directions back, so that `cloze_questions` can ask for more than memory.
+A model of a few million parameters cannot learn the world in a few minutes on a laptop, but it can
+learn a small world that is told often enough: some 1,700 true facts, each dozens of times in
+varying terms and order. The price: it is a generated text, with the sameness of one, and losses on
+it say nothing about losses on real prose. The writer keeps some wordings and directions back, so
+that `cloze_questions` can ask for more than memory.
 
 The facts are in ``data/encyclopedia.json``, the phrasings in ``data/phrases.json``. Names of
 territories, currencies and languages come from the Unicode CLDR; they are frozen in the table
@@ -140,8 +140,8 @@ class _Writer:
                     self.texts[entity["name"], key, use] = self.templates(entity, key, use)
         self.decks = {key: _deck(rnd, texts) for key, texts in self.texts.items()}
         self.size, self.facts = len(weighted), _deck(rnd, weighted)
-        kinds = {"portrait": 4, "quiz": 2, "compare": 3, "listing": 2, "notes": 1}
-        self.kinds = _deck(rnd, [kind for kind, number in kinds.items() for _ in range(number)])
+        kinds = "portrait compare " * 3 + "portrait listing listing quiz quiz notes"
+        self.kinds = _deck(rnd, kinds.split())
 
     def kept_back(self, entity: _Entity, key: str) -> str | None:
         """Return the wording in which this fact is never told."""
@@ -166,7 +166,7 @@ class _Writer:
         if use == "pair":  # "On a map, A is here, and on a map, B is there" is no good style
             found = [text for text in found if "，" not in text]
         elif back:
-            found += _fitting(field.back + field.reversed, entity)
+            found += _fitting(field.back + field.reversed * 2, entity)
         return [text for text in found if text != self.kept_back(entity, key)]
 
     def called(self, entity: _Entity, again: bool = False) -> str:
@@ -244,8 +244,8 @@ class _Writer:
         parts = [self.shared_phrase("note_opens")]
         while sum(map(len, parts)) < target:
             entity, key = next(self.facts)
-            keys = self.keys(entity, key)[: 1 + _below(self.rnd, 3)]
-            parts += [text for text in self.tell(keys, entity) if text not in parts]
+            told = self.tell(self.keys(entity, key)[: 1 + _below(self.rnd, 3)], entity)
+            parts += told if told[0] not in parts else []
         return [*parts, self.shared_phrase("closes")]
 
     def quiz(self, target: int) -> list[str]:
@@ -256,8 +256,8 @@ class _Writer:
             a, b = self.domain.fields[keys[0]].label, self.domain.fields[keys[-1]].label
             answer = self.joined(entity, keys) if a and b and self.rnd.random() < 0.5 else ""
             if answer:
-                names = {"name": self.called(entity), "a": a, "b": b}
-                text = self.shared_phrase("double_asks", answer=answer, **names)
+                name = self.called(entity)
+                text = self.shared_phrase("double_asks", name=name, a=a, b=b, answer=answer)
             else:
                 text = next(self.decks[entity["name"], key, "ask"]).format(**entity)
             if "\n" + text not in parts:
