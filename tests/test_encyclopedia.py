@@ -21,7 +21,7 @@ from tinytrain import encyclopedia
 from tinytrain.encyclopedia import build_encyclopedia, cloze_questions, write_encyclopedia
 
 # Changes with every edit of facts or phrases, and must change with nothing else.
-SHA256 = "234961b54fc181b52195bc9425b167ca48cf5bce38d692251cd893b5147a1014"
+SHA256 = "6cdf09720735751ba57cdffd955d82ca8d46f480d76829288fb12de0a90d0001"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_size_and_domains_and_another_seed_gives_another_text(articles):
 def test_every_article_is_clean_prose_and_one_says_that_it_is_generated(articles):
     for body in (article["completion"] for article in articles):
         assert body == body.strip() and body[-1] in "。？", body
-        assert 30 < len(body) < 600, body
+        assert 80 < len(body) < 600, body
         assert not re.search(r"[{}]|None|  |。。|，。|，，|[A-Za-z]{4,}", body), body
     (about,) = [a["completion"] for a in articles if a["source"] == "tinytrain:about"]
     assert "程序生成" in about and "事实表" in about
@@ -284,7 +284,7 @@ def test_a_reversed_question_is_told_in_one_direction_only(text, texts, asked):
         if q.domain not in ("elements", "solar_terms"):  # short names, chains
             assert not re.search(rf"{entity[key]}[^。，？\n]*{entity['name']}", text), q
         others = [e for e in writer.entities if key in e and not writer.one_way(e, key)]
-        assert sum(texts[q.domain].count(prompt.format(**e) + e["name"]) for e in others) >= 10, q
+        assert sum(texts[q.domain].count(prompt.format(**e) + e["name"]) for e in others) >= 8, q
 
 
 WELL_KNOWN_FACTS = """

@@ -26,8 +26,7 @@ from tinytrain.common import atomic_write
 
 logger = logging.getLogger(__name__)
 
-_FACT_ARTICLES = 5000
-_ARITHMETIC_ARTICLES = 350
+_FACT_ARTICLES, _ARITHMETIC_ARTICLES = 5000, 350
 
 _Entity = dict[str, Any]
 _Template = str | dict[str, Any]  # or {"say": text, "except": {"name": ["金"]}}
@@ -78,7 +77,6 @@ class _Domain(NamedTuple):
 
 
 def _load(name: str) -> dict[str, Any]:
-    """Read a table of the package."""
     return json.loads((resources.files("tinytrain") / "data" / name).read_text(encoding="utf-8"))
 
 
@@ -166,7 +164,7 @@ class _Writer:
         if use == "pair":  # "On a map, A is here, and on a map, B is there" is no good style
             found = [text for text in found if "，" not in text]
         elif back:
-            found += _fitting(field.back + field.reversed * 2, entity)
+            found += _fitting(field.back + field.reversed * 3, entity)
         return [text for text in found if text != self.kept_back(entity, key)]
 
     def called(self, entity: _Entity, again: bool = False) -> str:
@@ -230,8 +228,8 @@ class _Writer:
         return sentences
 
     def portrait(self, target: int) -> list[str]:
-        taken = [next(self.leads)]
-        parts = [self.shared_phrase("opens", name=self.called(taken[0]))]
+        taken, parts = [next(self.leads)], []
+        parts.append(self.shared_phrase("opens", name=self.called(taken[0])))
         while True:
             parts += self.tell(self.keys(taken[-1]), taken[-1])
             if sum(map(len, parts)) >= target:
@@ -254,10 +252,9 @@ class _Writer:
             entity, key = next(self.facts)
             keys = self.keys(entity, key)[:2]
             a, b = self.domain.fields[keys[0]].label, self.domain.fields[keys[-1]].label
-            answer = self.joined(entity, keys) if a and b and self.rnd.random() < 0.5 else ""
-            if answer:
-                name = self.called(entity)
-                text = self.shared_phrase("double_asks", name=name, a=a, b=b, answer=answer)
+            answer = self.joined(entity, keys) if a and b and a != b else ""
+            if answer and self.rnd.random() < 0.6:
+                text = self.shared_phrase("two", name=self.called(entity), a=a, b=b, answer=answer)
             else:
                 text = next(self.decks[entity["name"], key, "ask"]).format(**entity)
             if "\n" + text not in parts:
@@ -265,16 +262,19 @@ class _Writer:
         return parts
 
     def listing(self, target: int) -> list[str]:
-        """Tell one kind of fact of many subjects, together of those that have it in common."""
-        _, key = next(self.facts)
-        parts = [self.shared_phrase("list_opens", topic=self.domain.fields[key].topic)]
-        rest = _shuffled(self.rnd, [e for e in self.entities if key in e])
-        while rest and sum(map(len, parts)) < target:
-            alike = [e for e in rest if e[key] == rest[0][key]]
-            together = len(alike) > 1 and self.domain.fields[key].same
-            some = (alike if together else rest)[: 2 + _below(self.rnd, 3)]
-            rest = [e for e in rest if e not in some]
-            parts.append(self.single(some, key))
+        """Tell one kind of fact of many subjects, and if there are few of them, another one."""
+        parts: list[str] = []
+        for key in self.keys(*next(self.facts)):
+            if sum(map(len, parts)) > target - 60:
+                break
+            field = self.domain.fields[key]
+            rest = _shuffled(self.rnd, [e for e in self.entities if key in e])
+            parts.append("\n" + self.shared_phrase("list_opens", topic=field.topic))
+            while rest and sum(map(len, parts)) < target:
+                alike = [e for e in rest if e[key] == rest[0][key]]
+                some = (alike if field.same and alike[1:] else rest)[: 2 + _below(self.rnd, 3)]
+                rest = [e for e in rest if e not in some]
+                parts.append(self.single(some, key))
         return parts
 
     def compare(self, target: int) -> list[str]:
@@ -293,9 +293,7 @@ def _arithmetic_article(rnd: random.Random, phrases: dict[str, Any]) -> str:
     while sum(map(len, parts)) < target:
         kind = _pick(rnd, list(phrases["sentences"]))
         a, b = 1 + _below(rnd, 60), 1 + _below(rnd, 39)
-        c, d = 1 + _below(rnd, 9), 1 + _below(rnd, 9)
-        if kind == "division":
-            d = max(d, 2)
+        c, d = 2 + _below(rnd, 24), 2 + _below(rnd, 8)
         values = {"a": a, "b": b, "sum": a + b, "c": c, "d": d, "product": c * d}
         if kind == "conversion":
             units = _pick(rnd, phrases["conversions"])
