@@ -159,12 +159,11 @@ class _Writer:
             return _fitting(field.brief, entity)
         if use == "ask":
             return _fitting(field.asks + field.back_asks * back, entity)
-        often = 3 if field.rotated else 1  # the plain one more often, as it is asked for
-        found = _fitting([*field.says[:1] * often, *field.says, *field.rotated], entity)
+        plain = field.says[:1] * 2 if field.rotated else []  # it is asked for
+        found = [*plain, *field.says, *field.rotated * 2, *field.reversed * (2 * back)]
+        found = _fitting(found + field.back * (back and use == "say"), entity)
         if use == "pair":  # "On a map, A is here, and on a map, B is there" is no good style
             found = [text for text in found if "，" not in text]
-        elif back:
-            found += _fitting(field.back + field.reversed * 3, entity)
         return [text for text in found if text != self.kept_back(entity, key)]
 
     def called(self, entity: _Entity, again: bool = False) -> str:
