@@ -1,5 +1,6 @@
 """Tests of finding held-out documents in the training set."""
 
+import re
 from itertools import product
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from tinytrain import duplicates
-from tinytrain.duplicates import drop_duplicates, find_duplicates
+from tinytrain.duplicates import drop_duplicates, find_duplicates, find_seen_sentences
 
 
 def split_of(train, test):
@@ -97,3 +98,43 @@ def test_what_makes_no_sense_is_refused():
             find_duplicates(split, threshold=threshold)
     with pytest.raises(ValueError, match="all 2 held-out .*test_size.*drop_duplicates=false"):
         drop_duplicates(split, find_duplicates(split))
+
+
+def test_seen_sentences_are_the_ones_that_a_plain_search_finds(caplog):
+    rng = np.random.default_rng(1)
+    known = ["".join(rng.choice(list("天地人你我他"), 3)) + mark for mark in "。！？；\n" * 30]
+    train, test = (["".join(rng.choice(known, 8)) + "没有句号" for _ in range(n)] for n in (12, 60))
+    found = find_seen_sentences(split_of(train, test))
+    told = {}
+    for row, text in enumerate(train):
+        for sentence in filter(None, re.split(r"(?<=[。！？；])|\n", text)):
+            told.setdefault(sentence, row)
+    expected = []
+    for row, text in enumerate(test):
+        start = 0
+        for sentence in re.split(r"(?<=[。！？；])|(?<=\n)", text):
+            bare = sentence.rstrip("\n")
+            if bare:
+                expected.append((row, start, start + len(bare), told.get(bare, -1)))
+            start += len(sentence)
+    assert list(zip(*(column.tolist() for column in found), strict=True)) == expected
+    seen = [row for row in expected if row[3] >= 0]
+    lengths = [sum(end - start for _, start, end, _ in rows) for rows in (seen, expected)]
+    assert 0.2 < found.shares()[0] == len(seen) / len(expected) < 0.9
+    assert found.shares()[1] == lengths[0] / lengths[1]
+    for row in range(60):
+        assert found.spans(row) == [(start, end) for r, start, end, _ in seen if r == row]
+
+
+def test_white_space_and_closing_quotes_and_empty_texts_of_sentences():
+    train = ["他说：“走吧。”\u3000然后 走了。\n\n题目", ""]
+    test = ["", "然后  走了。 他说：“走吧。”", " \n 题目 \n", "题目。", "说：“走吧。”"]
+    found = find_seen_sentences(split_of(train, test))
+    assert [test[row][a:b] for row in range(5) for a, b in found.spans(row)] == [
+        "然后  走了。",
+        "他说：“走吧。”",
+        "题目",
+    ]
+    assert found.train.tolist() == [0, 0, 0, -1, -1]
+    nothing = find_seen_sentences(split_of(["天。"], [""]))
+    assert nothing.spans(0) == [] and np.isnan(nothing.shares()).all()

@@ -15,11 +15,13 @@ from tinytrain.evaluation import (
     Interval,
     bits_per_character,
     by_domain,
+    by_kind,
     colour_losses,
     count_losses,
     document_losses,
     plot_comparison,
     share,
+    split_losses,
     summarize,
     token_losses,
     xz_bits_per_character,
@@ -44,8 +46,8 @@ def test_a_documents_loss_is_that_of_its_tokens_after_an_end_of_text(taught, smo
         assert sum(nats for _, nats in pieces) == pytest.approx(expected, rel=1e-4)
     assert document_losses(taught, smoke.tokenizer, []) == []
     known, unknown = document_losses(taught, smoke.tokenizer, [texts[0], "游泳之后要喝水。"])
-    # All but the first token, where the other sentence could begin as well.
-    assert known.right >= known.tokens - 1 and unknown.right < unknown.tokens / 2
+    # It was taught without the token at the start, and the other sentence could begin as well.
+    assert known.right > known.tokens / 2 > unknown.right
 
 
 @torch.no_grad()
@@ -112,6 +114,28 @@ def test_documents_measured_together_or_alone_cost_the_same(taught, smoke):
     alone = [document_losses(taught, smoke.tokenizer, [text], 64)[0] for text in texts]
     for ours, theirs in zip(together, alone, strict=True):
         assert ours.tokens == theirs.tokens and ours.nats == pytest.approx(theirs.nats, rel=1e-4)
+
+
+def test_spans_and_the_rest_cost_what_the_whole_costs_and_a_token_counts_where_it_ends(
+    taught, smoke
+):
+    texts = ["法国的首都是巴黎。日本的首都是东京。", "", "😀", *smoke.split["test"]["text"][:5]]
+    spans = [[(9, 18)], [], [(0, 1)], *([(0, 10), (50, 70)] for _ in range(5))]
+    inside, outside = split_losses(taught, smoke.tokenizer, texts, spans, 64)
+    for text, some, a, b, whole in zip(
+        texts, spans, inside, outside, document_losses(taught, smoke.tokenizer, texts, 64),
+        strict=True,
+    ):  # fmt: skip
+        assert a.characters == sum(end - start for start, end in some)
+        sums = [x + y for x, y in zip(a, b, strict=True)]
+        assert sums == [len(text), whole.tokens, pytest.approx(whole.nats, rel=1e-4), whole.right]
+        place, tokens, nats = 0, 0, 0.0
+        for piece, loss in token_losses(taught, smoke.tokenizer, text, 64):
+            place += len(piece)
+            if any(start < place <= end for start, end in some):
+                tokens, nats = tokens + 1, nats + loss
+        assert a.nats == pytest.approx(nats, rel=1e-4) and a.tokens >= tokens  # bytes
+    assert split_losses(taught, smoke.tokenizer, [], []) == ([], [])
 
 
 def test_an_untrained_model_is_as_unsure_as_its_vocabulary_is_large(smoke):
@@ -222,6 +246,9 @@ def test_the_share_of_right_answers_has_wilsons_interval_in_each_domain():
     found = by_domain(questions, [True, False, True])
     assert list(found) == ["works", "rivers"]
     assert found["rivers"] == share(1, 2)
+    asked = [(*question, kind) for question, kind in zip(questions, "bab", strict=True)]
+    assert by_domain(asked, [True, False, True]) == found
+    assert by_kind(asked, [True, False, True]) == {"b": share(2, 2), "a": share(0, 1)}
 
 
 def test_bars_are_as_long_as_the_numbers():

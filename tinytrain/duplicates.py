@@ -1,9 +1,10 @@
-"""Find the held-out documents that are in the training set too.
+"""Find the held-out documents, and the single sentences, that are in the training set too.
 
 A model is marked too kindly on texts that it has seen. Comparing all pairs would take days, so
 locality-sensitive hashing proposes pairs that are probably alike, and each is then compared for
 real: what is reported is true, while a near duplicate just above the threshold may, rarely, be
-missed.
+missed. A text without any such duplicate may still say again, sentence by sentence, what the
+training set says: `find_seen_sentences` measures that.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ _HASHES = 128  # of a MinHash: more miss fewer duplicates and take longer
 # Texts from one template are all alike, and comparing them all would take days again: a held-out
 # document is compared with so many, and with fewer once it has a near duplicate.
 _COMPARISONS, _MORE_COMPARISONS = 1000, 100
+
+# A sentence ends with one of these marks, and the closing quotes after it, or with its line.
+_SENTENCE = re.compile(r"[^。！？；\n]+(?:[。！？；]+[”’」』）]*)?")
 
 
 class Duplicate(NamedTuple):
@@ -203,3 +207,94 @@ def drop_duplicates(split: DatasetDict, duplicates: list[Duplicate]) -> DatasetD
         )
     logger.info(f"removed {len(copies):,} held-out documents, {len(kept):,} are left")
     return DatasetDict({"train": split["train"], "test": split["test"].select(kept)})
+
+
+class SeenSentences(NamedTuple):
+    """Every sentence of the held-out documents, and whether the training set has it too.
+
+    Attributes
+    ----------
+    test : numpy.ndarray, shape (sentences,)
+        Row of its document in the held-out set.
+    start, end : numpy.ndarray, shape (sentences,)
+        Its first character in the document, and the one after its last.
+    train : numpy.ndarray, shape (sentences,)
+        Row of the first training document that has the same sentence; -1 if none has.
+    """
+
+    test: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    train: np.ndarray
+
+    def shares(self) -> tuple[float, float]:
+        """Return the share of sentences that are in the training set, and of their characters."""
+        seen, lengths = self.train >= 0, self.end - self.start
+        if not len(seen):
+            return float("nan"), float("nan")
+        return float(seen.mean()), float(lengths[seen].sum() / lengths.sum())
+
+    def spans(self, row: int) -> list[tuple[int, int]]:
+        """Return start and end of the seen sentences of one held-out document, in its order."""
+        part = slice(*self.test.searchsorted([row, row + 1]))
+        seen = self.train[part] >= 0
+        return list(
+            zip(self.start[part][seen].tolist(), self.end[part][seen].tolist(), strict=True)
+        )
+
+
+def find_seen_sentences(split: DatasetDict) -> SeenSentences:
+    """Find the sentences of held-out documents that are in the training set too.
+
+    Sentences are the same if they differ in white space only. The documents may be on disk: some
+    50 bytes are kept for each held-out sentence, and nothing for those of the training set.
+
+    Parameters
+    ----------
+    split : datasets.DatasetDict
+        With ``"train"`` and ``"test"``, each with a column ``text``.
+
+    Examples
+    --------
+    >>> from datasets import Dataset, DatasetDict
+    >>> texts = {"train": ["水是液体。冰是固体。"], "test": ["冰是固体。汽是气体。"]}
+    >>> split = DatasetDict({k: Dataset.from_dict({"text": v}) for k, v in texts.items()})
+    >>> seen = find_seen_sentences(split)
+    >>> seen.shares(), seen.spans(0)
+    ((0.5, 0.5), [(0, 5)])
+    """
+    import numpy as np
+    from tqdm.auto import tqdm
+
+    train, found = split["train"], []
+    for row, text in enumerate(_texts(split["test"])):
+        spans, hashes = _sentences(text)
+        rows = np.full((len(spans), 1), row)
+        found.append(np.hstack([rows, spans, hashes.view(np.int64)[:, None]]))
+    test, start, end, keys = np.concatenate([np.zeros((0, 4), np.int64), *found]).T
+    keys, place = np.unique(keys, return_inverse=True)
+    first = np.full(len(keys) + 1, -1)  # what is not among the keys is marked at the end
+    keys = np.append(keys, np.iinfo(np.int64).max)
+    texts = tqdm(_texts(train), "sentences", len(train), delay=5, mininterval=1, leave=False)
+    for row, text in enumerate(texts):
+        hashes = _sentences(text)[1].view(np.int64)
+        where = keys.searchsorted(hashes)
+        where = where[keys[where] == hashes]
+        first[where[first[where] < 0]] = row
+    seen = SeenSentences(test, start, end, first[place])
+    logger.info(f"{seen.shares()[0]:.0%} of the held-out sentences are in the training set too")
+    return seen
+
+
+def _sentences(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return start and end of each sentence of a text, and its hash, without white space around."""
+    import numpy as np
+    from xxhash import xxh64_intdigest
+
+    spans, hashes = [], []
+    for match in _SENTENCE.finditer(text):
+        if sentence := match[0].strip():
+            start = match.start() + match[0].index(sentence[0])
+            spans.append((start, start + len(sentence)))
+            hashes.append(xxh64_intdigest(" ".join(sentence.split()).encode()))
+    return np.array(spans, np.int64).reshape(-1, 2), np.array(hashes, np.uint64)

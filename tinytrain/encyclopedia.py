@@ -1,11 +1,10 @@
 """A small Chinese encyclopedia, written by a program from a table of facts.
 
-A model of a few million parameters cannot learn the world from the few minutes of training that a
-laptop affords, but it can learn a small world that is told often enough. So this text trades
-breadth for repetition: some 1,700 true facts, each stated dozens of times in varying terms and
-order. A held-out article then tells known facts in sentences not seen together before, and
-`cloze_questions` can ask what was learned. The price: it is a generated text, with the sameness of
-one, and losses on it say nothing about losses on real prose.
+A model of a few million parameters cannot learn the world in a few minutes on a laptop, but it can
+learn a small world that is told often enough: some 1,700 true facts, each dozens of times in
+varying terms and order. The price: it is a generated text, with the sameness of one, and losses on
+it say nothing about losses on real prose. The writer keeps some wordings and directions back, so
+that `cloze_questions` can ask for more than memory.
 
 The facts are in ``data/encyclopedia.json``, the phrasings in ``data/phrases.json``. Names of
 territories, currencies and languages come from the Unicode CLDR; they are frozen in the table
@@ -20,39 +19,51 @@ import random
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
+from string import Formatter
 from typing import Any, NamedTuple
 
 from tinytrain.common import atomic_write
 
 logger = logging.getLogger(__name__)
 
-_FACT_ARTICLES = 5000
-_ARITHMETIC_ARTICLES = 350
+_FACT_ARTICLES, _ARITHMETIC_ARTICLES = 5000, 350
 
 _Entity = dict[str, Any]
+_Template = str | dict[str, Any]  # or {"say": text, "except": {"name": ["金"]}}
 
 
 class Question(NamedTuple):
-    """One cloze question: a prompt that the encyclopedia continues with the answer."""
+    """One cloze question: a prompt, and the answer that continues it.
+
+    The ``kind`` says how the text tells it: ``"told"`` word for word; ``"reworded"`` never in this
+    wording, which it uses for other subjects; ``"reversed"`` only from the answer to what the
+    prompt names, while it tells of other subjects both ways.
+    """
 
     prompt: str
     answer: str
     domain: str
+    kind: str
 
 
 class _Field(NamedTuple):
     """How to talk about one kind of fact.
 
-    The first sentence of ``says`` is the plain one. Where ``cloze`` is true it is also a question:
-    everything before the value is the prompt, so no other sentence may continue that prompt.
-    ``brief`` is the fact as one clause of an entry that names its subject once, at the start.
+    With ``rotated`` sentences it is asked for: "told" is the first of ``says``, "reworded" one of
+    the rotated, kept back from the subject. ``back`` and ``back_asks`` go from the value to the
+    subject; if there is a ``reversed`` sentence, half of the subjects do without all of these.
     """
 
-    label: str
-    brief: str
-    says: list[str]
-    asks: list[str]
-    cloze: bool = False
+    label: str  # of a question for two kinds of facts, which leaves out those without
+    topic: str  # of an article
+    says: list[_Template]
+    brief: list[_Template] = []  # clauses after the subject; those with "的" can stand alone
+    rotated: list[_Template] = []
+    back: list[_Template] = []
+    reversed: list[_Template] = []
+    asks: list[_Template] = []
+    back_asks: list[_Template] = []
+    same: list[str] = []  # of several subjects with the same value
     weight: int = 1
 
 
@@ -60,22 +71,19 @@ class _Domain(NamedTuple):
     """How to talk about one kind of thing, and the kinds of facts told about it."""
 
     noun: str
+    called: str  # its name at first
     pronouns: list[str]
-    opens: list[str]
-    fields: dict[str, _Field]
+    fields: dict[str, _Field]  # in the order of a good sentence
 
 
 def _load(name: str) -> dict[str, Any]:
-    """Read a table of the package."""
     return json.loads((resources.files("tinytrain") / "data" / name).read_text(encoding="utf-8"))
 
 
 def _domains(phrases: dict[str, Any]) -> dict[str, _Domain]:
-    domains = {}
-    for name, domain in phrases["domains"].items():
-        fields = {key: _Field(**field) for key, field in domain["fields"].items()}
-        domains[name] = _Domain(**{**domain, "fields": fields})
-    return domains
+    for domain in phrases["domains"].values():
+        domain["fields"] = {key: _Field(**field) for key, field in domain["fields"].items()}
+    return {name: _Domain(**domain) for name, domain in phrases["domains"].items()}
 
 
 def _below(rnd: random.Random, n: int) -> int:
@@ -101,133 +109,181 @@ def _deck(rnd: random.Random, items: Sequence[Any]) -> Iterator[Any]:
         yield from _shuffled(rnd, items)
 
 
+def _fitting(templates: Sequence[_Template], entity: _Entity) -> list[str]:
+    """Return the sentences for an entity: it has all that they name, and is no exception."""
+    texts = []
+    for template in templates:
+        rule = {"say": template} if isinstance(template, str) else template
+        named = (name for _, name, _, _ in Formatter().parse(rule["say"]) if name)
+        excepted = (entity.get(key) in values for key, values in rule.get("except", {}).items())
+        if all(name in entity for name in named) and not any(excepted):
+            texts.append(rule["say"])
+    return texts
+
+
 class _Writer:
     """The decks of one domain; each kind of article draws about `target` characters from them."""
 
     def __init__(
-        self,
-        rnd: random.Random,
-        domain: _Domain,
-        entities: list[_Entity],
-        shared: dict[str, list[str]],
+        self, rnd: random.Random, domain: _Domain, entities: list[_Entity], shared: dict[str, Any]
     ) -> None:
         self.rnd, self.domain, self.entities, self.shared = rnd, domain, entities, shared
-        self.leads = _deck(rnd, entities)
-        self.others = _deck(rnd, entities)
-        facts = [
-            (e, key)
-            for e in entities
-            for key, field in domain.fields.items()
-            if key in e
-            for _ in range(field.weight)
-        ]
-        self.size = len(facts)
-        self.facts = _deck(rnd, facts)
-        self.kinds = _deck(
-            rnd, ["portrait"] * 4 + ["quiz"] * 2 + ["compare"] * 2 + ["listing", "notes"]
-        )
-        self.phrasings: dict[tuple[str, str, bool], Iterator[str]] = {}
+        self.leads, self.others = _deck(rnd, entities), _deck(rnd, entities)
+        self.turn, self.texts, weighted = {}, {}, []
+        for key, field in domain.fields.items():
+            for number, entity in enumerate(e for e in entities if key in e):
+                self.turn[entity["name"], key] = number
+                weighted += [(entity, key)] * field.weight
+                for use in ("say", "ask", "pair", "brief"):
+                    self.texts[entity["name"], key, use] = self.templates(entity, key, use)
+        self.decks = {key: _deck(rnd, texts) for key, texts in self.texts.items()}
+        self.size, self.facts = len(weighted), _deck(rnd, weighted)
+        kinds = "portrait compare " * 3 + "portrait listing listing quiz quiz notes"
+        self.kinds = _deck(rnd, kinds.split())
 
-    def phrasing(self, entity: _Entity, key: str, ask: bool) -> str:
-        """Deal the phrasings of each single fact evenly, the plain one twice as often."""
-        deck = self.phrasings.get((entity["name"], key, ask))
-        if deck is None:
-            field = self.domain.fields[key]
-            deck = _deck(self.rnd, field.asks if ask else (field.says[0], *field.says))
-            self.phrasings[entity["name"], key, ask] = deck
-        return next(deck)
+    def kept_back(self, entity: _Entity, key: str) -> str | None:
+        """Return the wording in which this fact is never told."""
+        rotated = _fitting(self.domain.fields[key].rotated, entity)
+        return rotated[self.turn[entity["name"], key] % len(rotated)] if rotated else None
 
-    def say(self, entity: _Entity, key: str, pronoun: bool = False, link: bool = False) -> str:
-        template = self.phrasing(entity, key, ask=False)
-        plain = template == self.domain.fields[key].says[0]
-        subject_first = template.startswith("{name}")
-        if pronoun and subject_first and not plain and self.rnd.random() < 0.5:
-            template = _pick(self.rnd, self.domain.pronouns) + template.removeprefix("{name}")
-        if link and subject_first and self.rnd.random() < 0.25:
-            template = self.shared_phrase("links") + template
-        return template.format(**entity)
+    def one_way(self, entity: _Entity, key: str) -> bool:
+        """Return whether this fact is never told from the value to the subject."""
+        field = self.domain.fields[key]
+        # In step with the rotation, some wordings would be kept back from these subjects only.
+        return bool(field.reversed) and self.turn[entity["name"], key] // len(field.rotated) % 2 > 0
 
-    def ask(self, entity: _Entity, key: str) -> str:
-        return self.phrasing(entity, key, ask=True).format(**entity)
+    def templates(self, entity: _Entity, key: str, use: str) -> list[str]:
+        """Return what can be said of a fact: to "say", "ask", "pair" with others or be "brief"."""
+        field, back = self.domain.fields[key], not self.one_way(entity, key)
+        if use == "brief":
+            return _fitting(field.brief, entity)
+        if use == "ask":
+            return _fitting(field.asks + field.back_asks * back, entity)
+        plain = field.says[:1] * 2 if field.rotated else []  # it is asked for
+        found = [*plain, *field.says, *field.rotated * 2, *field.reversed * (2 * back)]
+        found = _fitting(found + field.back * (back and use == "say"), entity)
+        if use == "pair":  # "On a map, A is here, and on a map, B is there" is no good style
+            found = [text for text in found if "，" not in text]
+        return [text for text in found if text != self.kept_back(entity, key)]
+
+    def called(self, entity: _Entity, again: bool = False) -> str:
+        """Name a subject; one that the last sentence was about, sometimes with a pronoun."""
+        pronoun = again and self.rnd.random() < 0.4
+        names = self.domain.pronouns if pronoun else [self.domain.called]
+        return _pick(self.rnd, names).format(**entity)
 
     def shared_phrase(self, kind: str, /, **values: str) -> str:
-        """Pick a phrase that all domains share."""
-        return _pick(self.rnd, self.shared[kind]).format(**values)
+        return _pick(self.rnd, self.shared[kind]).format(noun=self.domain.noun, **values)
 
-    def keys(self, entity: _Entity) -> list[str]:
-        return _shuffled(self.rnd, [k for k in self.domain.fields if k in entity])
+    def keys(self, entity: _Entity, *first: str) -> list[str]:
+        rest = [key for key in self.domain.fields if key in entity and key not in first]
+        return [*first, *_shuffled(self.rnd, rest)]
 
     def another(self, *taken: _Entity) -> _Entity:
-        return next(e for e in self.others if all(e is not t for t in taken))
+        return next(e for e in self.others if e not in taken)
 
-    def article(self) -> str:
-        target = 165 + _below(self.rnd, 150)
-        parts = getattr(self, next(self.kinds))(target)
-        if self.rnd.random() < 0.25:
-            parts.append(self.shared_phrase("closes"))
-        return "".join(parts).rstrip()
+    def joined(self, entity: _Entity, keys: Sequence[str], again: bool = False) -> str:
+        """Tell several facts of one subject as one sentence, if they can all be told briefly."""
+        names = [(entity["name"], key, "brief") for key in self.domain.fields if key in keys]
+        if len(names) < 2 or not all(self.texts[name] for name in names):
+            return ""
+        clauses = [next(self.decks[name]).format(**entity) for name in names]
+        clauses.sort(key=lambda clause: clause.startswith("的"))
+        more = ["，" + clause.removeprefix("的") for clause in clauses[1:]]
+        return self.called(entity, again) + clauses[0] + "".join(more)
 
-    def tell(self, entity: _Entity) -> list[str]:
-        """Tell all facts of one entity, as sentences or as one dictionary entry."""
-        keys = self.keys(entity)
-        if self.rnd.random() < 0.3:
-            clauses = [self.domain.fields[key].brief.format(**entity) for key in keys]
-            return ["，".join([entity["name"], *clauses]) + "。"]
-        return [self.say(entity, key, pronoun=i > 0, link=i > 0) for i, key in enumerate(keys)]
+    def single(self, entities: Sequence[_Entity], key: str, again: bool = False) -> str:
+        """Tell one kind of fact: of one subject, or of several in one sentence if there is one."""
+        values, same = {entity[key] for entity in entities}, self.domain.fields[key].same
+        first, *rest = (self.texts[entity["name"], key, "pair"] for entity in entities)
+        shared = [text for text in first if all(text in some for some in rest)]
+        if len(entities) > 1 and len(values) == 1 and same:
+            *names, last = (entity["name"] for entity in entities)
+            mark = "" if last[0] in "《“" else "、"  # quoted names are separated enough
+            names = mark.join(names) + "和" + last
+            return _pick(self.rnd, same).format(**entities[0] | {"names": names})
+        if 1 < len(entities) == len(values) and shared:
+            text = _pick(self.rnd, shared)
+            join = "，而" if len(entities) == 2 and self.rnd.random() < 0.5 else "，"
+            return join.join(text.format(**entity)[:-1] for entity in entities) + "。"
+        texts = [next(self.decks[entity["name"], key, "say"]) for entity in entities]
+        if again and texts[0].startswith("{name}"):
+            texts[0] = self.called(entities[0], again) + texts[0].removeprefix("{name}")
+        return "".join(text.format(**e) for text, e in zip(texts, entities, strict=True))
+
+    def tell(self, keys: list[str], *entities: _Entity) -> list[str]:
+        """Tell facts of one subject, or the same facts of two, up to three in a sentence."""
+        sentences: list[str] = []
+        named = (entities[0]["name"], self.called(entities[0]), "它", "这", "该")
+        while keys:
+            again = bool(sentences) and len(entities) == 1 and sentences[-1].startswith(named)
+            some = keys[: _pick(self.rnd, (1, 2, 2, 3, 3, 3) if len(entities) == 1 else (1, 1, 2))]
+            texts = [self.joined(entity, some, again) for entity in entities]
+            alike = any(entity[key] == entities[0][key] for entity in entities[1:] for key in some)
+            if alike or not all(texts):
+                some, texts = some[:1], [self.single(entities, some[0], again)[:-1]]
+            sentences.append("，而".join(texts) + "。")
+            keys = keys[len(some) :]
+        return sentences
 
     def portrait(self, target: int) -> list[str]:
-        taken = [next(self.leads)]
-        title = f"{taken[0]['name']}\n" if self.rnd.random() < 0.3 else ""
-        parts = [title + _pick(self.rnd, self.domain.opens).format(**taken[0])]
-        parts += self.tell(taken[0])
-        while sum(map(len, parts)) < target:
+        taken, parts = [next(self.leads)], []
+        parts.append(self.shared_phrase("opens", name=self.called(taken[0])))
+        while True:
+            parts += self.tell(self.keys(taken[-1]), taken[-1])
+            if sum(map(len, parts)) >= target:
+                return [*parts, self.shared_phrase("closes")]
             taken.append(self.another(*taken[-6:]))
-            if self.rnd.random() < 0.6:
-                parts.append(self.shared_phrase("turns", **taken[-1]))
-            parts += self.tell(taken[-1])
-        return parts
-
-    def quiz(self, target: int) -> list[str]:
-        parts = [self.shared_phrase("quiz_opens", noun=self.domain.noun)]
-        while sum(map(len, parts)) < target:
-            question = "\n" + self.ask(*next(self.facts))
-            if question not in parts:
-                parts.append(question)
-        return [*parts, "\n"]
+            before, name = map(self.called, taken[-2:])
+            parts.append(self.shared_phrase("turns", before=before, name=name))
 
     def notes(self, target: int) -> list[str]:
-        parts = [self.shared_phrase("note_opens", noun=self.domain.noun)]
+        parts = [self.shared_phrase("note_opens")]
         while sum(map(len, parts)) < target:
-            sentence = self.say(*next(self.facts), link=len(parts) > 1)
-            if sentence not in parts:
-                parts.append(sentence)
+            entity, key = next(self.facts)
+            told = self.tell(self.keys(entity, key)[: 1 + _below(self.rnd, 3)], entity)
+            parts += told if told[0] not in parts else []
+        return [*parts, self.shared_phrase("closes")]
+
+    def quiz(self, target: int) -> list[str]:
+        parts = [self.shared_phrase("quiz_opens")]
+        while sum(map(len, parts)) < target:
+            entity, key = next(self.facts)
+            keys = self.keys(entity, key)[:2]
+            a, b = self.domain.fields[keys[0]].label, self.domain.fields[keys[-1]].label
+            answer = self.joined(entity, keys) if a and b and a != b else ""
+            if answer and self.rnd.random() < 0.6:
+                text = self.shared_phrase("two", name=self.called(entity), a=a, b=b, answer=answer)
+            else:
+                text = next(self.decks[entity["name"], key, "ask"]).format(**entity)
+            if "\n" + text not in parts:
+                parts.append("\n" + text)
         return parts
 
     def listing(self, target: int) -> list[str]:
-        _, key = next(self.facts)
-        label = self.domain.fields[key].label
-        parts = [self.shared_phrase("list_opens", noun=self.domain.noun, label=label)]
-        for other in _shuffled(self.rnd, [e for e in self.entities if key in e]):
-            if sum(map(len, parts)) >= target:
+        """Tell one kind of fact of many subjects, and if there are few of them, another one."""
+        parts: list[str] = []
+        for key in self.keys(*next(self.facts)):
+            if sum(map(len, parts)) > target - 60:
                 break
-            parts.append(self.say(other, key))
+            field = self.domain.fields[key]
+            rest = _shuffled(self.rnd, [e for e in self.entities if key in e])
+            parts.append("\n" + self.shared_phrase("list_opens", topic=field.topic))
+            while rest and sum(map(len, parts)) < target:
+                alike = [e for e in rest if e[key] == rest[0][key]]
+                some = (alike if field.same and alike[1:] else rest)[: 2 + _below(self.rnd, 3)]
+                rest = [e for e in rest if e not in some]
+                parts.append(self.single(some, key))
         return parts
 
     def compare(self, target: int) -> list[str]:
-        a = next(self.leads)
-        b = self.another(a)
-        parts = [self.shared_phrase("compare_opens", a=a["name"], b=b["name"])]
-        while True:
-            for key in self.keys(a):
-                if key in b:
-                    plain = self.domain.fields[key].says[0]
-                    joins = ("，同样，",) if a[key] == b[key] else ("，而", "；", "，")
-                    join = _pick(self.rnd, joins)
-                    parts.append(plain.format(**a)[:-1] + join + plain.format(**b))
-            if sum(map(len, parts)) >= target:
-                return parts
-            a, b = b, self.another(a, b)
-            parts.append(self.shared_phrase("compare_turns", a=a["name"], b=b["name"]))
+        a, parts, kind = next(self.leads), [], "compare_opens"
+        while sum(map(len, parts)) < target:
+            b = self.another(a)
+            parts.append(self.shared_phrase(kind, a=self.called(a), b=self.called(b)))
+            parts += self.tell([key for key in self.keys(a) if key in b], a, b)
+            a, kind = b, "compare_turns"
+        return parts
 
 
 def _arithmetic_article(rnd: random.Random, phrases: dict[str, Any]) -> str:
@@ -236,9 +292,7 @@ def _arithmetic_article(rnd: random.Random, phrases: dict[str, Any]) -> str:
     while sum(map(len, parts)) < target:
         kind = _pick(rnd, list(phrases["sentences"]))
         a, b = 1 + _below(rnd, 60), 1 + _below(rnd, 39)
-        c, d = 1 + _below(rnd, 9), 1 + _below(rnd, 9)
-        if kind == "division":
-            d = max(d, 2)
+        c, d = 2 + _below(rnd, 24), 2 + _below(rnd, 8)
         values = {"a": a, "b": b, "sum": a + b, "c": c, "d": d, "product": c * d}
         if kind == "conversion":
             units = _pick(rnd, phrases["conversions"])
@@ -270,7 +324,9 @@ def build_encyclopedia(seed: int = 2222) -> list[dict[str, str]]:
     for name, writer in writers.items():
         # As many articles as a domain has facts to tell, so that all facts are told equally often.
         count = round(_FACT_ARTICLES * writer.size / total)
-        articles += [(name, writer.article()) for _ in range(count)]
+        for _ in range(count):
+            parts = getattr(writer, next(writer.kinds))(165 + _below(rnd, 150))
+            articles.append((name, "".join(parts).strip()))
     for _ in range(_ARITHMETIC_ARTICLES):
         articles.append(("arithmetic", _arithmetic_article(rnd, phrases["arithmetic"])))
     unique = dict.fromkeys(_shuffled(rnd, articles))
@@ -314,16 +370,19 @@ def cloze_questions() -> list[Question]:
     Examples
     --------
     >>> cloze_questions()[0]
-    Question(prompt='中国的首都是', answer='北京', domain='countries')
+    Question(prompt='中国的首都是', answer='北京', domain='countries', kind='told')
     """
     questions, facts = [], _load("encyclopedia.json")
     for name, domain in _domains(_load("phrases.json")).items():
+        writer = _Writer(random.Random(0), domain, facts[name], {})
         for key, field in domain.fields.items():
-            if not field.cloze:
-                continue
-            before = field.says[0].partition("{" + key + "}")[0]
-            for entity in facts[name]:
-                prompt, answer = before.format(**entity), entity.get(key, "")
-                if len(answer) > 1 and answer not in prompt:
-                    questions.append(Question(prompt, answer, name))
+            for entity in (e for e in facts[name] if key in e and field.rotated):
+                asked = [("told", key, field.says[0])]
+                asked.append(("reworded", key, writer.kept_back(entity, key)))
+                if writer.one_way(entity, key):
+                    asked.append(("reversed", "name", field.reversed[0]))
+                for kind, value, text in asked:
+                    prompt = text.partition("{" + value + "}")[0].format(**entity)
+                    if entity[value] not in prompt:
+                        questions.append(Question(prompt, entity[value], name, kind))
     return questions

@@ -72,19 +72,33 @@ def share(right: int, total: int) -> Interval:
     return Interval(right / total, float(low), float(high))
 
 
-def by_domain(
-    questions: Sequence[tuple[str, str, str]], right: Sequence[bool]
-) -> dict[str, Interval]:
+def by_domain(questions: Sequence[tuple[str, ...]], right: Sequence[bool]) -> dict[str, Interval]:
     """Return the share of right answers in each domain, the best known first.
 
-    A question has a prompt, the expected answer and a domain; `right` tells for each whether it
-    was answered correctly: ``[answer.right for answer in answers]``.
+    Parameters
+    ----------
+    questions : sequence of tuple
+        Prompt, expected answer and domain; what follows does not count.
+    right : sequence of bool
+        Whether each was answered correctly: ``[answer.right for answer in answers]``.
     """
-    marks: dict[str, list[bool]] = defaultdict(list)
-    for (_, _, domain), mark in zip(questions, right, strict=True):
-        marks[domain].append(mark)
-    shares = {domain: share(sum(some), len(some)) for domain, some in marks.items()}
+    shares = _shares([question[2] for question in questions], right)
     return dict(sorted(shares.items(), key=lambda item: -item[1].value))
+
+
+def by_kind(questions: Sequence[tuple[str, ...]], right: Sequence[bool]) -> dict[str, Interval]:
+    """Return the share of right answers to each kind of question, the fourth field, as they come.
+
+    See `tinytrain.encyclopedia.Question` for what "told", "reworded" and "reversed" mean.
+    """
+    return _shares([question[3] for question in questions], right)
+
+
+def _shares(names: Sequence[str], right: Sequence[bool]) -> dict[str, Interval]:
+    marks: dict[str, list[bool]] = defaultdict(list)
+    for name, mark in zip(names, right, strict=True):
+        marks[name].append(mark)
+    return {name: share(sum(some), len(some)) for name, some in marks.items()}
 
 
 class DocumentLoss(NamedTuple):
@@ -122,6 +136,45 @@ def document_losses(
         DocumentLoss(len(text), len(nats), float(nats.sum()), int(right.sum()))
         for text, (nats, right) in zip(texts, losses, strict=True)
     ]
+
+
+def split_losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    spans: Sequence[Sequence[tuple[int, int]]],
+    context_length: int = 512,
+) -> tuple[list[DocumentLoss], list[DocumentLoss]]:
+    """Measure what some spans of each document cost a model that reads the whole, and the rest.
+
+    Parameters
+    ----------
+    model, tokenizer, context_length
+        As for `document_losses`.
+    texts : sequence of str
+        Documents.
+    spans : sequence of sequence of tuple
+        For each document, first and behind the last character of its spans. A token counts where
+        its last character is: one that holds a full stop and a word belongs to the word.
+
+    Returns
+    -------
+    inside, outside : list of DocumentLoss
+        One for each document.
+    """
+    losses = _losses_of_rows(model, _rows(tokenizer, list(texts)), context_length) if texts else []
+    inside, outside = [], []
+    for text, marked, (nats, right) in zip(texts, spans, losses, strict=True):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        last = np.array([end for _, end in encoded["offset_mapping"]], dtype=int) - 1
+        within = np.zeros(len(text), dtype=bool)
+        for start, end in marked:
+            within[start:end] = True
+        for part, mask in ((inside, within), (outside, ~within)):
+            some = mask[last]
+            row = (mask.sum(), some.sum(), nats[some].sum(), right[some].sum())
+            part.append(DocumentLoss(int(row[0]), int(row[1]), float(row[2]), int(row[3])))
+    return inside, outside
 
 
 def token_losses(

@@ -313,8 +313,8 @@ def get_prompts(recipe: Recipe) -> list[str]:
     return [text.strip()[:12] for text in get_split(recipe)["test"][:5]["text"]]
 
 
-def get_questions(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """Return prompts, answers and domains of cloze questions; none for a text not built in."""
+def get_questions(recipe: Recipe) -> list[encyclopedia.Question]:
+    """Return cloze questions, told, reworded and reversed; none for a text not built in."""
     return encyclopedia.cloze_questions() if recipe.corpus == "encyclopedia" else []
 
 
