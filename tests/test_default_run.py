@@ -34,7 +34,7 @@ def test_the_first_steps_are_those_of_the_reference(run):
         low, high = (fmean(band[end][i] for i in at) for end in ("low", "high"))
         loss = fmean(losses[band["step"][i]] for i in at)
         assert 2 * low - high <= loss <= 2 * high - low, f"steps {first} to {first + 10}"
-    assert summary["cloze_before"] < 0.02
+    assert max(summary["cloze_before"].values()) < 0.02
 
 
 def test_the_whole_run_knows_its_facts(run):
@@ -42,4 +42,5 @@ def test_the_whole_run_knows_its_facts(run):
     if max(losses) < 600:
         pytest.skip("the run is cut")
     assert summary["held_out_loss"] < 1.2
-    assert summary["cloze_after"] >= 0.8
+    assert summary["cloze_after"]["told"] >= 0.95
+    assert summary["cloze_after"]["reworded"] >= 0.8

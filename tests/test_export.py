@@ -51,7 +51,7 @@ def exported(patched, smoke, tmp_path_factory):
     """The folder, with everything in it."""
     facts = {"name": "tiny", "text": "encyclopedia", "documents": (270, 30), "gguf": "model.gguf"}
     facts |= {"recipe": {"optimizer": "muon", "learning_rate": 0.008}}
-    facts |= {"seconds": 75.2, "tokens": 10240, "held_out_loss": 5.1, "cloze_after": 0.25}
+    facts |= {"seconds": 75.2, "tokens": 10240, "held_out_loss": 5.1, "cloze_after": {"told": 0.25}}
     facts |= {"bits_per_character": 6.25, "interval": (6.0, 6.5)}
     facts["completions"] = [("法国的首都是", "巴黎。"), ("日本的货币是", "日元。")]
     scratch = tmp_path_factory.mktemp("export")
@@ -351,7 +351,7 @@ def test_the_card_tells_the_run_to_readers_and_hubs(exported):
         "| tokens seen | 10,240 |",
         "![The losses and the learning rate of the run](loss.png)",
         "6.250 (95% interval 6.000 to 6.500)",
-        "| questions about facts of the text, right | 25% |",
+        "| questions about facts of the text, told, right | 25% |",
         "法国的首都是 → 巴黎。",
         "270 documents to learn from; 30 were held out",
         "does not follow instructions",

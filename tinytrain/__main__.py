@@ -94,8 +94,9 @@ def train(options: argparse.Namespace) -> int:
         print(f"held-out loss  {result['held_out_loss']:.3f}")
         print(f"bits per character  {result['bits_per_character']:.2f}")
         if "cloze_after" in result:
-            before, after = result["cloze_before"], result["cloze_after"]
-            print(f"questions right  {before:.0%} before training, {after:.0%} after")
+            for kind, after in result["cloze_after"].items():
+                before = result["cloze_before"][kind]
+                print(f"{kind} questions right  {before:.0%} before training, {after:.0%} after")
         for prompt, text in result["completions"]:
             print(f"{one_line(prompt)} → {one_line(text)}")
         print(f"the model is in {_shown(steps.run_folder(options.recipe) / 'model')}")
@@ -122,8 +123,9 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"{name.replace('_', ' '):20} {getattr(measures, name)}")
     if questions := steps.get_questions(options.recipe):
         answers = generation.answer_questions(model, tokenizer, questions)
-        right = evaluation.share(sum(answer.right for answer in answers), len(answers))
-        print(f"{'questions right':20} {right}, of {len(answers):,}")
+        shares = evaluation.by_kind(questions, [answer.right for answer in answers])
+        for kind, right in shares.items():
+            print(f"{kind + ' questions':20} {right} right")
 
 
 def generate(options: argparse.Namespace) -> None:

@@ -251,9 +251,9 @@ def _model_card(facts: Mapping[str, Any]) -> str:
         ``parameters``, ``context``, ``dtype``, ``documents`` (training and held-out),
         ``tokenizer`` (described), ``vocab_size``, ``recipe`` (hyperparameters), ``precision``,
         ``machine``, ``seconds``, ``stopped`` (at which step), ``tokens``, ``held_out_loss``,
-        ``bits_per_character`` and its ``interval`` (low, high), ``cloze_after`` (a share),
-        ``completions`` (pairs), ``picture`` and ``gguf`` (names of files beside the card),
-        ``versions`` (of libraries).
+        ``bits_per_character`` and its ``interval`` (low, high), ``cloze_after`` (shares of right
+        answers by kind of question), ``completions`` (pairs), ``picture`` and ``gguf`` (names of
+        files beside the card), ``versions`` (of libraries).
     """
     from huggingface_hub import ModelCard, ModelCardData
 

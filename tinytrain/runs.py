@@ -289,7 +289,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     model = steps.get_model(recipe, steps.get_config(recipe, tokenizer))
     precision = _choose_precision(recipe, fresh)
     questions = steps.get_questions(recipe)
-    before = _share_right(model, tokenizer, questions) if rank() == 0 else None
+    before = _shares_right(model, tokenizer, questions) if rank() == 0 else None
 
     mine = _share_recipe(recipe, world_size())
     tokens = mine.tokens_per_step * world_size()
@@ -343,13 +343,16 @@ def _measure(recipe: Recipe, tokenizer: Any, held_out_loss: float, **known: Any)
         **known,
     }
     if questions:
-        values["cloze_after"] = _share_right(model, tokenizer, questions)
+        values["cloze_after"] = _shares_right(model, tokenizer, questions)
     results.save_summary(recipe, **values)
     return values
 
 
-def _share_right(model: Any, tokenizer: Any, questions: list[Any]) -> float:
-    return generation.accuracy(generation.answer_questions(model, tokenizer, questions))
+def _shares_right(model: Any, tokenizer: Any, questions: list[Any]) -> dict[str, float]:
+    """Return the share of right answers to each kind of question."""
+    answers = generation.answer_questions(model, tokenizer, questions)
+    shares = evaluation.by_kind(questions, [answer.right for answer in answers])
+    return {kind: part.value for kind, part in shares.items()}
 
 
 def choose_precision(recipe: Recipe) -> Precision:
