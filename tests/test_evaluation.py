@@ -119,7 +119,8 @@ def test_documents_measured_together_or_alone_cost_the_same(taught, smoke):
 def test_spans_and_the_rest_cost_what_the_whole_costs_and_a_token_counts_where_it_ends(
     taught, smoke
 ):
-    texts = ["法国的首都是巴黎。日本的首都是东京。", "", "😀", *smoke.split["test"]["text"][:5]]
+    texts = ["法国的首都是巴黎。日本的首都是<|im_end|>。", "", "😀"]
+    texts += smoke.split["test"]["text"][:5]
     spans = [[(9, 18)], [], [(0, 1)], *([(0, 10), (50, 70)] for _ in range(5))]
     inside, outside = split_losses(taught, smoke.tokenizer, texts, spans, 64)
     for text, some, a, b, whole in zip(

@@ -162,14 +162,16 @@ def split_losses(
     inside, outside : list of DocumentLoss
         One for each document.
     """
-    losses = _losses_of_rows(model, _rows(tokenizer, list(texts)), context_length) if texts else []
+    encoder, start = text_encoder(tokenizer), _start(tokenizer)
+    encoded = [encoder.encode(text, add_special_tokens=False) for text in texts]
+    rows = [np.array([start, *encoding.ids]) for encoding in encoded]
+    losses = _losses_of_rows(model, rows, context_length)
     inside, outside = [], []
-    for text, marked, (nats, right) in zip(texts, spans, losses, strict=True):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        last = np.array([end for _, end in encoded["offset_mapping"]], dtype=int) - 1
+    for text, marked, encoding, (nats, right) in zip(texts, spans, encoded, losses, strict=True):
+        last = np.array([end for _, end in encoding.offsets], dtype=int) - 1
         within = np.zeros(len(text), dtype=bool)
-        for start, end in marked:
-            within[start:end] = True
+        for begin, end in marked:
+            within[begin:end] = True
         for part, mask in ((inside, within), (outside, ~within)):
             some = mask[last]
             row = (mask.sum(), some.sum(), nats[some].sum(), right[some].sum())
