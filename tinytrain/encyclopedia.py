@@ -222,7 +222,7 @@ class _Writer:
             alike = any(entity[key] == entities[0][key] for entity in entities[1:] for key in some)
             if alike or not all(texts):
                 some, texts = some[:1], [self.single(entities, some[0], again)[:-1]]
-            sentences.append("，而".join(texts) + "。")
+            sentences.append("；".join(texts) + "。")
             keys = keys[len(some) :]
         return sentences
 
