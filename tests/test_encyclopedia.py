@@ -287,6 +287,12 @@ def test_a_reversed_question_is_told_in_one_direction_only(text, texts, asked):
         assert sum(texts[q.domain].count(prompt.format(**e) + e["name"]) for e in others) >= 8, q
 
 
+def test_no_pronoun_could_stand_for_two_neighbours(texts, facts):
+    for domain in ("solar_terms", "calendar", "zodiac"):
+        names = "|".join(entity["name"] for entity in facts[domain])
+        assert not re.search(rf"({names})。(它|这个)", texts[domain]), domain
+
+
 WELL_KNOWN_FACTS = """
 法国的首都是巴黎 日本的货币是日元 加拿大的首都是渥太华 澳大利亚的首都是堪培拉
 巴西的首都是巴西利亚 巴西的官方语言是葡萄牙语 埃及位于非洲 蒙古是一个内陆国家

@@ -215,14 +215,17 @@ class _Writer:
         """Tell facts of one subject, or the same facts of two, up to three in a sentence."""
         sentences: list[str] = []
         named = (entities[0]["name"], self.called(entities[0]), "它", "这", "该")
+        # A pronoun after "A comes before B." could stand for B.
+        others = tuple(e["name"] + "。" for e in self.entities if e not in entities)
         while keys:
             again = bool(sentences) and len(entities) == 1 and sentences[-1].startswith(named)
+            again = again and not sentences[-1].endswith(others)
             some = keys[: _pick(self.rnd, (1, 2, 2, 3, 3, 3) if len(entities) == 1 else (1, 1, 2))]
             texts = [self.joined(entity, some, again) for entity in entities]
             alike = any(entity[key] == entities[0][key] for entity in entities[1:] for key in some)
             if alike or not all(texts):
                 some, texts = some[:1], [self.single(entities, some[0], again)[:-1]]
-            sentences.append("，而".join(texts) + "。")
+            sentences.append("；".join(texts) + "。")
             keys = keys[len(some) :]
         return sentences
 
@@ -238,9 +241,12 @@ class _Writer:
             parts.append(self.shared_phrase("turns", before=before, name=name))
 
     def notes(self, target: int) -> list[str]:
-        parts = [self.shared_phrase("note_opens")]
+        parts, taken = [self.shared_phrase("note_opens")], []
         while sum(map(len, parts)) < target:
             entity, key = next(self.facts)
+            if entity in taken[-6:]:
+                continue  # it would repeat what was just told
+            taken.append(entity)
             told = self.tell(self.keys(entity, key)[: 1 + _below(self.rnd, 3)], entity)
             parts += told if told[0] not in parts else []
         return [*parts, self.shared_phrase("closes")]
