@@ -238,11 +238,11 @@ class _Writer:
             parts.append(self.shared_phrase("turns", before=before, name=name))
 
     def notes(self, target: int) -> list[str]:
-        parts = [self.shared_phrase("note_opens")]
+        parts, taken = [self.shared_phrase("note_opens")], []
         while sum(map(len, parts)) < target:
-            entity, key = next(self.facts)
-            told = self.tell(self.keys(entity, key)[: 1 + _below(self.rnd, 3)], entity)
-            parts += told if told[0] not in parts else []
+            entity, key = next(e for e in self.facts if e[0] not in taken[-6:])
+            parts += self.tell(self.keys(entity, key)[: 1 + _below(self.rnd, 3)], entity)
+            taken.append(entity)
         return [*parts, self.shared_phrase("closes")]
 
     def quiz(self, target: int) -> list[str]:
@@ -277,12 +277,13 @@ class _Writer:
         return parts
 
     def compare(self, target: int) -> list[str]:
-        a, parts, kind = next(self.leads), [], "compare_opens"
+        taken, parts, kind = [next(self.leads)], [], "compare_opens"
         while sum(map(len, parts)) < target:
-            b = self.another(a)
+            a, b = taken[-1], self.another(*taken[-6:])
             parts.append(self.shared_phrase(kind, a=self.called(a), b=self.called(b)))
             parts += self.tell([key for key in self.keys(a) if key in b], a, b)
-            a, kind = b, "compare_turns"
+            taken.append(b)
+            kind = "compare_turns"
         return parts
 
 
@@ -297,7 +298,8 @@ def _arithmetic_article(rnd: random.Random, phrases: dict[str, Any]) -> str:
         if kind == "conversion":
             units = _pick(rnd, phrases["conversions"])
             values |= units | {"converted": c * units["factor"]}
-        parts.append(_pick(rnd, phrases["sentences"][kind]).format(**values))
+        text = _pick(rnd, phrases["sentences"][kind]).format(**values)
+        parts += [text] if text not in parts else []
     return "".join(parts)
 
 
