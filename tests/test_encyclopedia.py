@@ -136,6 +136,8 @@ NEVER = {
     "a word twice": r"的的|是是|于于|都都|在在|为为|叫叫|被被|和和|，，",
     "noble gases have no compounds here": r"[氦氖氩氙]的化合物|或者它的化合物",
     "metal, or gold?": r"金属于",
+    "a pronoun needs no second name": r"它这",
+    "a class is not a kind": r"一种[鸟鱼]类",
     "a pronoun for a part of a name": r"(它|该国|这\w{1,3})(的时候|年|时)",
     "municipalities have no seat": r"(北京|天津|上海|重庆)市的(省会|首府)",
     "the seat of a province, of a region": r"自治区的省会|省的首府|省的行政公署",
@@ -168,6 +170,8 @@ def test_all_that_can_be_said_is_true_to_its_fact(facts):
         ("屠呦呦来自中国，他发现了青蒿素。", "persons have a gender"),
         ("问：元素周期表的第7位是谁？答：氮。", "who is asked for persons only"),
         ("维苏威火山曾经淹没了庞贝古城。", "ash does not flood"),
+        ("它这部小说的作者是吴承恩。", "a pronoun needs no second name"),
+        ("企鹅是一种鸟类。", "a class is not a kind"),
         ("说起特点，嵩山被称为中岳。", "no traits by title"),
     ],
 )

@@ -179,8 +179,12 @@ class _Writer:
         rest = [key for key in self.domain.fields if key in entity and key not in first]
         return [*first, *_shuffled(self.rnd, rest)]
 
-    def another(self, *taken: _Entity) -> _Entity:
-        return next(e for e in self.others if e not in taken)
+    def another(self, taken: list[_Entity]) -> _Entity:
+        return next(e for e in self.others if e not in self.lately(taken))
+
+    def lately(self, taken: list[_Entity]) -> list[_Entity]:
+        """Return the last subjects of an article, which leave at least two to go on with."""
+        return taken[2 - len(self.entities) :]
 
     def joined(self, entity: _Entity, keys: Sequence[str], again: bool = False) -> str:
         """Tell several facts of one subject as one sentence, if they can all be told briefly."""
@@ -236,19 +240,16 @@ class _Writer:
             parts += self.tell(self.keys(taken[-1]), taken[-1])
             if sum(map(len, parts)) >= target:
                 return [*parts, self.shared_phrase("closes")]
-            taken.append(self.another(*taken[-6:]))
+            taken.append(self.another(taken))
             before, name = map(self.called, taken[-2:])
             parts.append(self.shared_phrase("turns", before=before, name=name))
 
     def notes(self, target: int) -> list[str]:
         parts, taken = [self.shared_phrase("note_opens")], []
         while sum(map(len, parts)) < target:
-            entity, key = next(self.facts)
-            if entity in taken[-6:]:
-                continue  # it would repeat what was just told
+            entity, key = next(f for f in self.facts if f[0] not in self.lately(taken))
+            parts += self.tell(self.keys(entity, key)[: 1 + _below(self.rnd, 3)], entity)
             taken.append(entity)
-            told = self.tell(self.keys(entity, key)[: 1 + _below(self.rnd, 3)], entity)
-            parts += told if told[0] not in parts else []
         return [*parts, self.shared_phrase("closes")]
 
     def quiz(self, target: int) -> list[str]:
@@ -277,18 +278,20 @@ class _Writer:
             parts.append("\n" + self.shared_phrase("list_opens", topic=field.topic))
             while rest and sum(map(len, parts)) < target:
                 alike = [e for e in rest if e[key] == rest[0][key]]
-                some = (alike if field.same and alike[1:] else rest)[: 2 + _below(self.rnd, 3)]
+                together = field.same and alike[1:] and self.rnd.random() < 0.6
+                some = (alike if together else rest)[: 2 + _below(self.rnd, 3)]
                 rest = [e for e in rest if e not in some]
                 parts.append(self.single(some, key))
         return parts
 
     def compare(self, target: int) -> list[str]:
-        a, parts, kind = next(self.leads), [], "compare_opens"
+        taken, parts, kind = [next(self.leads)], [], "compare_opens"
         while sum(map(len, parts)) < target:
-            b = self.another(a)
+            a, b = taken[-1], self.another(taken)
             parts.append(self.shared_phrase(kind, a=self.called(a), b=self.called(b)))
             parts += self.tell([key for key in self.keys(a) if key in b], a, b)
-            a, kind = b, "compare_turns"
+            taken.append(b)
+            kind = "compare_turns"
         return parts
 
 
@@ -303,7 +306,8 @@ def _arithmetic_article(rnd: random.Random, phrases: dict[str, Any]) -> str:
         if kind == "conversion":
             units = _pick(rnd, phrases["conversions"])
             values |= units | {"converted": c * units["factor"]}
-        parts.append(_pick(rnd, phrases["sentences"][kind]).format(**values))
+        text = _pick(rnd, phrases["sentences"][kind]).format(**values)
+        parts += [text] if text not in parts else []
     return "".join(parts)
 
 
