@@ -18,8 +18,9 @@ import numpy as np
 
 from benchmarks import ROOT, machine
 from tinytrain import callbacks, runs, steps
-from tinytrain.common import one_line, read_json_lines
-from tinytrain.generation import complete
+from tinytrain.common import one_line, read_json_lines, write_json
+from tinytrain.evaluation import by_domain, by_kind
+from tinytrain.generation import Answer, answer_questions, complete
 from tinytrain.hardware import choose_precision
 from tinytrain.recipes import RECIPES
 
@@ -36,7 +37,11 @@ def train_one(recipe, folder: Path, precision: str) -> list[dict[str, float]]:
         write = partial(complete, tokenizer=tokenizer, max_new_tokens=SAMPLE_TOKENS)
         prompts, every = steps.get_prompts(recipe), recipe.sample_steps
         writing = callbacks.SampleCallback(write, prompts, every, folder / "samples.jsonl")
-        runs.assemble(recipe, folder, precision, [history, writing], save_strategy="no").train()
+        watching = [history, writing]
+        trainer = runs.assemble(recipe, folder, precision, watching, save_strategy="no")
+        trainer.train()
+        answers = answer_questions(trainer.model, tokenizer, steps.get_questions(recipe))
+        write_json(folder / "answers.json", answers)
         (folder / "done").touch()
     return callbacks.read_history(path)
 
@@ -48,6 +53,19 @@ def curve(histories: list[list[dict[str, float]]], name: str) -> dict[str, list[
     numbers = {"low": values.min(0), "mean": values.mean(0), "high": values.max(0)}
     rounded = {key: [round(float(x), 4) for x in row] for key, row in numbers.items()}
     return {"step": [line["step"] for line in kept[0]], **rounded}
+
+
+def scores(recipe, folder: Path) -> dict[str, dict[str, float]]:
+    """Return the share of right answers to each kind of question: in all, and in each domain."""
+    questions = steps.get_questions(recipe)
+    answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    right = [Answer(*answer).right for answer in answers]
+    found = {}
+    for kind, part in by_kind(questions, right).items():
+        some = [pair for pair in zip(questions, right, strict=True) if pair[0].kind == kind]
+        domains = by_domain(*zip(*some, strict=True))
+        found[kind] = {"all": part.value} | {name: part.value for name, part in domains.items()}
+    return found
 
 
 def samples(recipe, folder: Path) -> list[dict[str, Any]]:
@@ -72,12 +90,15 @@ def main() -> None:
     options = parser.parse_args()
     recipe = replace(RECIPES["pocket"], eval_steps=25)
     precision = choose_precision(recipe.precision).name
-    histories = []
+    histories, right = [], []
     for seed in range(options.seeds):
         folder = options.runs / f"seed-{seed}"
         histories.append(train_one(replace(recipe, seed=seed), folder, precision))
         last = [line["eval_loss"] for line in histories[-1] if "eval_loss" in line][-1]
         print(f"seed {seed}: held-out loss {last:.3f}", flush=True)
+        right.append(scores(recipe, folder))
+        for kind, shares in right[-1].items():
+            print(f"  {kind:9}", *(f"{name} {share:.2f}" for name, share in shares.items()))
     result = {
         "recipe": asdict(RECIPES["pocket"]),
         "seeds": list(range(options.seeds)),
@@ -85,6 +106,7 @@ def main() -> None:
         "machine": machine(),
         "train": curve(histories, "loss"),
         "held_out": curve(histories, "eval_loss"),
+        "right": [{kind: round(s["all"], 4) for kind, s in one.items()} for one in right],
         "samples": samples(replace(recipe, seed=0), options.runs / "seed-0"),
     }
     text = json.dumps(result, indent=None, ensure_ascii=False)

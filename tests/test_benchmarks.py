@@ -54,9 +54,7 @@ def test_a_reference_curve_is_the_range_of_its_seeds():
     }
 
 
-def test_a_reference_holds_what_is_written_before_and_after_the_training(
-    smoke, tmp_path, monkeypatch
-):
+def test_a_reference_holds_what_is_written_and_answered(smoke, tmp_path, monkeypatch):
     monkeypatch.setenv("TINYTRAIN_RUNS", str(smoke.runs))
     history = reference.train_one(smoke.recipe, tmp_path, "float32")
     samples = reference.samples(smoke.recipe, tmp_path)
@@ -64,6 +62,9 @@ def test_a_reference_holds_what_is_written_before_and_after_the_training(
     for sample in samples:
         assert list(sample["texts"]) == steps.get_prompts(smoke.recipe)
     assert samples[0]["texts"] != samples[-1]["texts"]
+    right = reference.scores(smoke.recipe, tmp_path)
+    assert right.keys() == {"told", "reworded", "reversed"}
+    assert {"all", "countries", "works"} <= right["told"].keys()
 
 
 def test_a_gpu_is_asked_for_where_there_is_none():
