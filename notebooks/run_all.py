@@ -134,9 +134,7 @@ def tell_results(folder: Path, seconds: float) -> None:
     print(f"  held-out loss  {summary['held_out_loss']:.3f}")
     for kind, after in summary.get("cloze_after", {}).items():
         before = summary["cloze_before"][kind]
-        print(
-            f"  {kind:13}  {before:.0%} of the questions right before training, {after:.0%} after"
-        )
+        print(f"  {kind} questions: {before:.0%} right before training, {after:.0%} after")
     print("\nThe trained model completes:")
     for prompt, text in summary["completions"]:
         print(f"  {prompt} → {' '.join(text.split())}")
