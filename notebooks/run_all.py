@@ -132,9 +132,9 @@ def tell_results(folder: Path, seconds: float) -> None:
     print(f"\nDone in {int(seconds) // 60} min {int(seconds) % 60:02d} s.\n")
     print(f"  train loss     {summary['train_loss']:.3f}")
     print(f"  held-out loss  {summary['held_out_loss']:.3f}")
-    if summary.get("cloze_after") is not None:
-        before, after = summary["cloze_before"], summary["cloze_after"]
-        print(f"  questions      {before:.0%} right before training, {after:.0%} after")
+    for kind, after in summary.get("cloze_after", {}).items():
+        before = summary["cloze_before"][kind]
+        print(f"  {kind} questions: {before:.0%} right before training, {after:.0%} after")
     print("\nThe trained model completes:")
     for prompt, text in summary["completions"]:
         print(f"  {prompt} → {' '.join(text.split())}")

@@ -16,6 +16,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tinytrain.encyclopedia import cloze_questions
+
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in PATHS}
@@ -126,6 +128,20 @@ def test_the_readme_leads_to_each_notebook_here_and_in_colab():
     for name in NOTEBOOKS:
         assert f"](notebooks/{name}.ipynb)" in readme
         assert f"/github/{address}/blob/main/notebooks/{name}.ipynb)" in readme
+
+
+@pytest.mark.parametrize("folder", ["notebooks", "notebooks/zh"])
+def test_the_questions_that_the_text_shows_are_asked(folder):
+    """An example such as 法国定都＿＿ is a real question, of the kind in bold before it."""
+    kinds = {question.prompt: question.kind for question in cloze_questions()}
+    readme = "README.zh-CN.md" if folder.endswith("zh") else "README.md"
+    texts = [(ROOT / readme).read_text(encoding="utf-8")]
+    for path in sorted((ROOT / folder).glob("[0-9]*.ipynb")):
+        texts += prose(nbformat.read(path, as_version=4))
+    shown = re.findall(r"(?:\*\*(\w+)\*\*[^\n]*?)?([\u4e00-\u9fff]+)＿＿", "\n".join(texts))
+    assert {"told", "reworded", "reversed"} <= {kind for kind, _ in shown}
+    for kind, prompt in shown:
+        assert prompt in kinds and kind in ("", kinds[prompt]), prompt
 
 
 def test_the_tutorials_command_on_recipe_smoke(tmp_path):
