@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tinytrain.common import encode_text
-from tinytrain.generation import Answer, accuracy, answer_questions, complete, generate, next_tokens
+from tinytrain.generation import Answer, answer_questions, complete, generate, next_tokens
 from tinytrain.modeling import build_model
 
 
@@ -42,7 +42,6 @@ def test_right_and_wrong_answers_are_counted(taught, smoke):
     answers = answer_questions(taught, smoke.tokenizer, questions)
     assert [answer.right for answer in answers] == [True, False]
     assert answers[1].written.startswith("东京")
-    assert accuracy(answers) == 0.5 and math.isnan(accuracy([]))
     assert not Answer("a", "巴黎", "是巴黎").right  # not from the first character
 
 

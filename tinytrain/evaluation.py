@@ -155,7 +155,7 @@ def split_losses(
         Documents.
     spans : sequence of sequence of tuple
         For each document, first and behind the last character of its spans. A token counts where
-        its last character is: one that holds a full stop and the next character belongs to the latter.
+        its last character is.
 
     Returns
     -------

@@ -6,7 +6,6 @@ count what the model has learned.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -181,11 +180,6 @@ def answer_questions(
     # Two tokens more than the longest answer: the model may cut the same characters differently.
     written = complete(model, tokenizer, prompts, max_new_tokens=longest + 2)
     return [Answer(*row) for row in zip(prompts, expected, written, strict=True)]
-
-
-def accuracy(answers: Sequence[Answer]) -> float:
-    """Return the share of right answers, between 0 and 1 (nan if there are none)."""
-    return sum(answer.right for answer in answers) / len(answers) if answers else math.nan
 
 
 def _context(model: PreTrainedModel) -> int:
