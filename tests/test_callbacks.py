@@ -155,7 +155,7 @@ HISTORY = [
     {"step": 2, "tokens": 1024, "seconds": 2.0, "loss": 7.0, "learning_rate": 0.05},
     {"step": 2, "tokens": 1024, "seconds": 2.5, "eval_loss": 7.5},
 ]
-SMOOTHED = [8, (7 + 0.8 * 8) / 1.8]  # a moving average, unbiased at its start
+SMOOTHED = [8, 7]  # too few to smooth
 
 
 def test_plot_shows_the_curves_and_the_loss_of_a_uniform_guess(tmp_path):
@@ -210,6 +210,16 @@ def test_a_loss_that_is_not_finite_is_a_gap():
     raw, smoothed, _ = plot.figure.axes[0].lines
     assert np.isnan(raw.get_ydata()).tolist() == [False, True, False]
     assert np.isfinite(smoothed.get_ydata()).all() and plot.png()
+
+
+def test_the_smoothed_line_does_not_lag_behind_a_falling_loss():
+    plot = _LossPlot()
+    falling = [9.0 - step / 10 + (-1) ** step for step in range(40)]
+    plot.add([{"step": step, "loss": loss} for step, loss in enumerate(falling)])
+    plot.update("", "", 40)
+    smoothed = plot.figure.axes[0].lines[1].get_ydata()
+    off = np.array(smoothed) - [9.0 - step / 10 for step in range(40)]
+    assert abs(off[4:-4]).max() < 0.2 and abs(off).max() <= 1
 
 
 def test_ten_thousand_points_make_no_larger_picture_than_a_thousand():

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TRAIN_COLOR, _HELD_OUT_COLOR = "#2f6fde", "#e4572e"
+_HALF_WINDOW = 4  # logged losses on either side
 
 
 class LivePlotCallback(TrainerCallback):
@@ -230,8 +231,9 @@ def is_this_normal(history: Sequence[Mapping[str, Any]], reference: Mapping[str,
         return "nothing to compare yet: no training loss has been logged"
     step = lines[-1]["step"]
     at = max(i for i, known in enumerate(band["step"]) if known <= step)
-    loss = _smooth([line["loss"] for line in lines])[-1]
-    low, high = _smooth(band["low"])[at], _smooth(band["high"])[at]
+    loss = np.nanmean([line["loss"] for line in lines[-_HALF_WINDOW - 1 :]])
+    latest = slice(max(0, at - _HALF_WINDOW), at + 1)
+    low, high = np.mean(band["low"][latest]), np.mean(band["high"][latest])
     margin = high - low
     if loss < low - margin:
         verdict = "lower than usual: a better recipe, or text that was seen before?"
@@ -271,7 +273,7 @@ class _LossPlot:
             low, high = _smooth(band["low"]), _smooth(band["high"])
             loss.fill_between(band["step"], low, high, color="#f2b134", alpha=0.35, label=label)
         (self._raw,) = loss.plot([], [], color=_TRAIN_COLOR, alpha=0.3, linewidth=1)
-        label = "train, smoothed"
+        label = f"train, mean of {2 * _HALF_WINDOW + 1} logged losses around"
         (self._smoothed,) = loss.plot([], [], color=_TRAIN_COLOR, linewidth=2, label=label)
         (self._held_out,) = loss.plot([], [], "o-", color=_HELD_OUT_COLOR, ms=5, label="held-out")
         (self._rate,) = rate.plot([], [], color="#555555", linewidth=1.5)
@@ -369,11 +371,21 @@ def _plot_history(history: Sequence[Mapping[str, Any]]) -> _LossPlot:
     return plot
 
 
-def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Return the exponential moving average, unbiased at its start; NaN is left out of it."""
+def _smooth(values: Sequence[float], half: int = _HALF_WINDOW) -> list[float]:
+    """Return the mean of each value and its neighbours, as many before as behind; without NaN.
+
+    A mean of earlier values alone would lag behind a falling loss and lie above it.
+    """
     import pandas as pd
 
-    return pd.Series(values, dtype=float).ewm(alpha=1 - weight).mean().tolist()
+    series = pd.Series(values, dtype=float)
+    smooth = series.rolling(2 * half + 1, center=True, min_periods=1).mean()
+    for near in range(min(half, len(series) // 2)):  # to either end: fewer on both sides
+        first, last = series.iloc[: 2 * near + 1], series.iloc[len(series) - 2 * near - 1 :]
+        for place, part in ((near, first), (-1 - near, last)):
+            if part.notna().any():
+                smooth.iloc[place] = part.mean()
+    return smooth.tolist()
 
 
 def _memory_in_use() -> str:
