@@ -1,7 +1,7 @@
 """A small Chinese encyclopedia, written by a program from a table of facts.
 
 A model of a few million parameters cannot learn the world in a few minutes on a laptop, but it can
-learn a small world that is told often enough: some 1,700 true facts, each dozens of times in
+learn a small world that is told often enough: some 1,800 true facts, each dozens of times in
 varying terms and order. The price: it is a generated text, with the sameness of one, and losses on
 it say nothing about losses on real prose. The writer keeps some wordings and directions back, so
 that `cloze_questions` can ask for more than memory.
