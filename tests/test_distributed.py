@@ -5,6 +5,7 @@ what is killed runs under the real launcher. Losses are compared in float32 with
 part in ten thousand: sums come about in another order when they are shared.
 """
 
+import json
 import multiprocessing
 import os
 import re
@@ -146,6 +147,11 @@ def nearly(losses):
     return pytest.approx(losses, rel=1e-4)
 
 
+def held_out_loss(runs):
+    """Of all blocks, whose last batch is not full."""
+    return json.loads((runs / "smoke/summary.json").read_text(encoding="utf-8"))["held_out_loss"]
+
+
 def whole_checkpoints(runs):
     found = (runs / "smoke" / "checkpoints").glob("checkpoint-*/complete.json")
     return sorted(int(path.parent.name.split("-")[1]) for path in found)
@@ -171,6 +177,7 @@ def two(tmp_path_factory):
 def test_two_processes_learn_what_one_with_twice_the_accumulation_learns(alone, two):
     assert len(losses(alone)) == 12
     assert losses(two.runs) == nearly(losses(alone))
+    assert held_out_loss(two.runs) == pytest.approx(held_out_loss(alone), rel=1e-4)
     assert read_history(two.folder)[0]["tokens_per_step"] == 512
 
 

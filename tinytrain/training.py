@@ -212,6 +212,30 @@ class _PretrainingTrainer(Trainer):
                 callback.gradient_norm = norm
         return norm
 
+    def evaluation_loop(self, dataloader, *arguments, metric_key_prefix="eval", **options):
+        """Count every held-out block once, however many processes share them.
+
+        The Trainer fills the last batch of each with blocks from the beginning, which would change
+        its mean: so the last few are measured one by one.
+        """
+        blocks, args, name = dataloader.dataset, self.args, f"{metric_key_prefix}_loss"
+        options["metric_key_prefix"] = metric_key_prefix
+        last = len(blocks) % (args.eval_batch_size * args.world_size)
+        if args.world_size == 1 or not last or args.per_device_eval_batch_size == 1:
+            return super().evaluation_loop(dataloader, *arguments, **options)
+        size, total = args.per_device_eval_batch_size, 0.0
+        try:
+            for few, part in ((size, range(len(blocks) - last)), (1, range(len(blocks))[-last:])):
+                if part:
+                    args.per_device_eval_batch_size = few
+                    loader = self.get_eval_dataloader(blocks.select(part))
+                    result = super().evaluation_loop(loader, *arguments, **options)
+                    total += result.metrics[name] * len(part)
+        finally:
+            args.per_device_eval_batch_size = size
+        result.metrics[name] = total / len(blocks)
+        return result._replace(num_samples=len(blocks))
+
 
 def build_trainer(
     model: PreTrainedModel,
