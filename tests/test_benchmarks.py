@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import gpu, reference, train_step
 from benchmarks.__main__ import PAGES, SHOWN, with_tables
+from tinytrain import steps
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -51,6 +52,18 @@ def test_a_reference_curve_is_the_range_of_its_seeds():
         "mean": [4.0, 1.5],
         "high": [5.0, 2.0],
     }
+
+
+def test_a_reference_holds_what_is_written_before_and_after_the_training(
+    smoke, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(smoke.runs))
+    history = reference.train_one(smoke.recipe, tmp_path, "float32")
+    samples = reference.samples(smoke.recipe, tmp_path)
+    assert samples[0]["step"] == 0 and samples[-1]["step"] == history[-1]["step"] > 0
+    for sample in samples:
+        assert list(sample["texts"]) == steps.get_prompts(smoke.recipe)
+    assert samples[0]["texts"] != samples[-1]["texts"]
 
 
 def test_a_gpu_is_asked_for_where_there_is_none():
