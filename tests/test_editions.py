@@ -150,6 +150,8 @@ def test_rejected_english_names_are_not_used():
         cells = edition(path.name, "en") if path.suffix == ".ipynb" else []
         text = "\n".join(cell.source for cell in cells) or path.read_text(encoding="utf-8")
         text = re.sub(r"common words|Rare Words|word for word|not words", "", text)
+        if path.name.startswith("03_"):  # cuts words into tokens, and means both
+            text = re.sub(r"(?i)\bwords?\b", "", text)
         assert not pattern.search(text), f"{path.name}: {pattern.search(text)[0]}"
 
 
