@@ -161,9 +161,9 @@ def test_an_estimate_adds_up():
 def test_the_plot_shows_every_component_of_every_model():
     figure = plot_parameters({"guide": GUIDE, "real": REAL})
     axes = figure.axes[0]
-    *_, last = axes.containers  # the bars follow each other, so the last one ends at the total
-    ends = [bar.get_x() + bar.get_width() for bar in last]
-    assert ends == pytest.approx([123.287552, 494.032768])  # exactly those of the models
+    first, *_, last = axes.containers  # the bars follow each other, so the last one ends at 100%
+    assert first[0].get_width() == pytest.approx(100 * 151_665 * 512 / 123_287_552)
+    assert [bar.get_x() + bar.get_width() for bar in last] == pytest.approx([100, 100])
     assert {"123.3M", "494.0M", "63%"} <= {text.get_text() for text in axes.texts}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["guide", "real"]
     untied = plot_parameters({"untied": small_config(tie_word_embeddings=False)})

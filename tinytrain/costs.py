@@ -289,24 +289,28 @@ def estimate(
 
 
 def plot_parameters(configs: Mapping[str, Qwen2Config]) -> Figure:
-    """Draw where the parameters of models are: a bar for each name, the first on top."""
+    """Draw where the parameters of models are: a bar for each name, the first on top.
+
+    In shares, so that a small and a large model can be compared; the number follows the bar.
+    """
     counts = {name: count_parameters(config) for name, config in configs.items()}
-    totals = [count.pop("total") / 1e6 for count in counts.values()]
-    room = 0.06 * max(totals)  # that a number needs
+    totals = [count.pop("total") for count in counts.values()]
     figure, axes = new_axes(7, 1.6 + 0.45 * len(counts))
+    axes.grid(False)
     left = [0.0] * len(counts)
     for component, color in zip(next(iter(counts.values())), _COLORS, strict=False):
-        widths = [count[component] / 1e6 for count in counts.values()]
-        if not any(widths):
+        numbers = [count[component] for count in counts.values()]
+        if not any(numbers):
             continue
+        widths = [100 * number / total for number, total in zip(numbers, totals, strict=True)]
         label = component.replace("_", " ")
         bars = axes.barh(list(counts), widths, left=left, color=color, label=label)
-        shares = [f"{w / t:.0%}" if w > room else "" for w, t in zip(widths, totals, strict=True)]
+        shares = [f"{width:.0f}%" if width > 5 else "" for width in widths]
         axes.bar_label(bars, shares, label_type="center", color="white")
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.bar_label(bars, [f"{total:,.1f}M" for total in totals], padding=4)
+    axes.bar_label(bars, [f"{total / 1e6:,.1f}M" for total in totals], padding=4)
     axes.invert_yaxis()
-    axes.set(xlim=(0, max(totals) * 1.15), xlabel="parameters (millions)")
+    axes.set(xlim=(0, 113), xticks=range(0, 101, 20), xlabel="share of the parameters (%)")
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
     return figure
 
