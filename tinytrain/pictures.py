@@ -121,7 +121,7 @@ def plot_attention(attention: Sequence[Tensor], pieces: Sequence[tuple[str, int]
     readable = [text if font or text.isascii() else str(number) for text, number in pieces]
     style = {"fontproperties": FontProperties(fname=font, size=8), "parse_math": False}
     heads = attention[0].shape[1]
-    size = max(1.6, 0.26 * len(pieces))
+    size = min(max(1.6, 0.26 * len(pieces)), 16 / heads)  # inches: no wider than a page
     figure = Figure((1 + size * heads, 1 + size * len(attention)), dpi=100, layout="constrained")
     grid = figure.subplots(len(attention), heads, sharex=True, sharey=True, squeeze=False)
     for layer, row in enumerate(grid, 1):
@@ -131,5 +131,5 @@ def plot_attention(attention: Sequence[Tensor], pieces: Sequence[tuple[str, int]
             axes.set_title(f"layer {layer}, head {head}", fontsize=8)
             axes.set_xticks(range(len(pieces)), readable, rotation=90, **style)
             axes.set_yticks(range(len(pieces)), readable, **style)
-    figure.colorbar(image, ax=grid, shrink=0.6, label="share of its attention")
+    figure.colorbar(image, ax=grid, shrink=0.6, label="attention (a row sums to 1)")
     return figure
