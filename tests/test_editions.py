@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 ENGLISH = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 NAMES = [path.name for path in ENGLISH]
 PAGES = [("README.md", "README.zh-CN.md"), ("docs/questions.md", "docs/questions.zh-CN.md")]
+PAGES.append(("docs/answers.md", "docs/answers.zh-CN.md"))
 HAN = r"\u4e00-\u9fff"
 
 
@@ -146,6 +147,7 @@ def test_rejected_english_names_are_not_used():
     pattern = re.compile(rf"\b({'|'.join(names)})s?\b", re.IGNORECASE)
     paths = [*(ROOT / "tinytrain").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     paths += [*ENGLISH, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/questions.md"]
+    paths.append(ROOT / "docs/answers.md")
     for path in paths:
         cells = edition(path.name, "en") if path.suffix == ".ipynb" else []
         text = "\n".join(cell.source for cell in cells) or path.read_text(encoding="utf-8")

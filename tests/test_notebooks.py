@@ -34,7 +34,7 @@ def prose(notebook):
 
 def test_they_are_all_here():
     names = ["01_gpu_check", "02_data_split", "03_tokenization", "04_model_config", "05_train_bf16"]
-    names += ["06_evaluate", "07_scale_out"]
+    names += ["06_evaluate", "07_look_inside", "09_scale_out"]
     assert list(NOTEBOOKS) == names
 
 
@@ -154,8 +154,8 @@ def test_the_tutorials_command_on_recipe_smoke(tmp_path):
     assert result.returncode == 0, result.stderr
     shown = result.stdout
     for words in (
-        "notebook 1 of 7: 01_gpu_check",
-        "notebook 7 of 7: 07_scale_out",
+        "notebook 1 of 8: 01_gpu_check",
+        "notebook 8 of 8: 09_scale_out",
         "cell  1/",
         "training starts",
         "step 20 of 20, done",
@@ -168,9 +168,9 @@ def test_the_tutorials_command_on_recipe_smoke(tmp_path):
     run = tmp_path / "smoke"
     for name in ("report.html", "loss.png", "model/model.safetensors", "training.log"):
         assert (run / name).stat().st_size > 0
-    assert len(list((run / "notebooks").glob("*.ipynb"))) == 7
+    assert len(list((run / "notebooks").glob("*.ipynb"))) == 8
     report = (run / "report.html").read_text(encoding="utf-8")
-    assert report.count("<h1") == 7 and "image/png" in report
+    assert report.count("<h1") == 8 and "image/png" in report
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert set(summary["cloze_before"].values()) == {0} and summary["parameters"] > 0
 
@@ -210,7 +210,7 @@ def test_ctrl_c_in_the_terminal_interrupts_the_cell_and_not_the_tutorial(tmp_pat
     assert texts == ["stopped in good order", "the next cell"]
 
 
-@pytest.mark.parametrize("name", ["03_tokenization", "06_evaluate"])
+@pytest.mark.parametrize("name", ["03_tokenization", "06_evaluate", "07_look_inside"])
 def test_any_notebook_can_be_opened_first(name, tmp_path):
     """Alone, in an empty folder of runs, on a short text of your own."""
     text = own_text(tmp_path)
@@ -250,7 +250,7 @@ def test_the_readmes_command_on_a_text_of_your_own(tmp_path):
         result = subprocess.run(command, env=environment, capture_output=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr.decode("gbk", "replace")
     (run,) = (tmp_path / "我的 runs").glob("smoke-mine*")
-    assert len(list((run / "notebooks").glob("*.ipynb"))) == 7
+    assert len(list((run / "notebooks").glob("*.ipynb"))) == 8
     environment["TINYTRAIN_CORPUS"] = "nowhere.txt"
     result = subprocess.run(command, env=environment, capture_output=True, cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.startswith(b"the corpus 'nowhere.txt' is neit")

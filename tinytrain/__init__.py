@@ -11,7 +11,8 @@ notebook              its modules                                 what they are 
 04_model_config       ``modeling``, ``costs``                     configuration and exact counts
 05_train_bf16         ``training``, ``checkpoints``, ``callbacks``  the Trainer, watched and resumed
 06_evaluate           ``evaluation``, ``generation``              measure a model, let it write
-07_scale_out          ``__main__``                                the same from a shell
+07_look_inside        ``inside``, ``pictures``                    the model written out and drawn
+09_scale_out          ``__main__``                                the same from a shell
 ====================  ==========================================  ===============================
 
 Behind them: ``encyclopedia`` (the built-in text), ``hub`` (downloads and uploads), ``loss`` and
