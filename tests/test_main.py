@@ -179,7 +179,7 @@ def test_a_model_is_measured(trained, with_model, capsys):
     (line,) = [line for line in shown.splitlines() if line.startswith("bits per character")]
     # By whole documents here, by blocks of 64 tokens there.
     assert float(line.split()[3]) == pytest.approx(summary["bits_per_character"], rel=0.05)
-    assert "perplexity" in shown and "questions right" in shown
+    assert "perplexity" in shown and "told questions" in shown and "reversed questions" in shown
 
 
 def test_a_model_is_not_measured_on_what_it_was_trained_on(trained, with_model, capsys):
@@ -271,7 +271,7 @@ def test_home_may_be_written_as_a_wave(monkeypatch, tmp_path, capsys):
 def test_a_text_appears_as_it_is_written(with_model, monkeypatch):
     pieces = []
     monkeypatch.setattr("builtins.print", lambda *text, **_: pieces.append("".join(text)))
-    assert run("generate", "北京", "--max-new-tokens", "20", "--temperature", "0") == 0
+    assert run("generate", "北京", "--max-new-tokens", "20", "--temperature", "2") == 0
     assert len(pieces) > 3 and pieces[0].startswith("北京")
 
 
