@@ -177,6 +177,10 @@ def test_plot_shows_the_curves_and_the_loss_of_a_uniform_guess(tmp_path):
     assert texts == ["mine: step 2 of 4", "train 7.000 · held-out 7.500 · 2 s of training"]
     ticks = [label.get_text() for label in rate.get_xticklabels()]
     assert "2\n1.02k" in ticks  # steps, and tokens under them
+    counted = {"counting tokens": 5.1, "counting pairs": 3.2}
+    write_json_lines(path, [HISTORY[0] | {"lines": counted}, *HISTORY[1:]])
+    drawn = {line.get_label(): line.get_ydata()[0] for line in callbacks.replay(path).axes[0].lines}
+    assert drawn["counting tokens: 5.10"] == 5.1 and drawn["counting pairs: 3.20"] == 3.2
     write_json_lines(path, [{"step": 0, "max_steps": 0, "seconds": 0.0}])
     assert callbacks.replay(path).texts[0].get_text() == "step 0 of 0"
 

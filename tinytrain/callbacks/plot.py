@@ -8,6 +8,7 @@ the browser grows with the number of points.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,8 @@ class LivePlotCallback(TrainerCallback):
         The loss of other ``seeds``, shown as a band: ``train`` holds ``step``, ``low``, ``high``.
     seconds : float
         The shortest time between two drawings.
+    lines : mapping of str to float, optional
+        Losses to compare with, drawn as horizontal lines, for example ``{"counting tokens": 5.1}``.
 
     Attributes
     ----------
@@ -73,12 +76,14 @@ class LivePlotCallback(TrainerCallback):
         tokens_per_step: int = 0,
         reference: Mapping[str, Any] | None = None,
         seconds: float = 1.5,
+        lines: Mapping[str, float] | None = None,
     ):
         self.path = Path(path)
         self.vocab_size = vocab_size
         self.tokens_per_step = tokens_per_step
         self.reference = reference
         self.seconds = seconds
+        self.lines = lines
         self._state = None
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -88,7 +93,7 @@ class LivePlotCallback(TrainerCallback):
         self._speed = Speedometer(self.tokens_per_step, state, args, train_dataloader)
         steps = max(state.max_steps, 1)
         average = self._speed.tokens(steps) / steps
-        self._plot = _LossPlot(self.vocab_size, average, self.reference)
+        self._plot = _LossPlot(self.vocab_size, average, self.reference, self.lines)
         self._output = NotebookOutput() if in_notebook() else None
         if self._output:
             DISPLAYS.add(self)
@@ -253,6 +258,7 @@ class _LossPlot:
         vocab_size: int | None = None,
         tokens_per_step: float = 0,
         reference: Mapping[str, Any] | None = None,
+        lines: Mapping[str, float] | None = None,
     ):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -269,23 +275,28 @@ class _LossPlot:
         loss, rate = self._axes
         if reference:
             band = reference["train"]
-            label = f"normal: {len(reference['seeds'])} other seeds"
+            label = f"normal: between these, {len(reference['seeds'])} other seeds"
             low, high = _smooth(band["low"]), _smooth(band["high"])
-            loss.fill_between(band["step"], low, high, color="#f2b134", alpha=0.35, label=label)
-        (self._raw,) = loss.plot([], [], color=_TRAIN_COLOR, alpha=0.3, linewidth=1)
+            # With edges: seeds differ by little, and the line of the run covers the middle.
+            style = {"facecolor": "#f2b134", "edgecolor": "#c77f00", "linewidth": 1.5}
+            loss.fill_between(band["step"], low, high, alpha=0.7, label=label, **style)
+        label = "train, each logged loss"
+        (self._raw,) = loss.plot([], [], color=_TRAIN_COLOR, alpha=0.3, linewidth=1, label=label)
         label = f"train, mean of {2 * _HALF_WINDOW + 1} logged losses around"
-        (self._smoothed,) = loss.plot([], [], color=_TRAIN_COLOR, linewidth=2, label=label)
+        (self._smoothed,) = loss.plot([], [], color=_TRAIN_COLOR, linewidth=1.5, label=label)
         (self._held_out,) = loss.plot([], [], "o-", color=_HELD_OUT_COLOR, ms=5, label="held-out")
         (self._rate,) = rate.plot([], [], color="#555555", linewidth=1.5)
         if vocab_size:
             uniform = math.log(vocab_size)
             label = f"uniform guess: ln({vocab_size:,}) = {uniform:.2f}"
             loss.axhline(uniform, color="#888888", linestyle=":", label=label)
+        for style, (name, value) in zip(itertools.cycle(("--", "-.")), (lines or {}).items()):
+            loss.axhline(value, color="#555555", linestyle=style, label=f"{name}: {value:.2f}")
         for axis in self._axes:
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
         loss.set_ylabel("loss (nats per token)")
-        loss.legend(loc="upper right", bbox_to_anchor=(1, 0.93), fontsize=9, edgecolor="none")
+        loss.legend(loc="upper right", bbox_to_anchor=(1, 0.97), fontsize=8, edgecolor="none")
         rate.set_ylabel("learning rate", fontsize=8)
         rate.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         rate.set_xlabel("step", fontsize=9)
@@ -361,7 +372,7 @@ def _plot_history(history: Sequence[Mapping[str, Any]]) -> _LossPlot:
     """Draw a whole history, whose first line holds its metadata."""
     first, last = history[0], history[-1]
     average = last.get("tokens", 0) / max(last["step"], 1) or first.get("tokens_per_step", 0)
-    plot = _LossPlot(first.get("vocab_size"), average)
+    plot = _LossPlot(first.get("vocab_size"), average, lines=first.get("lines"))
     plot.add(history)
     name = f"{first['name']}: " if "name" in first else ""
     end = f", {last['end']}" if "end" in last else ""
