@@ -164,6 +164,6 @@ def test_the_next_tokens_are_drawn_by_rank(taught, smoke):
     [axes] = plot_next_tokens(shown).axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(settings)
     for line, pairs in zip(axes.lines, shown.values(), strict=True):
-        assert line.get_ydata() == [probability for _, probability in pairs]
+        assert list(line.get_ydata()) == [probability for _, probability in pairs]
         assert list(line.get_xdata()) == list(range(1, len(pairs) + 1))
     assert len(axes.lines[1].get_xdata()) == 2
