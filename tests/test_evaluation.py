@@ -17,6 +17,7 @@ from tinytrain.evaluation import (
     by_domain,
     by_kind,
     colour_losses,
+    compare,
     count_losses,
     document_losses,
     plot_comparison,
@@ -176,6 +177,30 @@ def test_the_interval_is_as_wide_as_documents_of_different_difficulty_make_it():
     assert found == pytest.approx(expected, abs=0.2 * error)
 
 
+def test_models_with_overlapping_intervals_are_told_apart_on_the_same_documents():
+    generator = np.random.default_rng(3)
+    lengths = generator.integers(20, 200, size=300)
+    hard = lengths * generator.gamma(4, 1 / 4, size=300)  # some documents are, for any model
+    worse = hard + lengths * generator.normal(0.02, 0.05, size=300)
+    better, worse = (
+        [DocumentLoss(int(n), int(n), float(x), 0) for n, x in zip(lengths, nats, strict=True)]
+        for nats in (hard, worse)
+    )
+    a, b = (summarize(rows).bits_per_character for rows in (worse, better))
+    assert a.low < b.value < a.value < b.high  # overlapping, and widely
+    difference = compare(worse, better)
+    assert difference.value == pytest.approx(a.value - b.value)
+    assert 0 < difference.low < difference.value < difference.high < b.high - b.low
+    assert compare(better, worse).high < 0
+    assert compare(worse, worse) == (0, 0, 0)
+    empty = DocumentLoss(0, 0, 0.0, 0)
+    assert compare([empty, *worse], [empty, *better]) == difference
+    with pytest.raises(ValueError, match="not of the same documents"):
+        compare(worse, better[1:])
+    with pytest.raises(ValueError, match="nothing to measure"):
+        compare([empty], [empty])
+
+
 def test_the_same_documents_give_the_same_interval():
     rows = [DocumentLoss(n, n, n * 1.5 + n % 3, 1) for n in range(1, 40)]
     assert summarize(rows) == summarize(rows)
@@ -263,6 +288,12 @@ def test_bars_are_as_long_as_the_numbers():
     segments = [segment for lines in axes.collections for segment in lines.get_segments()]
     ends = [segment[:, 0].tolist() for segment in segments]
     assert ends == [pytest.approx([ours.low, ours.high]), pytest.approx(share(21, 21)[1:])]
+
+    assert len({bar.get_facecolor() for bar in axes.patches}) == 1
+    [axes] = plot_comparison({"ours": ours, "xz": 2.0, "zip": 3.0}, highlight="ours").axes
+    first, *others = (bar.get_facecolor() for bar in axes.patches)
+    assert first not in others and len(set(others)) == 1
+    assert "less is better" in axes.get_xlabel()
 
 
 def test_coloured_text_is_escaped_and_redder_where_it_surprised():

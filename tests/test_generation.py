@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from tinytrain.common import encode_text
-from tinytrain.generation import Answer, answer_questions, complete, generate, next_tokens
+from tinytrain.generation import (
+    Answer,
+    answer_questions,
+    complete,
+    generate,
+    next_tokens,
+    plot_next_tokens,
+)
 from tinytrain.modeling import build_model
 
 
@@ -146,3 +153,17 @@ def test_next_tokens_are_what_is_sampled(taught, smoke):
     assert len(narrow) == 1 and narrow[0][1] == pytest.approx(1)
     with pytest.raises(ValueError, match="temperature 0"):
         next_tokens(taught, smoke.tokenizer, "法国", temperature=0)
+
+
+def test_the_next_tokens_are_drawn_by_rank(taught, smoke):
+    settings = {"as it is": {}, "top-k 2": {"top_k": 2}}
+    shown = {
+        name: next_tokens(taught, smoke.tokenizer, "法国", **chosen)
+        for name, chosen in settings.items()
+    }
+    [axes] = plot_next_tokens(shown).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(settings)
+    for line, pairs in zip(axes.lines, shown.values(), strict=True):
+        assert list(line.get_ydata()) == [probability for _, probability in pairs]
+        assert list(line.get_xdata()) == list(range(1, len(pairs) + 1))
+    assert len(axes.lines[1].get_xdata()) == 2

@@ -6,12 +6,13 @@ count what the model has learned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tinytrain.common import encode_each, encode_text, evaluating
+from tinytrain.common import encode_each, encode_text, evaluating, new_axes
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _BATCH_SIZE = 64  # prompts that `complete` continues at once
@@ -147,6 +148,24 @@ def next_tokens(
     probabilities, tokens = logits.softmax(-1)[0].topk(min(number, logits.shape[-1]))
     pairs = zip(tokens.tolist(), probabilities.tolist(), strict=True)
     return [(tokenizer.decode([token]), probability) for token, probability in pairs if probability]
+
+
+def plot_next_tokens(chances: Mapping[str, Sequence[tuple[str, float]]]) -> Figure:
+    """Draw the probabilities of the next token, the likeliest first, one line a setting.
+
+    Parameters
+    ----------
+    chances : mapping
+        The name of each setting, and what `next_tokens` returned for it.
+    """
+    figure, axes = new_axes(7, 3.5)
+    for name, pairs in chances.items():
+        ranks = range(1, len(pairs) + 1)
+        axes.plot(ranks, [probability for _, probability in pairs], "o-", label=name)
+    axes.set(xlabel="rank of the token", ylabel="probability", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+    return figure
 
 
 class Answer(NamedTuple):
