@@ -56,7 +56,7 @@ def run(folder, config, blocks, delay, recipe, terminal=None):
     torch.set_num_threads(1)
     disable_progress_bars()
     folder = Path(folder)
-    # The tests may themselves be run by nohup, which a process inherits.
+    # Who runs the tests under nohup has SIGHUP ignored in all processes.
     signal.signal(signal.SIGHUP, signal.SIG_IGN if terminal == "nohup" else signal.SIG_DFL)
     if terminal == "nohup":
         terminal = None
