@@ -1,8 +1,8 @@
 """Train recipe ``pocket`` with several seeds, to know what is normal.
 
 ``python -m benchmarks.reference`` writes ``tinytrain/data/reference.json``, which the live plot
-shows behind your own curve, and notebook 01 as what you will have at the end. Each seed takes as
-long as the tutorial; a seed that is done is not trained again.
+shows behind your own curve, and prints how many questions were answered. Each seed takes as long as
+the tutorial; a seed that is done is not trained again.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from benchmarks import ROOT, machine
 from tinytrain import callbacks, runs, steps
-from tinytrain.common import one_line, read_json_lines, write_json
+from tinytrain.common import write_json
 from tinytrain.evaluation import by_domain, by_kind
-from tinytrain.generation import Answer, answer_questions, complete
+from tinytrain.generation import Answer, answer_questions
 from tinytrain.hardware import choose_precision
 from tinytrain.recipes import RECIPES
 
 RESULT = ROOT / "tinytrain" / "data" / "reference.json"
-SAMPLE_TOKENS = 16
 
 
 def train_one(recipe, folder: Path, precision: str) -> list[dict[str, float]]:
@@ -33,14 +31,10 @@ def train_one(recipe, folder: Path, precision: str) -> list[dict[str, float]]:
     path = folder / "history.jsonl"
     if not (folder / "done").is_file():
         history = callbacks.HistoryCallback(path, recipe.tokens_per_step)
-        tokenizer = steps.get_tokenizer(recipe)
-        write = partial(complete, tokenizer=tokenizer, max_new_tokens=SAMPLE_TOKENS)
-        prompts, every = steps.get_prompts(recipe), recipe.sample_steps
-        writing = callbacks.SampleCallback(write, prompts, every, folder / "samples.jsonl")
-        watching = [history, writing]
-        trainer = runs.assemble(recipe, folder, precision, watching, save_strategy="no")
+        trainer = runs.assemble(recipe, folder, precision, [history], save_strategy="no")
         trainer.train()
-        answers = answer_questions(trainer.model, tokenizer, steps.get_questions(recipe))
+        tokenizer, questions = steps.get_tokenizer(recipe), steps.get_questions(recipe)
+        answers = answer_questions(trainer.model, tokenizer, questions)
         write_json(folder / "answers.json", answers)
         (folder / "done").touch()
     return callbacks.read_history(path)
@@ -55,31 +49,22 @@ def curve(histories: list[list[dict[str, float]]], name: str) -> dict[str, list[
     return {"step": [line["step"] for line in kept[0]], **rounded}
 
 
-def scores(recipe, folder: Path) -> dict[str, dict[str, float]]:
-    """Return the share of right answers to each kind of question: in all, and in each domain."""
+def right_answers(recipe, folder: Path) -> dict[tuple[str, str], float]:
+    """Return one seed's share of right answers by domain ("all" too) and kind of question."""
     questions = steps.get_questions(recipe)
     answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
     right = [Answer(*answer).right for answer in answers]
-    found = {}
-    for kind, part in by_kind(questions, right).items():
-        some = [pair for pair in zip(questions, right, strict=True) if pair[0].kind == kind]
-        domains = by_domain(*zip(*some, strict=True))
-        found[kind] = {"all": part.value} | {name: part.value for name, part in domains.items()}
-    return found
+    found = {("all", kind): part.value for kind, part in by_kind(questions, right).items()}
+    both = [(*question[:2], question[2:]) for question in questions]  # domain and kind as one
+    return found | {pair: part.value for pair, part in by_domain(both, right).items()}
 
 
-def samples(recipe, folder: Path) -> list[dict[str, Any]]:
-    """Return what one seed's model writes after each prompt: untrained (step 0), then trained."""
-    prompts, tokenizer = steps.get_prompts(recipe), steps.get_tokenizer(recipe)
-    untrained = complete(steps.get_model(recipe), tokenizer, prompts, SAMPLE_TOKENS)
-    lines = [{"step": 0, "texts": untrained}, *read_json_lines(folder / "samples.jsonl")]
-    return [
-        {
-            "step": line["step"],
-            "texts": dict(zip(prompts, map(one_line, line["texts"]), strict=True)),
-        }
-        for line in lines
-    ]
+def table(seeds: list[dict[tuple[str, str], float]]) -> pd.DataFrame:
+    """Return the mean of all seeds and their range, a row for each domain."""
+    shares = pd.DataFrame(seeds).agg(["mean", "min", "max"]).T
+    shares.index = pd.MultiIndex.from_tuples(shares.index)
+    cells = [f"{mean:.1%} ({low:.1%} to {high:.1%})" for mean, low, high in shares.to_numpy()]
+    return pd.Series(cells, shares.index).unstack(fill_value="")[["told", "reworded", "reversed"]]
 
 
 def main() -> None:
@@ -96,9 +81,7 @@ def main() -> None:
         histories.append(train_one(replace(recipe, seed=seed), folder, precision))
         last = [line["eval_loss"] for line in histories[-1] if "eval_loss" in line][-1]
         print(f"seed {seed}: held-out loss {last:.3f}", flush=True)
-        right.append(scores(recipe, folder))
-        for kind, shares in right[-1].items():
-            print(f"  {kind:9}", *(f"{name} {share:.2f}" for name, share in shares.items()))
+        right.append(right_answers(recipe, folder))
     result = {
         "recipe": asdict(RECIPES["pocket"]),
         "seeds": list(range(options.seeds)),
@@ -106,11 +89,9 @@ def main() -> None:
         "machine": machine(),
         "train": curve(histories, "loss"),
         "held_out": curve(histories, "eval_loss"),
-        "right": [{kind: round(s["all"], 4) for kind, s in one.items()} for one in right],
-        "samples": samples(replace(recipe, seed=0), options.runs / "seed-0"),
     }
-    text = json.dumps(result, indent=None, ensure_ascii=False)
-    RESULT.write_text(text + "\n", encoding="utf-8")
+    RESULT.write_text(json.dumps(result, indent=None) + "\n", encoding="utf-8")
+    print(table(right).to_string())
     print(f"written to {RESULT.relative_to(ROOT)}")
 
 

@@ -116,7 +116,7 @@ def measured(name, limits):
     PEAKS[name] = memory()
 
     def watch():
-        while not done.wait(0.01):
+        while not done.wait(0.002):
             PEAKS[name] = max(PEAKS[name], memory())
 
     watching = threading.Thread(target=watch)
@@ -219,7 +219,8 @@ def test_a_large_text_takes_little_more_memory_than_a_small_one(tmp_path):
     for name, size in (("small", 1), ("large", 48)):
         write_array(tmp_path / f"{name}.json", documents(size * MB))
     peaks, _ = run(tmp_path, "chain", str(tmp_path / "small.json"))
-    limits = {name: peak + 32 * MB for name, peak in peaks.items()}
+    # Some room, less than the text takes: a peak of less than two milliseconds may be missed.
+    limits = {name: peak + 44 * MB for name, peak in peaks.items()}
     _, found = run(tmp_path, "chain", str(tmp_path / "large.json"), limits)
     assert 15 * MB < found["characters"] < 17.5 * MB
     assert found["duplicates"] >= 3

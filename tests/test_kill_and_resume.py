@@ -56,8 +56,9 @@ def run(folder, config, blocks, delay, recipe, terminal=None):
     torch.set_num_threads(1)
     disable_progress_bars()
     folder = Path(folder)
+    # Who runs the tests under nohup has SIGHUP ignored in all processes.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if terminal == "nohup" else signal.SIG_DFL)
     if terminal == "nohup":
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         terminal = None
     elif terminal:
         os.setsid()

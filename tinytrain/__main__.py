@@ -93,10 +93,9 @@ def train(options: argparse.Namespace) -> int:
     if rank() == 0 and result["finished"]:
         print(f"held-out loss  {result['held_out_loss']:.3f}")
         print(f"bits per character  {result['bits_per_character']:.2f}")
-        if "cloze_after" in result:
-            for kind, after in result["cloze_after"].items():
-                before = result["cloze_before"][kind]
-                print(f"{kind} questions right  {before:.0%} before training, {after:.0%} after")
+        for kind, after in result.get("cloze_after", {}).items():
+            before = result["cloze_before"][kind]
+            print(f"{kind} questions  {before:.0%} right before training, {after:.0%} after")
         for prompt, text in result["completions"]:
             print(f"{one_line(prompt)} → {one_line(text)}")
         print(f"the model is in {_shown(steps.run_folder(options.recipe) / 'model')}")
