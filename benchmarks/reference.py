@@ -1,8 +1,9 @@
 """Train recipe ``pocket`` with several seeds, to know what is normal.
 
 ``python -m benchmarks.reference`` writes ``tinytrain/data/reference.json``, which the live plot
-shows behind your own curve, and prints how many questions were answered. Each seed takes as long as
-the tutorial; a seed that is done is not trained again.
+shows behind your own curve, and notebook 01 as what you will have at the end; and prints how many
+questions were answered. Each seed takes as long as the tutorial; a seed that is done is not trained
+again.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from benchmarks import ROOT, machine
 from tinytrain import callbacks, runs, steps
-from tinytrain.common import write_json
+from tinytrain.common import one_line, read_json_lines, write_json
 from tinytrain.evaluation import by_domain, by_kind
-from tinytrain.generation import Answer, answer_questions
+from tinytrain.generation import Answer, answer_questions, complete
 from tinytrain.hardware import choose_precision
 from tinytrain.recipes import RECIPES
 
 RESULT = ROOT / "tinytrain" / "data" / "reference.json"
+SAMPLE_TOKENS = 16
 
 
 def train_one(recipe, folder: Path, precision: str) -> list[dict[str, float]]:
@@ -31,10 +35,13 @@ def train_one(recipe, folder: Path, precision: str) -> list[dict[str, float]]:
     path = folder / "history.jsonl"
     if not (folder / "done").is_file():
         history = callbacks.HistoryCallback(path, recipe.tokens_per_step)
-        trainer = runs.assemble(recipe, folder, precision, [history], save_strategy="no")
+        tokenizer, prompts = steps.get_tokenizer(recipe), steps.get_prompts(recipe)
+        write = partial(complete, tokenizer=tokenizer, max_new_tokens=SAMPLE_TOKENS)
+        file = folder / "samples.jsonl"
+        writing = callbacks.SampleCallback(write, prompts, recipe.sample_steps, file)
+        trainer = runs.assemble(recipe, folder, precision, [history, writing], save_strategy="no")
         trainer.train()
-        tokenizer, questions = steps.get_tokenizer(recipe), steps.get_questions(recipe)
-        answers = answer_questions(trainer.model, tokenizer, questions)
+        answers = answer_questions(trainer.model, tokenizer, steps.get_questions(recipe))
         write_json(folder / "answers.json", answers)
         (folder / "done").touch()
     return callbacks.read_history(path)
@@ -47,6 +54,15 @@ def curve(histories: list[list[dict[str, float]]], name: str) -> dict[str, list[
     numbers = {"low": values.min(0), "mean": values.mean(0), "high": values.max(0)}
     rounded = {key: [round(float(x), 4) for x in row] for key, row in numbers.items()}
     return {"step": [line["step"] for line in kept[0]], **rounded}
+
+
+def samples(recipe, folder: Path) -> list[dict[str, Any]]:
+    """Return what one seed's model writes after each prompt: untrained (step 0), then trained."""
+    prompts, tokenizer = steps.get_prompts(recipe), steps.get_tokenizer(recipe)
+    untrained = complete(steps.get_model(recipe), tokenizer, prompts, SAMPLE_TOKENS)
+    lines = [{"step": 0, "texts": untrained}, *read_json_lines(folder / "samples.jsonl")]
+    texts = [dict(zip(prompts, map(one_line, line["texts"]), strict=True)) for line in lines]
+    return [{"step": line["step"], "texts": text} for line, text in zip(lines, texts, strict=True)]
 
 
 def right_answers(recipe, folder: Path) -> dict[tuple[str, str], float]:
@@ -89,8 +105,9 @@ def main() -> None:
         "machine": machine(),
         "train": curve(histories, "loss"),
         "held_out": curve(histories, "eval_loss"),
+        "samples": samples(replace(recipe, seed=0), options.runs / "seed-0"),
     }
-    RESULT.write_text(json.dumps(result, indent=None) + "\n", encoding="utf-8")
+    RESULT.write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table(right).to_string())
     print(f"written to {RESULT.relative_to(ROOT)}")
 

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import gpu, reference, train_step
 from benchmarks.__main__ import PAGES, SHOWN, with_tables
+from tinytrain import steps
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -53,9 +54,15 @@ def test_a_reference_curve_is_the_range_of_its_seeds():
     }
 
 
-def test_the_answers_of_all_seeds_become_a_table(smoke, tmp_path, monkeypatch):
+def test_a_reference_holds_what_was_written_and_the_answers_of_all_seeds_become_a_table(
+    smoke, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TINYTRAIN_RUNS", str(smoke.runs))
-    reference.train_one(smoke.recipe, tmp_path, "float32")
+    history = reference.train_one(smoke.recipe, tmp_path, "float32")
+    samples = reference.samples(smoke.recipe, tmp_path)
+    assert samples[0]["step"] == 0 and samples[-1]["step"] == history[-1]["step"] > 0
+    assert all(list(sample["texts"]) == steps.get_prompts(smoke.recipe) for sample in samples)
+    assert samples[0]["texts"] != samples[-1]["texts"]
     right = reference.right_answers(smoke.recipe, tmp_path)
     assert right["all", "told"] <= 1 and ("works", "reversed") not in right
     two = [right | {("works", "told"): share} for share in (0.5, 1.0)]

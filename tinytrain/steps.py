@@ -327,8 +327,10 @@ def reference_curve(recipe: Recipe) -> dict[str, Any] | None:
     -------
     dict or None
         ``train`` and ``held_out``, each with lists of equal length: ``step``, and the ``low``,
-        ``mean`` and ``high`` of the loss of all ``seeds``. None if there is no reference for
-        these hyperparameters; the seed, and what only affects display and speed, may differ.
+        ``mean`` and ``high`` of the loss of all ``seeds``. ``samples`` are what the first seed's
+        model wrote after each prompt, at a few steps from 0 (untrained). None if there is no
+        reference for these hyperparameters; the seed, and what only affects display and speed,
+        may differ.
     """
     reference = json.loads((_DATA / "reference.json").read_text(encoding="utf-8"))
     ignored = {"seed", *DISPLAY_AND_SPEED_FIELDS}
