@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from tinytrain import common
 from tinytrain.common import (
     atomic_write,
     damaged_file,
@@ -110,3 +111,26 @@ def test_a_log_that_cannot_be_written_names_its_folder(tmp_path):
     (tmp_path / "run" / "training.log").mkdir(parents=True)
     with pytest.raises(OSError, match=r"cannot write to .*run \(.*\): choose another folder"):
         setup_logging(tmp_path / "run" / "training.log")
+
+
+@pytest.mark.parametrize(("folder", "has_font"), [("zh", True), ("zh", False), ("en", True)])
+def test_plots_of_the_chinese_edition_have_chinese_labels_where_a_font_has_them(
+    folder, has_font, tmp_path, monkeypatch
+):
+    if has_font and not common.chinese_font():
+        pytest.skip("no font with Chinese characters is installed")
+    if not has_font:
+        monkeypatch.setattr(common, "chinese_font", lambda: None)
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / folder)
+    figure, axes = common.new_axes()
+    axes.plot([1, 2], [8.0, 7.0], label="recipe smoke")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.legend()
+    figure.draw_without_rendering()  # a missing glyph would warn, which is an error
+    shown = [axes.get_xlabel(), axes.get_ylabel(), axes.get_legend().texts[0].get_text()]
+    english = ["step", "loss (nats per token)", "recipe smoke"]
+    chinese = ["步数", "损失（每词元 nat）", "配方 smoke"]
+    assert shown == (chinese if folder == "zh" and has_font else english)
+    left = common.plot_label("step 1,240 of 3,600, 2 h 01 min left")
+    assert left == ("第 1,240 / 3,600 步, 还剩 2 小时 01 分" if chinese == shown else left)

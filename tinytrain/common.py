@@ -7,6 +7,7 @@ that you copy into your own project may need this file beside it, and nothing el
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -383,14 +384,70 @@ def format_count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def new_axes(width: float = 7, height: float = 3) -> tuple[Figure, Axes]:
-    """Return a figure and its axes in the style of all plots here; sizes are in inches.
+# Files of fonts with Chinese characters that Linux, Windows and macOS bring, without their endings.
+CHINESE_FONTS = ("NotoSansCJK-Regular", "NotoSansCJKsc-Regular", "NotoSansSC-Regular")
+CHINESE_FONTS += ("SourceHanSansSC-Regular", "wqy-microhei", "wqy-zenhei", "DroidSansFallbackFull")
+CHINESE_FONTS += ("msyh", "simhei", "simsun", "Hiragino Sans GB", "STHeiti Medium", "PingFang")
+
+
+@functools.cache
+def chinese_font() -> str | None:
+    """Return the name of an installed font that has Chinese characters, or None.
+
+    From then on, plots fall back to it for what their own font lacks.
+    """
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties, findSystemFonts, fontManager
+
+    # Not by the names that matplotlib keeps in its cache, where a font installed later is missing.
+    installed = {Path(path).stem: path for path in findSystemFonts()}
+    path = next((installed[name] for name in CHINESE_FONTS if name in installed), None)
+    if not path:
+        return None
+    fontManager.addfont(path)
+    name = FontProperties(fname=path).get_name()
+    rcParams["font.family"] = [*rcParams["font.family"], name]
+    return name
+
+
+def plot_label(text: str) -> str:
+    """Return a label in Chinese for the Chinese notebooks, where a font can write it.
+
+    Those notebooks are in a folder ``zh``, in which Jupyter runs them. What has no translation in
+    ``data/labels.zh.json``, the name of a recipe for example, stays as it is.
+    """
+    if Path.cwd().name == "zh" and chinese_font():
+        for pattern, chinese in _chinese_labels().items():
+            text = re.sub(rf"(?<![A-Za-z]){pattern}(?![A-Za-z])", chinese, text)
+    return text
+
+
+@functools.cache
+def _chinese_labels() -> dict[str, str]:
+    file = Path(__file__).with_name("data") / "labels.zh.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def new_figure(width: float, height: float, **options: Any) -> Figure:
+    """Return a figure whose texts are written in the language of the notebook; sizes are in inches.
 
     Not by pyplot, which keeps every figure alive and chooses a backend for the whole program.
     """
-    from matplotlib.figure import Figure
+    from matplotlib import figure, text
 
-    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    class Figure(figure.Figure):
+        def draw(self, renderer):
+            for label in self.findobj(text.Text):
+                label.set_text(plot_label(label.get_text()))
+            super().draw(renderer)
+
+    chinese_font()
+    return Figure(figsize=(width, height), **options)
+
+
+def new_axes(width: float = 7, height: float = 3) -> tuple[Figure, Axes]:
+    """Return a figure and its axes in the style of all plots here; sizes are in inches."""
+    figure = new_figure(width, height, dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tinytrain.common import format_seconds, new_axes
+from tinytrain.common import format_seconds, new_axes, plot_label
 from tinytrain.recipes import SEED, Recipe, with_width
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ def plot_parameters(configs: Mapping[str, Qwen2Config]) -> Figure:
 
     In shares, so that a small and a large model can be compared; the number follows the bar.
     """
-    counts = {name: count_parameters(config) for name, config in configs.items()}
+    counts = {plot_label(name): count_parameters(config) for name, config in configs.items()}
     totals = [count.pop("total") for count in counts.values()]
     figure, axes = new_axes(7, 1.6 + 0.45 * len(counts))
     axes.grid(False)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tinytrain.common import encode_each, evaluating, new_axes, text_encoder
+from tinytrain.common import encode_each, evaluating, new_axes, plot_label, text_encoder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -477,7 +477,7 @@ def plot_comparison(
         value, low, high = bar if isinstance(bar, Interval) else (bar, bar, bar)
         error = [[value - low], [high - value]] if low < high else None
         color = "tab:blue" if highlight in (None, name) else "silver"
-        drawn = axes.barh(name, value, xerr=error, color=color, height=0.6, capsize=3)
+        drawn = axes.barh(plot_label(name), value, xerr=error, color=color, height=0.6, capsize=3)
         axes.bar_label(drawn, fmt="%.2f", padding=6)
     axes.invert_yaxis()
     axes.set_xlabel(label)

@@ -5,34 +5,17 @@ They are drawn from the model itself, a `tinytrain.inside.Qwen2`, so that they f
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinytrain.common import new_axes
+from tinytrain.common import chinese_font, new_axes, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor, nn
 
-# Files of fonts with Chinese characters that Linux, Windows and macOS bring, without their endings.
-CHINESE_FONTS = ("NotoSansCJK-Regular", "NotoSansCJKsc-Regular", "NotoSansSC-Regular")
-CHINESE_FONTS += ("SourceHanSansSC-Regular", "wqy-microhei", "wqy-zenhei", "DroidSansFallbackFull")
-CHINESE_FONTS += ("msyh", "simhei", "simsun", "Hiragino Sans GB", "STHeiti Medium", "PingFang")
-
 _BLUE, _ORANGE, _GREEN, _GREY = "#dbe5f3", "#fbe3d2", "#dcefdd", "#ececec"
-
-
-@functools.cache
-def chinese_font() -> str | None:
-    """Return the path of an installed font that has Chinese characters, or None."""
-    from matplotlib.font_manager import findSystemFonts
-
-    # Not by the names that matplotlib keeps in its cache, where a font installed later is missing.
-    installed = {Path(path).stem: path for path in findSystemFonts()}
-    return next((installed[name] for name in CHINESE_FONTS if name in installed), None)
 
 
 def draw_model(model: nn.Module) -> Figure:
@@ -114,15 +97,13 @@ def plot_attention(attention: Sequence[Tensor], pieces: Sequence[tuple[str, int]
         The tokens and their ids, as from `tinytrain.tokenization.show_tokens`. Where no font has
         Chinese characters, the ids take their place.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-
     font = chinese_font()
     readable = [text if font or text.isascii() else str(number) for text, number in pieces]
-    style = {"fontproperties": FontProperties(fname=font, size=8), "parse_math": False}
+    style = {"fontsize": 8, "parse_math": False}
     heads = attention[0].shape[1]
     size = min(max(1.6, 0.26 * len(pieces)), 16 / heads)  # inches: no wider than a page
-    figure = Figure((1 + size * heads, 1 + size * len(attention)), dpi=100, layout="constrained")
+    width, height = 1 + size * heads, 1 + size * len(attention)
+    figure = new_figure(width, height, dpi=100, layout="constrained")
     grid = figure.subplots(len(attention), heads, sharex=True, sharey=True, squeeze=False)
     for layer, row in enumerate(grid, 1):
         for head, axes in enumerate(row, 1):

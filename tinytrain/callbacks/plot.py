@@ -28,6 +28,8 @@ from tinytrain.common import (
     format_seconds,
     in_notebook,
     new_axes,
+    new_figure,
+    plot_label,
     read_history,
 )
 
@@ -261,16 +263,15 @@ class _LossPlot:
         lines: Mapping[str, float] | None = None,
     ):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
 
         self.lines = 0  # of the history, that were added
         self._points = {name: ([], []) for name in ("loss", "eval_loss", "learning_rate")}
         self._background, self._background_limits = None, None
-        self.figure: Figure = Figure(figsize=(8, 5), dpi=96, facecolor="white")
+        self.figure = new_figure(8, 5, dpi=96, facecolor="white")
         FigureCanvasAgg(self.figure)
         self._axes = self.figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         self.figure.subplots_adjust(left=0.1, right=0.97, top=0.87, bottom=0.13, hspace=0.1)
-        self._headline = self.figure.text(0.1, 0.955, "", fontsize=11, weight="bold")
+        self._headline = self.figure.text(0.1, 0.955, "", fontsize=12)
         self._details = self.figure.text(0.1, 0.91, "", fontsize=9, color="#444444")
         loss, rate = self._axes
         if reference:
@@ -336,8 +337,8 @@ class _LossPlot:
         loss.set_ylim(math.floor(low), math.ceil(high), auto=True)  # and again next time
         rate.set_ylim(0, 1.1 * max(rates, default=0) or 1)
         rate.set_xlim(0, max(max_steps, 1))
-        self._headline.set_text(headline)
-        self._details.set_text(details)
+        self._headline.set_text(plot_label(headline))
+        self._details.set_text(plot_label(details))
 
     def png(self) -> bytes:
         """Return the plot as a PNG image.
