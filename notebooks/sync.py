@@ -2,7 +2,8 @@
 
 ``make sync`` calls this, and ``make notebooks`` after it has run the English ones. Both editions
 have the same cells, told apart by their ids: code is copied with its outputs, Chinese text stays,
-and text that has no Chinese yet comes over in English, where a test will find it.
+and so do pictures, whose labels are Chinese (``run_all.py --edition zh --in-place`` draws them).
+What has no Chinese yet comes over in English, where a test will find the text.
 """
 
 from __future__ import annotations
@@ -19,13 +20,24 @@ def synced(
     english: nbformat.NotebookNode, chinese: nbformat.NotebookNode
 ) -> tuple[nbformat.NotebookNode, list[str]]:
     """Return the new Chinese notebook, and the ids of cells that are still to be translated."""
-    texts = {cell.id: cell for cell in chinese.cells if cell.cell_type == "markdown"}
+    earlier = {cell.id: cell for cell in chinese.cells}
     result = nbformat.from_dict(english)
-    result.cells = [
-        texts.get(cell.id, cell) if cell.cell_type == "markdown" else cell for cell in english.cells
-    ]
-    missing = [c.id for c in english.cells if c.cell_type == "markdown" and c.id not in texts]
+    missing = []
+    for place, cell in enumerate(result.cells):
+        known = earlier.get(cell.id)
+        if cell.cell_type == "markdown":
+            result.cells[place] = known or cell
+            missing += [] if known else [cell.id]
+        elif known and known.source == cell.source:
+            for ours, drawn in zip(pictures(cell), pictures(known), strict=False):
+                ours["image/png"] = drawn["image/png"]
     return result, missing
+
+
+def pictures(cell: nbformat.NotebookNode) -> list[dict]:
+    """Return the outputs of a cell of code that are pictures."""
+    outputs = [output.get("data", {}) for output in cell.outputs]
+    return [data for data in outputs if "image/png" in data]
 
 
 def main() -> int:

@@ -15,7 +15,6 @@ from tinytrain.generation import complete, generate
 from tinytrain.hardware import KNOWN_GPUS, Hardware
 from tinytrain.recipes import RECIPES, with_width
 from tinytrain.tokenization import show_tokens, train_tokenizer
-from tinytrain.training import plot_learning_rate
 
 HERE = Hardware("a <b>laptop</b>", 12 * 10**9, "float32", 0.1)
 HARMLESS = {"div", "span", "small", "br", "p", "b", "table", "thead", "tbody", "tr", "th", "td"}
@@ -85,11 +84,9 @@ def page(explorer):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_explorers_begin_with_the_recipe(name):
+def test_memory_begins_with_the_recipe(name):
     explorer = widgets.memory_explorer(RECIPES[name], HERE)
     assert picture(explorer) == png(plot_memory(RECIPES[name], HERE))
-    explorer = widgets.learning_rate_explorer(RECIPES[name], 777)
-    assert picture(explorer) == png(plot_learning_rate(RECIPES[name], 777))
 
 
 def test_sliders_change_memory_and_time_as_the_plain_calls_do():
@@ -143,26 +140,6 @@ def test_a_tokenizer_that_cannot_be_shown_is_a_line():
     backend = Tokenizer(WordLevel({"<法>": 0}, unk_token="<法>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     assert "not byte-level" in page(widgets.token_explorer({"words": tokenizer}, "法国"))
-
-
-# Learning rate
-
-
-def test_controls_change_the_schedule_as_the_plain_call_does():
-    explorer = widgets.learning_rate_explorer(RECIPES["pocket"], 600)
-    move(explorer, {"schedule": "linear", "peak": 1e-3, "warm-up": 30, "steps": 2000})
-    changes = {"lr_scheduler": "linear", "learning_rate": 1e-3, "warmup_steps": 30}
-    recipe = replace(RECIPES["pocket"], **changes)
-    assert picture(explorer) == png(plot_learning_rate(recipe, 2000))
-
-
-def test_a_schedule_that_cannot_be_foretold_is_a_line_until_another_is_chosen():
-    recipe = replace(RECIPES["pocket"], lr_scheduler="reduce_lr_on_plateau")
-    explorer = widgets.learning_rate_explorer(recipe, 600)
-    assert "follows the loss" in page(explorer) and picture(explorer) == b""
-    move(explorer, {"schedule": "cosine"})
-    assert page(explorer).strip() == ""
-    assert picture(explorer) == png(plot_learning_rate(RECIPES["pocket"], 600))
 
 
 # Playground

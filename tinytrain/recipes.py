@@ -67,7 +67,7 @@ class Recipe:
     tokenizer: str = "qwen2.5"  # "qwen2.5" (151,665 tokens) or "own" (trained on the text)
     vocab_size: int | None = None  # rows of the embedding; None: all tokens of the tokenizer
     context_length: int = 512  # tokens the model sees at once; memory grows with it
-    packing: bool = True  # False keeps only full chunks of an article, as the guide does
+    packing: bool = True  # False: each article by itself, only full chunks
 
     # --- model --------------------------------------------------------------------------------
     hidden_size: int = 512
@@ -151,7 +151,7 @@ WIKI = replace(
     SEED,
     name="wiki",
     drop_duplicates=True,
-    packing=True,  # the guide's chunks lose every article that is shorter
+    packing=True,  # chunks lose every article that is shorter
     vocab_size=32_768,  # most of Qwen2.5's tokens are of other languages and never occur
     optimizer="muon",  # learned more in equal time than AdamW at its best rate
     learning_rate=4e-3,  # 8e-3 x 256 / 512; 200 times the guide's

@@ -91,48 +91,6 @@ def token_explorer(
     return _explorer({"text": _text_box("text", text)}, show, shown)
 
 
-def learning_rate_explorer(recipe: Recipe, steps: int) -> ipw.VBox:
-    """Show the learning rate over a run.
-
-    Without a browser: ``plot_learning_rate(recipe, steps)`` of `tinytrain.training`.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        Where the controls begin.
-    steps : int
-        Steps of the run, from `tinytrain.training.total_steps`.
-    """
-    from tinytrain.training import plot_learning_rate
-
-    kinds = ["cosine", "linear", "constant_with_warmup", "inverse_sqrt"]
-    kinds += [recipe.lr_scheduler] if recipe.lr_scheduler not in kinds else []
-    lengths = [n * 10**power for power in range(1, 5) for n in (1, 2, 5)]
-    controls = {
-        "lr_scheduler": ipw.Dropdown(
-            description="schedule", options=kinds, value=recipe.lr_scheduler, **_LOOK
-        ),
-        "learning_rate": ipw.FloatLogSlider(
-            description="peak",
-            value=recipe.learning_rate,
-            min=-6,  # powers of ten
-            max=-1,
-            step=0.05,
-            readout_format=".2g",
-            continuous_update=False,
-            **_LOOK,
-        ),
-        "warmup_steps": _slider("warm-up", recipe.warmup_steps, min=0, max=1000),
-        "steps": _choice("steps", steps, lengths),
-    }
-    picture = ipw.Image(format="png")
-
-    def show(steps: int, **changes: Any) -> None:
-        picture.value = _png(plot_learning_rate(replace(recipe, **changes), steps))
-
-    return _explorer(controls, show, picture)
-
-
 def playground(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str = ""
 ) -> ipw.VBox:
