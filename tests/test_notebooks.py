@@ -153,6 +153,18 @@ def test_links_between_notebooks_lead_somewhere(name):
         assert (ROOT / "notebooks" / link).exists(), link
 
 
+@EACH
+@pytest.mark.parametrize("folder", ["notebooks", "notebooks/zh"])
+def test_in_colab_a_notebook_leads_to_itself_and_its_neighbours(name, folder):
+    """Where links to other files lead nowhere."""
+    texts = prose(nbformat.read(ROOT / folder / f"{name}.ipynb", as_version=4))
+    found = re.findall(r"\]\(https://colab[^)]*/blob/main/([^)]*)\)", "\n".join(texts))
+    names = list(NOTEBOOKS)
+    at = names.index(name)
+    there = [name, *names[max(0, at - 1) : at], *names[at + 1 : at + 2]]
+    assert found == [f"{folder}/{each}.ipynb" for each in there]
+
+
 def test_the_readme_leads_to_each_notebook_here_and_in_colab():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
