@@ -2,8 +2,8 @@
 
 ``make tutorial`` calls this; the executed notebooks and one HTML report go to the run's folder.
 ``make notebooks`` calls it with ``--in-place``: the outputs are kept in the notebooks themselves,
-for the repository, and the set-up cells get the project's address from ``pyproject.toml``. (Of the
-Chinese ones ``sync.py`` then keeps the pictures only.)
+for the repository, and both editions get the project's address from ``pyproject.toml``. (Of the
+Chinese outputs ``sync.py`` then keeps the pictures only.)
 """
 
 from __future__ import annotations
@@ -104,16 +104,17 @@ def run_notebook(path: Path, begun: float) -> nbformat.NotebookNode:
     return notebook
 
 
-def set_address(notebook: nbformat.NotebookNode) -> None:
-    """Write the project's address into the set-up cell."""
+def set_address() -> None:
+    """Write the project's address into all set-up cells and links to Colab, the README's too."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.source = re.sub(
-                r"(tinytrain @ git\+)[^\"]+",
-                lambda match: match[1] + project["urls"]["Repository"],
-                cell.source,
-            )
+    address = project["urls"]["Repository"]
+    name = address.removeprefix("https://github.com/")
+    notebooks = [*HERE.glob("[0-9]*.ipynb"), *HERE.glob("zh/[0-9]*.ipynb")]
+    for path in (*notebooks, *HERE.parent.glob("README*.md")):
+        text = path.read_bytes().decode()
+        text = re.sub(r"(?<=tinytrain @ git\+)[^\\\"]+", lambda _: address, text)
+        text = re.sub(r"(?<=research\.google\.com/github/).+?(?=/blob/)", lambda _: name, text)
+        path.write_bytes(text.encode())
 
 
 def write_report(notebooks: list[nbformat.NotebookNode], path: Path) -> None:
@@ -200,10 +201,11 @@ def main() -> int:
             return 1
         target = folder / "notebooks" / path.name
         if options.in_place:
-            set_address(notebook)
             target = path
         nbformat.write(notebook, target)
         done.append(notebook)
+    if options.in_place:
+        set_address()
     write_report(done, folder / "report.html")
     tell_results(folder, time.monotonic() - begun)
     return 0

@@ -138,6 +138,22 @@ def test_where_a_term_stands_in_english_its_name_stands_in_chinese(name):
                 assert term in chinese.source, f"{chinese.id}: {names[0]}"
 
 
+def linked_terms(text):
+    """Return the terms that link to the glossary, all of which it has, by their first names."""
+    rows = {name.lower(): names[0] for names, chinese, _ in TERMS for name in (*names, chinese)}
+    links = re.findall(r"\[\**([^]*]+)\**\]\([./]*docs/glossary\.md[^)]*\)", text)
+    terms = {term if term in rows else term.removesuffix("s") for term in map(str.lower, links)}
+    terms -= {"glossary", "术语表"}
+    assert terms <= set(rows), f"not in the glossary: {terms - set(rows)}"
+    return {rows[term] for term in terms}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_terms_that_link_to_the_glossary_are_in_it_and_the_same_in_both_editions(name):
+    for english, chinese in pairs(name):
+        assert linked_terms(english.source) == linked_terms(chinese.source), english.id
+
+
 def test_rejected_english_names_are_not_used():
     """In code, notebooks and pages; "word" is right where no token is meant."""
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")

@@ -12,9 +12,11 @@ import time
 import tomllib
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from tinytrain.encyclopedia import cloze_questions
 
@@ -34,15 +36,44 @@ def prose(notebook):
 
 def test_they_are_all_here():
     names = ["01_gpu_check", "02_data_split", "03_tokenization", "04_model_config", "05_train_bf16"]
-    names += ["06_evaluate", "07_look_inside", "09_scale_out"]
+    names += ["06_evaluate", "07_look_inside", "09_scale_out", "10_experiments"]
     assert list(NOTEBOOKS) == names
 
 
-def test_the_set_up_cell_is_the_same_and_the_address_stands_in_one_place():
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_set_up_cell_installs_what_is_not_installed(installed, monkeypatch):
+    """From the address in pyproject.toml; the cell is short, and the same in all notebooks."""
+    (cell,) = {code(notebook)[0].source for notebook in NOTEBOOKS.values()}
+    assert len([line for line in cell.splitlines() if line]) <= 4
+    calls = []
+    shell = SimpleNamespace(run_line_magic=lambda *call: calls.append(call))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: installed or None)
+    exec(TransformerManager().transform_cell(cell), {"get_ipython": lambda: shell})
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    cells = {code(notebook)[0].source for notebook in NOTEBOOKS.values()}
-    assert len(cells) == 1
-    assert f'"tinytrain @ git+{project["urls"]["Repository"]}"' in cells.pop()
+    pip = ("pip", f'install -q "tinytrain @ git+{project["urls"]["Repository"]}"')
+    assert calls == ([] if installed else [pip])
+
+
+def test_another_address_gets_everywhere_and_changes_nothing_else(tmp_path, monkeypatch):
+    """Into set-up cells, links to Colab and the README, in both editions."""
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    import run_all
+
+    names = [f"{folder}/{PATHS[4].name}" for folder in ("notebooks", "notebooks/zh")]
+    names += ["README.md", "README.zh-CN.md", "pyproject.toml"]
+    (tmp_path / "notebooks" / "zh").mkdir(parents=True)
+    for name in names:
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    old = project["urls"]["Repository"].removeprefix("https://github.com/").encode()
+    toml = tmp_path / "pyproject.toml"
+    toml.write_bytes(toml.read_bytes().replace(old, b"someone/else"))
+    monkeypatch.setattr(run_all, "HERE", tmp_path / "notebooks")
+    run_all.set_address()
+    for name in names:
+        before = (ROOT / name).read_bytes()
+        assert old in before
+        assert (tmp_path / name).read_bytes() == before.replace(old, b"someone/else"), name
 
 
 @EACH
@@ -96,6 +127,7 @@ def test_short_cells_between_prose(name):
     for cell in code(notebook)[1:]:
         lines = [line for line in cell.source.splitlines() if line.strip()]
         assert len(lines) <= 12, cell.source
+    assert len(notebook.cells) <= 28
     kinds = "".join(cell.cell_type[0] for cell in notebook.cells)
     assert kinds.startswith("mcc") and kinds.endswith("m")
     assert "cccc" not in kinds  # never a wall of code
@@ -119,6 +151,18 @@ def test_opening_and_close(name):
 def test_links_between_notebooks_lead_somewhere(name):
     for link in re.findall(r"\]\(([^)#:]+)\)", "\n".join(prose(NOTEBOOKS[name]))):
         assert (ROOT / "notebooks" / link).exists(), link
+
+
+@EACH
+@pytest.mark.parametrize("folder", ["notebooks", "notebooks/zh"])
+def test_in_colab_a_notebook_leads_to_itself_and_its_neighbours(name, folder):
+    """Where links to other files lead nowhere."""
+    texts = prose(nbformat.read(ROOT / folder / f"{name}.ipynb", as_version=4))
+    found = re.findall(r"\]\(https://colab[^)]*/blob/main/([^)]*)\)", "\n".join(texts))
+    names = list(NOTEBOOKS)
+    at = names.index(name)
+    there = [name, *names[max(0, at - 1) : at], *names[at + 1 : at + 2]]
+    assert found == [f"{folder}/{each}.ipynb" for each in there]
 
 
 def test_the_readme_leads_to_each_notebook_here_and_in_colab():
@@ -152,10 +196,10 @@ def test_the_tutorials_command_on_recipe_smoke(tmp_path):
         command, env=environment, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
-    shown = result.stdout
+    shown, number = result.stdout, len(NOTEBOOKS)
     for words in (
-        "notebook 1 of 8: 01_gpu_check",
-        "notebook 8 of 8: 09_scale_out",
+        f"notebook 1 of {number}: 01_gpu_check",
+        f"notebook {number} of {number}: 10_experiments",
         "cell  1/",
         "training starts",
         "step 20 of 20, done",
@@ -168,9 +212,9 @@ def test_the_tutorials_command_on_recipe_smoke(tmp_path):
     run = tmp_path / "smoke"
     for name in ("report.html", "loss.png", "model/model.safetensors", "training.log"):
         assert (run / name).stat().st_size > 0
-    assert len(list((run / "notebooks").glob("*.ipynb"))) == 8
+    assert len(list((run / "notebooks").glob("*.ipynb"))) == number
     report = (run / "report.html").read_text(encoding="utf-8")
-    assert report.count("<h1") == 8 and "image/png" in report
+    assert report.count("<h1") == number and "image/png" in report
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert set(summary["cloze_before"].values()) == {0} and summary["parameters"] > 0
 
@@ -250,7 +294,7 @@ def test_the_readmes_command_on_a_text_of_your_own(tmp_path):
         result = subprocess.run(command, env=environment, capture_output=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr.decode("gbk", "replace")
     (run,) = (tmp_path / "我的 runs").glob("smoke-mine*")
-    assert len(list((run / "notebooks").glob("*.ipynb"))) == 8
+    assert len(list((run / "notebooks").glob("*.ipynb"))) == len(NOTEBOOKS)
     environment["TINYTRAIN_CORPUS"] = "nowhere.txt"
     result = subprocess.run(command, env=environment, capture_output=True, cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.startswith(b"the corpus 'nowhere.txt' is neit")

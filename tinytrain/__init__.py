@@ -2,9 +2,9 @@
 
 Each notebook has its modules, whose functions you can copy into a project of your own:
 
-====================  ==========================================  ===============================
+====================  ==========================================  ================================
 notebook              its modules                                 what they are about
-====================  ==========================================  ===============================
+====================  ==========================================  ================================
 01_gpu_check          ``hardware``                                this machine, and its precision
 02_data_split         ``corpus``, ``duplicates``                  load, validate, split the text
 03_tokenization       ``tokenization``, ``qwen``                  tokenizers, chunks and packing
@@ -13,7 +13,8 @@ notebook              its modules                                 what they are 
 06_evaluate           ``evaluation``, ``generation``              measure a model, let it write
 07_look_inside        ``inside``, ``pictures``                    the model written out and drawn
 09_scale_out          ``__main__``                                the same from a shell
-====================  ==========================================  ===============================
+10_experiments        ``runs``                                    short runs that answer questions
+====================  ==========================================  ================================
 
 Behind them: ``encyclopedia`` (the built-in text), ``hub`` (downloads and uploads), ``loss`` and
 ``optimizer`` (speed and memory), ``export`` and ``gguf_file`` (a model for others). ``recipes``
