@@ -616,10 +616,12 @@ def plot_lengths(split: DatasetDict, mark: float | None = None, mark_label: str 
     if mark is not None:
         axes.axvline(mark, color="0.3", linestyle="--", linewidth=1)
         at_top = {"va": "top", "transform": axes.get_xaxis_transform()}
-        axes.text(mark, 0.98, f" {mark_label}", color="0.3", parse_math=False, **at_top)
+        side = "left" if mark < everything.max() else "right"  # of the text that meets the line
+        axes.text(mark, 0.98, f" {mark_label} ", ha=side, color="0.3", parse_math=False, **at_top)
     axes.margins(y=0.15)
     axes.set(xscale="log", xlabel="characters in a document", ylabel="documents (%)")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    wide = everything.max() > 20 * max(everything.min(), 1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else range(1, 10)))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("")
     axes.legend(frameon=False)
