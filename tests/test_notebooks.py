@@ -219,13 +219,6 @@ def test_the_tutorials_command_on_recipe_smoke(tmp_path):
     assert set(summary["cloze_before"].values()) == {0} and summary["parameters"] > 0
 
 
-def test_outputs_are_not_kept_in_the_chinese_edition_where_sync_puts_them():
-    command = [sys.executable, str(ROOT / "notebooks" / "run_all.py")]
-    command += ["--edition", "zh", "--in-place"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "make sync" in result.stderr
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_ctrl_c_in_the_terminal_interrupts_the_cell_and_not_the_tutorial(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "notebooks")
