@@ -210,7 +210,7 @@ class Estimate:
             "operations": f"{self.flops:.1e}",
             "time": format_seconds(self.seconds),
             "disk": f"{self.disk / 1e9:.1f} GB",
-            "by": "probe" if self.probed else "arithmetic",
+            "by": "probe" if self.probed else "estimate",
         }
 
 
