@@ -147,6 +147,7 @@ def test_where_a_term_stands_in_english_its_name_stands_in_chinese(name):
 def linked_terms(text):
     """Return the terms that link to the glossary, all of which it has, by their first names."""
     rows = {name.lower(): names[0] for names, chinese, _ in TERMS for name in (*names, chinese)}
+    rows["注意力头"] = "head"  # by its full name
     links = re.findall(r"\[\**([^]*]+)\**\]\([./]*docs/glossary\.md[^)]*\)", text)
     terms = {term if term in rows else term.removesuffix("s") for term in map(str.lower, links)}
     terms -= {"glossary", "术语表"}
