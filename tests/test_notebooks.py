@@ -189,9 +189,9 @@ def test_the_questions_that_the_text_shows_are_asked(folder):
 
 
 def test_the_tutorials_command_on_recipe_smoke(tmp_path):
-    """The tutorial's own command: progress, results, report, and no trace in the checkout."""
+    """The Chinese edition: progress, results, report, and no trace in the checkout."""
     environment = os.environ | {"TINYTRAIN_RECIPE": "smoke", "TINYTRAIN_RUNS": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "notebooks" / "run_all.py")]
+    command = [sys.executable, str(ROOT / "notebooks" / "run_all.py"), "--edition", "zh"]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path
     )
