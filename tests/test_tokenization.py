@@ -82,7 +82,7 @@ def test_no_token_is_longer_than_four_chinese_characters(caplog):
     tokens = tokenizer.convert_ids_to_tokens(list(range(1, len(tokenizer))))
     assert 9 < max(map(len, tokens)) <= 12
     # So there are too few pairs for the vocabulary, which is logged.
-    assert 257 < len(tokenizer) < 300 and "not 300" in caplog.text
+    assert 259 < len(tokenizer) < 300 and "not 300" in caplog.text
 
 
 def test_training_reads_so_many_characters_and_no_more(monkeypatch):
@@ -100,7 +100,7 @@ def test_training_reads_so_many_characters_and_no_more(monkeypatch):
 @pytest.mark.parametrize(
     ("texts", "vocab_size", "message"),
     [
-        (SENTENCES, 257, "vocab_size=257 is too small"),
+        (SENTENCES, 259, "vocab_size=259 is too small"),
         ([], 300, "texts are empty"),
         (["", "  "], 300, "texts are empty"),
         (["北京", "上海"], 300, "no pair of bytes occurs twice"),
@@ -280,7 +280,7 @@ def test_wrong_arguments_are_named(small, cut):
 
 
 def test_a_larger_vocabulary_costs_fewer_tokens_per_character(small):
-    bytes_and_little = train_tokenizer(SENTENCES * 3, vocab_size=258)
+    bytes_and_little = train_tokenizer(SENTENCES * 3, vocab_size=260)
     few = tokenization.tokens_per_character(small, iter(SENTENCES))
     assert few < tokenization.tokens_per_character(bytes_and_little, SENTENCES)
     assert few == len(plain(small, "".join(SENTENCES))) / len("".join(SENTENCES))

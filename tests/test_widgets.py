@@ -119,7 +119,7 @@ def test_widths_of_the_slider_are_models(share_of_slider):
 
 
 def test_the_tokens_of_a_typed_text_appear_for_each_tokenizer_and_never_as_html(smoke, hostile):
-    byte_level = train_tokenizer(["aa"] * 3, vocab_size=258)
+    byte_level = train_tokenizer(["aa"] * 3, vocab_size=260)
     explorer = widgets.token_explorer({hostile: smoke.tokenizer, "bytes": byte_level}, "法国")
     assert "bytes: 6 tokens" in page(explorer)
     move(explorer, {"text": "日本的首都"})

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _END_OF_TEXT = "<|endoftext|>"
+# The borders of a turn in a conversation. Plain text never has them: they wait for notebook 08, and
+# a token that is added later would need a new row in a trained embedding.
+_TURN_TOKENS = ["<|im_start|>", "<|im_end|>"]
 
 # Chinese has no spaces, so the pre-tokenizer splits only at punctuation and digits: in a text that
 # repeats itself, whole phrases would become tokens, with nothing left to predict inside them. The
@@ -56,8 +59,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     texts : iterable of str
         The training set, in random order: two million characters are read.
     vocab_size : int
-        Tokens wanted, ``<|endoftext|>`` and the 256 bytes included. If the text has fewer pairs
-        that occur twice, the vocabulary is smaller, which is logged.
+        Tokens wanted, including the 256 bytes and three that structure text: ``<|endoftext|>``,
+        ``<|im_start|>`` and ``<|im_end|>``. If the text has fewer pairs that occur twice, the
+        vocabulary is smaller, which is logged.
 
     Returns
     -------
@@ -85,10 +89,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     from tokenizers.trainers import BpeTrainer
     from transformers import Qwen2Tokenizer
 
-    if vocab_size <= 257:
+    special = [_END_OF_TEXT, *_TURN_TOKENS]
+    if vocab_size <= 256 + len(special):
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: 257 tokens are taken by the bytes and "
-            f"{_END_OF_TEXT}. Ask for 2,000 or more."
+            f"vocab_size={vocab_size} is too small: {256 + len(special)} tokens are taken by the "
+            f"bytes, {', '.join(special)}. Ask for 2,000 or more."
         )
     if isinstance(texts, str):
         raise ValueError("texts is a single string: pass a list of texts.")
@@ -96,7 +101,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size=vocab_size,
         # A pair that occurs once would only teach the vocabulary one place of the text by heart.
         min_frequency=2,
-        special_tokens=[_END_OF_TEXT],
+        special_tokens=special,
         initial_alphabet=sorted(ByteLevel.alphabet()),
         max_token_length=_MAX_TOKEN_BYTES + 1,  # the trainer stays below it
         show_progress=False,
@@ -112,7 +117,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     if (size := len(model["vocab"])) < vocab_size:
         logger.warning(f"A vocabulary of {size} tokens, not {vocab_size}: no more pairs repeat")
     merges = [tuple(pair) for pair in model["merges"]]
-    return Qwen2Tokenizer(vocab=model["vocab"], merges=merges, padding_side="left")
+    added = {"extra_special_tokens": _TURN_TOKENS, "padding_side": "left"}
+    return Qwen2Tokenizer(vocab=model["vocab"], merges=merges, **added)
 
 
 def _up_to(texts: Iterable[str], max_characters: int) -> Iterator[str]:
