@@ -464,5 +464,5 @@ def plot_plans(budgets: Mapping[str, Sequence[Plan]]) -> Figure:
         label = "smaller than the law was fitted to"
         axes.axvspan(smallest, _FITTED_FROM, color="0.93", zorder=0, label=label)
     axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss (nats per token)")
-    axes.legend(frameon=False)
+    axes.legend(edgecolor="none", framealpha=1)
     return figure
