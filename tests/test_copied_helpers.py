@@ -229,5 +229,5 @@ def test_a_helper_works_where_tinytrain_is_not(results, name):
 
 def test_all_that_the_readme_promises_are_here():
     readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
-    promised = re.search(r"Made to be taken along: (.*?)\.\n", readme, flags=re.DOTALL)[1]
+    promised = re.search(r"a test does just that: (.*?)\.\n", readme, flags=re.DOTALL)[1]
     assert set(re.findall(r"`(\w+)`", promised)) - {"summarize"} <= set(HELPERS)

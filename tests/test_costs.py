@@ -195,10 +195,11 @@ def test_the_plot_of_plans_marks_the_best_size():
     marked = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1]
     best = [best_plan(plans) for plans in budgets.values()]
     assert marked == [plan.parameters for plan in best]
-    hour, day = (text.get_text() for text in axes.get_legend().get_texts())
+    hour, day, grey = (text.get_text() for text in axes.get_legend().get_texts())
     assert hour.startswith("1 hour: ") and day.startswith(
         f"1 day: {best[1].parameters / 1e6:,.0f}M"
     )
+    assert grey == "smaller than the law was fitted to"
 
 
 # --- planning -------------------------------------------------------------------------------------

@@ -433,12 +433,19 @@ def new_figure(width: float, height: float, **options: Any) -> Figure:
 
     Not by pyplot, which keeps every figure alive and chooses a backend for the whole program.
     """
-    from matplotlib import figure, text
+    from matplotlib import figure, text, ticker
+
+    class Names(ticker.FuncFormatter):  # names at the ticks are made while the figure is drawn
+        def __call__(self, x, pos=None):
+            return plot_label(super().__call__(x, pos))
 
     class Figure(figure.Figure):
         def draw(self, renderer):
             for label in self.findobj(text.Text):
                 label.set_text(plot_label(label.get_text()))
+            for axis in (axis for axes in self.axes for axis in (axes.xaxis, axes.yaxis)):
+                if type(names := axis.get_major_formatter()) is ticker.FuncFormatter:
+                    names.__class__ = Names
             super().draw(renderer)
 
     chinese_font()

@@ -350,6 +350,9 @@ def _size(gigabytes: float) -> str:
     return f"{gigabytes:.1f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.0f} MB"
 
 
+_FITTED_FROM = 44e6  # parameters of the smallest model that the law was fitted to
+
+
 def predicted_loss(parameters: float, tokens: float, corpus_tokens: float = math.inf) -> float:
     """Predict the loss of a trained model from its size and its tokens, by Chinchilla's law.
 
@@ -443,7 +446,10 @@ def best_plan(plans: Sequence[Plan]) -> Plan:
 
 
 def plot_plans(budgets: Mapping[str, Sequence[Plan]]) -> Figure:
-    """Draw the predicted loss over the size of the model, from a list of plans for each budget."""
+    """Draw the predicted loss over the size of the model, from a list of plans for each budget.
+
+    Models smaller than those that the law was fitted to have a grey ground.
+    """
     figure, axes = new_axes(8, 4.2)
     for name, plans in budgets.items():
         # A model that gets less than a token for ten parameters is off any law.
@@ -453,6 +459,10 @@ def plot_plans(budgets: Mapping[str, Sequence[Plan]]) -> Figure:
         sizes, losses = [plan.parameters for plan in shown], [plan.loss for plan in shown]
         [line] = axes.plot(sizes, losses, label=label)
         axes.plot(best.parameters, best.loss, "o", color=line.get_color())
+    smallest = min(plan.parameters for plans in budgets.values() for plan in plans)
+    if smallest < _FITTED_FROM:
+        label = "smaller than the law was fitted to"
+        axes.axvspan(smallest, _FITTED_FROM, color="0.93", zorder=0, label=label)
     axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss (nats per token)")
-    axes.legend(frameon=False)
+    axes.legend(edgecolor="none", framealpha=1)
     return figure
