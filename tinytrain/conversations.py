@@ -157,9 +157,8 @@ def write_conversations(facts: _Table, seed: int = 2222) -> list[dict[str, Any]]
     rnd, (taught, _), invented = random.Random(seed), _split_facts(facts), _invented("starts")
     told: list[tuple[str, _Turns]] = []
     for fact in taught + invented:
-        questions = fact.questions() if fact.is_known else [_pick(rnd, fact.questions())]
-        kind = "fact" if fact.is_known else "invented"
-        told += [(kind, [(question, fact.answer(rnd))]) for question in questions]
+        kind, wordings = ("fact", 2) if fact.is_known else ("invented", 1)
+        told += [(kind, [(text, fact.answer(rnd))]) for text in fact.questions()[:wordings]]
         if rnd.random() < 0.4:
             told.append(("turns", _several_turns(rnd, fact, taught, invented)))
     for talk in (talk for talks in _phrases()["small_talk"].values() for talk in talks):
@@ -343,8 +342,8 @@ def _read_turns(row: Any, place: str) -> list[dict[str, str]]:
     right = re.match("s?(ua)*u?", "".join(role[0] for role in roles)).end()
     if right < len(roles):
         raise ValueError(
-            f"{place}, turn {right + 1}: {' after '.join(roles[right::-1][:2])}; user and assistant "
-            "have to take turns, the user first, perhaps after one system turn"
+            f"{place}, turn {right + 1}: {' after '.join(roles[right::-1][:2])}; after at most one "
+            "system turn, user and assistant have to take turns, the user first"
         )
     if "assistant" not in roles:
         raise ValueError(f"{place}: has no assistant turn, so there is nothing to learn from it")
