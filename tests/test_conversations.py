@@ -268,7 +268,7 @@ SYSTEM = {"role": "system", "content": "你是一个诗人。"}
 SHAREGPT = {"user": "human", "assistant": "gpt", "system": "system"}
 ALPACA = [
     {"instruction": "翻译成中文", "input": "hello", "output": "你好", "history": None},
-    {"instruction": "写一个字", "input": "", "output": "字"},
+    {"instruction": "写一个字", "input": "", "output": "字", "history": [["你好", "你好！"]]},
 ]
 
 
@@ -286,9 +286,8 @@ def write(path, rows):
     elif ".JSON" in suffixes:
         data = json.dumps(rows, ensure_ascii=False, indent=2).encode("utf-8-sig")
     else:
-        data = (
-            b"\r\n".join(json.dumps(row, ensure_ascii=False).encode() for row in rows) + b"\r\n\r\n"
-        )
+        lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+        data = b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\r\n\r\n"
     pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
     path.write_bytes(pack(data))
     return path
@@ -317,7 +316,7 @@ def test_instructions_become_a_question_and_an_answer(tmp_path):
     for name in ("a.jsonl", "a.parquet"):
         (one, two) = load_conversations(write(tmp_path / name, ALPACA))["messages"][:]
         assert [m["content"] for m in one] == ["翻译成中文\nhello", "你好"]
-        assert [m["content"] for m in two] == ["写一个字", "字"]
+        assert [m["content"] for m in two] == ["你好", "你好！", "写一个字", "字"]
         assert [m["role"] for m in one] == ["user", "assistant"]
 
 

@@ -84,7 +84,7 @@ class _Fact(NamedTuple):
 
     def answer(self, rnd: random.Random) -> str:
         if self.is_known:
-            return self.say(_pick(rnd, self.wordings["says"]))
+            return self.say(self.wordings["says"])
         return _pick(rnd, _phrases()["unknown"]).format(noun=self.how["noun"])
 
     def right_answers(self) -> tuple[str, ...]:
@@ -145,8 +145,8 @@ def write_conversations(facts: _Table, seed: int = 2222) -> list[dict[str, Any]]
     facts : dict of list of dict
         What `tinytrain.encyclopedia.read_facts` returns.
     seed : int
-        Chooses answers, longer conversations and the order, not which facts are told. The same seed
-        gives the same conversations on every platform.
+        Chooses longer conversations and the order, not which facts are told. The same seed gives
+        the same conversations on every platform.
 
     Returns
     -------
@@ -242,7 +242,7 @@ def load_conversations(path: str | Path) -> Dataset:
     Its name ends in ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet``, perhaps with ``.gz`` or
     ``.xz`` behind. A conversation has a field ``messages`` (a list of ``role`` and ``content``),
     ``conversations`` (the same, or ShareGPT's ``from`` and ``value``), or Alpaca's ``instruction``,
-    ``input`` and ``output``; a ``system`` beside them comes first.
+    ``input`` and ``output`` (and ``history``); a ``system`` beside them comes first.
 
     Parameters
     ----------
@@ -328,8 +328,12 @@ def _read_turns(row: Any, place: str) -> list[dict[str, str]]:
     turns = fields.get("messages", fields.get("conversations"))
     if turns is None and {"instruction", "output"} <= set(fields):
         asked = "\n".join(str(fields[k]) for k in ("instruction", "input") if fields.get(k))
-        turns = [("user", asked), ("assistant", fields["output"])]
-        turns = [{"role": role, "content": content} for role, content in turns]
+        pairs = [*fields.get("history", []), (asked, fields["output"])]
+        turns = [
+            {"role": role, "content": text}
+            for pair in pairs
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
     if not isinstance(turns, list):
         raise ValueError(
             f"{place}: has no list 'messages' or 'conversations', nor 'instruction' and 'output'; "
