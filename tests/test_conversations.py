@@ -86,12 +86,27 @@ print(json.dumps([write_conversations(read_facts()), chat_questions(read_facts()
 def test_they_are_many_and_of_every_kind_and_user_and_assistant_take_turns(written):
     assert 1500 <= len(written) <= 2500
     kinds = Counter(conversation["kind"] for conversation in written)
+    assert {conversation["kind"] for conversation in written[:100]} == set(kinds)  # shuffled
     assert kinds["fact"] > 1000 and kinds["turns"] > 250 and kinds["small talk"] > 30
     assert 0.1 < kinds["invented"] / len(written) < 0.25
     for conversation in written:
         roles = [message["role"] for message in conversation["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2) and len(roles) <= 10
         assert (len(roles) > 2) == (conversation["kind"] == "turns")
+
+
+def test_later_turns_go_on_with_pronouns_and_other_subjects_real_or_not(written):
+    later = [
+        (before["content"], question["content"], answer["content"])
+        for messages in (conversation["messages"] for conversation in written)
+        for before, question, answer in zip(
+            messages[1::2], messages[2::2], messages[3::2], strict=False
+        )
+    ]
+    assert sum(bool(re.match("那?(它|这个)", question)) for _, question, _ in later) > 50
+    assert sum(UNKNOWN in answer for *_, answer in later) > 40
+    after = [answer for before, _, answer in later if UNKNOWN in before]
+    assert len(after) > 100 and not any(UNKNOWN in answer for answer in after)
 
 
 NEVER = {
@@ -126,20 +141,23 @@ def test_an_answer_tells_a_fact_of_the_table_about_the_subject_in_question(writt
     small_talk = set(all_phrases(module._phrases()["small_talk"]))
     checked = 0
     for messages in (conversation["messages"] for conversation in written):
-        about = []
+        about, before = [], set()
         for question, answer in zip(messages[::2], messages[1::2], strict=True):
             question, answer = question["content"], answer["content"]
             if answer in small_talk or UNKNOWN in answer:
                 continue
             # Without a name, a question goes on about the subject of the one before.
             about = [name for name in named if name in question] or about
-            told = (
-                name
+            told = {
+                key
                 for name in about
                 for key, value in named[name].items()
                 if key not in ("name", "hour") and name in answer and str(value) in answer
-            )
-            assert any(told), (question, answer)
+            }
+            assert told, (question, answer)
+            if re.fullmatch("(那|).+呢？", question) and any(name in question for name in named):
+                assert not before or told & before, (question, answer)  # another subject, same kind
+            before = told
             checked += 1
     assert checked > 1600
     # What is asked as "tuned" is in a conversation, and answered right there.
@@ -197,6 +215,7 @@ def test_invented_names_do_not_exist_and_get_i_do_not_know(turns, facts, asked):
     real |= {*REAL_PROVINCES.split()}
     for name in names[0] | names[1]:
         assert len(name) > 1 and name not in real and name not in text, name
+        assert not any(len(part) > 2 and part in name for part in real), name
     # Those of the evaluation share no first part with those of the conversations.
     said = "\n".join(question for question, *_ in turns)
     for domain in module._phrases()["domains"].values():
@@ -208,7 +227,9 @@ def test_invented_names_do_not_exist_and_get_i_do_not_know(turns, facts, asked):
             assert UNKNOWN in answer, question
         elif UNKNOWN in answer:
             raise AssertionError(f"{question} is about something real, but is answered {answer}")
-    assert all(question.answers == (UNKNOWN,) for question in asked["invented"])
+    for question in asked["invented"]:
+        assert question.answers == (UNKNOWN,)
+        assert any(name in question.question for name in names[1])
 
 
 def test_the_questions_are_of_four_groups_of_many_domains(facts, asked):

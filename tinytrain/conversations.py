@@ -155,7 +155,7 @@ def write_conversations(facts: _Table, seed: int = 2222) -> list[dict[str, Any]]
         ``"invented"``, ``"turns"`` (several questions) or ``"small talk"``.
     """
     rnd, (taught, _), invented = random.Random(seed), _split_facts(facts), _invented("starts")
-    told: list[tuple[str, _Turns]] = []
+    told: list[tuple[str, _Turns]] = []  # kind, and questions with their answers
     for fact in taught + invented:
         kind, wordings = ("fact", 2) if fact.is_known else ("invented", 1)
         told += [(kind, [(text, fact.answer(rnd))]) for text in fact.questions()[:wordings]]
@@ -163,12 +163,14 @@ def write_conversations(facts: _Table, seed: int = 2222) -> list[dict[str, Any]]
             told.append(("turns", _several_turns(rnd, fact, taught, invented)))
     for talk in (talk for talks in _phrases()["small_talk"].values() for talk in talks):
         told += [("small talk", [turn]) for turn in product(talk["asks"], talk["says"])]
-    conversations = []
-    for kind, turns in sorted(told, key=lambda _: rnd.random()):
-        roles, texts = ("user", "assistant") * len(turns), [text for turn in turns for text in turn]
-        messages = [{"role": r, "content": text} for r, text in zip(roles, texts, strict=True)]
-        conversations.append({"messages": messages, "kind": kind})
-    return conversations
+    told.sort(key=lambda _: rnd.random())
+    return [{"messages": _messages(turns), "kind": kind} for kind, turns in told]
+
+
+def _messages(turns: _Turns) -> list[dict[str, str]]:
+    roles = "user", "assistant"
+    pairs = (pair for turn in turns for pair in zip(roles, turn, strict=False))
+    return [{"role": role, "content": text} for role, text in pairs]
 
 
 def _several_turns(
@@ -232,7 +234,7 @@ def chat_questions(facts: _Table, limit: int | None = None) -> list[ChatQuestion
 _FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
 _COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-_ROLES |= {"human": "user", "gpt": "assistant"}  # ShareGPT's
+_ROLES |= {"human": "user", "gpt": "assistant"}  # of ShareGPT
 _TOOLS = ("tool", "function", "function_call", "function_response", "observation")
 
 
@@ -328,12 +330,7 @@ def _read_turns(row: Any, place: str) -> list[dict[str, str]]:
     turns = fields.get("messages", fields.get("conversations"))
     if turns is None and {"instruction", "output"} <= set(fields):
         asked = "\n".join(str(fields[k]) for k in ("instruction", "input") if fields.get(k))
-        pairs = [*fields.get("history", []), (asked, fields["output"])]
-        turns = [
-            {"role": role, "content": text}
-            for pair in pairs
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
+        turns = _messages([*fields.get("history", []), (asked, fields["output"])])
     if not isinstance(turns, list):
         raise ValueError(
             f"{place}: has no list 'messages' or 'conversations', nor 'instruction' and 'output'; "
