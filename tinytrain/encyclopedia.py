@@ -311,6 +311,11 @@ def _arithmetic_article(rnd: random.Random, phrases: dict[str, Any]) -> str:
     return "".join(parts)
 
 
+def read_facts() -> dict[str, list[_Entity]]:
+    """Return the table of facts: the subjects of each domain, each with a ``name``."""
+    return _load("encyclopedia.json")
+
+
 def build_encyclopedia(seed: int = 2222) -> list[dict[str, str]]:
     """Write the articles of the encyclopedia.
 
