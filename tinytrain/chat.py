@@ -77,11 +77,11 @@ def encode_conversation(
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of a conversation, and labels that count where the assistant speaks.
 
-    They are those of ``apply_chat_template(messages, return_assistant_tokens_mask=True)``, with two
-    differences. That writes everything into one text, where nobody can tell the ``<|im_end|>`` of
-    the template from one that a user typed. Here each content is tokenized by itself, so what is
-    typed stays text, and only this function places a special token. For the same reason an answer
-    that begins with a line end does not merge with the one of the prompt, which is there first.
+    They are those of ``apply_chat_template(messages, return_assistant_tokens_mask=True)``, except
+    that what is typed stays text. A template makes one text of a conversation, in which an
+    ``<|im_end|>`` that a user typed looks like its own. Here each content is tokenized by itself,
+    and only this function places special tokens. So the line end that an answer may begin with does
+    not become one token with the prompt's either: the prompt is there first, as in talking.
 
     Parameters
     ----------
@@ -118,7 +118,8 @@ def _encode(
     start, end = tokenizer.convert_tokens_to_ids([_START, _END])
     turns = itertools.chain.from_iterable(conversations)
     texts = itertools.chain.from_iterable((f"{m['role']}\n", m["content"], "\n") for m in turns)
-    found = encode_each(tokenizer, texts)  # many at once: that is much faster
+    # Not by `sanitize_control_tokens` of newer transformers, which gives no mask.
+    found = encode_each(tokenizer, texts)  # all in one go: that is much faster
     for messages in conversations:
         ids, labels = [], []  # of each turn
         for message in messages:
@@ -133,7 +134,7 @@ def _encode(
 
 
 def _kept(messages: Messages, lengths: Sequence[int], room: float) -> list[int]:
-    """Return the numbers of the turns that fit, the oldest left out first; see above."""
+    """Return the numbers of the turns that fit, as `encode_conversation` says."""
     roles = [message["role"] for message in messages]
     first = int(roles[:1] == ["system"])
     starts = [n for n, role in enumerate(roles) if n == first or (n > first and role == "user")]
@@ -151,10 +152,8 @@ def chat_rows(
 
     Parameters
     ----------
-    conversations : sequence
-        Each as for `encode_conversation`.
-    tokenizer, context_length
-        As for `encode_conversation`.
+    conversations, tokenizer, context_length
+        A sequence of what `encode_conversation` takes, and the rest as there.
 
     Returns
     -------
@@ -197,15 +196,12 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, t
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    def padded(columns: Iterator[Any], value: int) -> torch.Tensor:
-        tensors = [torch.as_tensor(column, dtype=torch.long) for column in columns]
-        return pad_sequence(tensors, batch_first=True, padding_value=value)
-
-    return {
-        "input_ids": padded((row["input_ids"] for row in rows), pad_token_id),
-        "labels": padded((row["labels"] for row in rows), _IGNORED_LABEL),
-        "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
-    }
+    batch = {}
+    for name, padding in (("input_ids", pad_token_id), ("labels", _IGNORED_LABEL)):
+        columns = [torch.as_tensor(row[name], dtype=torch.long) for row in rows]
+        batch[name] = pad_sequence(columns, batch_first=True, padding_value=padding)
+    ones = [torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows]
+    return batch | {"attention_mask": pad_sequence(ones, batch_first=True)}
 
 
 def colour_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
@@ -245,17 +241,11 @@ class Chat:
 
     Examples
     --------
-    >>> chat = Chat(model, tokenizer)  # doctest: +SKIP
-    >>> chat.reply("法国的首都是哪里？", on_text=partial(print, end=""))  # doctest: +SKIP
+    >>> Chat(model, tokenizer).reply("法国的首都是哪里？")  # doctest: +SKIP
     '巴黎。'
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        system: str | None = None,
-    ):
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, system: str | None = None):
         self.model, self.tokenizer = model, tokenizer
         self._beginning = [{"role": "system", "content": system}] if system else []
         self.reset()
