@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from tokenizers import Tokenizer
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _logger = logging.getLogger(__name__)
 
@@ -474,6 +474,110 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def context_of(model: PreTrainedModel) -> int:
+    """Return how many tokens a model sees at once."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    stops: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """Let a model write after these token ids, sampling each token, and return the new text.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A causal language model of transformers and its tokenizer.
+    ids : sequence of int
+        Fewer than the model's context.
+    stops : sequence of int
+        The tokens that end the text.
+    max_new_tokens : int
+        Where to stop if the model does not; it also stops where its context is full.
+    temperature : float
+        Below 1, likely tokens become likelier; above 1, rare ones do. 0 is greedy.
+    top_k : int
+        Sample only from this many of the likeliest tokens; 0 samples from all.
+    top_p : float
+        Sample only from the likeliest tokens that together have this probability.
+    repetition_penalty : float
+        Above 1, makes every token that is already in the text less likely.
+    seed : int, optional
+        The same seed writes the same text; torch's random state is left as it was.
+    on_text : callable, optional
+        Receives each piece of text as it is written: ``partial(print, end="", flush=True)``.
+
+    Raises
+    ------
+    ValueError
+        If a sampling parameter is out of its range.
+
+    References
+    ----------
+    Holtzman et al., "The curious case of neural text degeneration", 2020, arXiv:1904.09751
+    (top-p); Keskar et al., "CTRL", 2019, arXiv:1909.05858 (repetition penalty).
+    """
+    import torch
+
+    check_sampling(temperature, top_k, top_p, repetition_penalty)
+    options = {"do_sample": temperature > 0, "repetition_penalty": float(repetition_penalty)}
+    if temperature > 0:
+        options |= {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
+    if on_text:
+        options["streamer"] = _streamer(tokenizer, on_text)
+    input_ids = torch.tensor([list(ids)], device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=seed is not None), evaluating(model):
+        if seed is not None:
+            torch.manual_seed(seed)
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=min(max_new_tokens, context_of(model) - len(ids)),
+            eos_token_id=list(stops),
+            pad_token_id=stops[-1],
+            **options,
+        )
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+
+
+def check_sampling(
+    temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0
+) -> None:
+    """Raise a ValueError if a parameter of `sample` is out of its range."""
+    checks = (
+        (temperature >= 0, f"temperature {temperature} is below 0; 0 is greedy, 1 changes nothing"),
+        (top_k >= 0, f"top_k {top_k} is below 0; 0 samples from all tokens"),
+        (0 < top_p <= 1, f"top_p {top_p} is not between 0 and 1; 1 samples from all tokens"),
+        (repetition_penalty > 0, f"repetition_penalty {repetition_penalty} is not above 0"),
+    )
+    for passed, message in checks:
+        if not passed:
+            raise ValueError(message)
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> Any:
+    """Return a streamer of transformers that hands each finished piece of text to a function."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 class Speedometer:

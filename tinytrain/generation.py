@@ -7,9 +7,17 @@ count what the model has learned.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from tinytrain.common import encode_each, encode_text, evaluating, new_axes
+from tinytrain.common import (
+    check_sampling,
+    context_of,
+    encode_each,
+    encode_text,
+    evaluating,
+    new_axes,
+    sample,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,15 +43,14 @@ def complete(
     max_new_tokens : int
         Where to stop if the model does not.
     """
-    if not all(prompts):
-        raise ValueError("a prompt is empty: the model needs at least one character to go on from")
+    _check_prompts(prompts)
     # Shortest first: a batch then holds prompts of similar length, and little padding.
     ordered = sorted(dict.fromkeys(prompts), key=len)
     texts: dict[str, str] = {}
     for start in range(0, len(ordered), _BATCH_SIZE):
         batch = ordered[start : start + _BATCH_SIZE]
         rows = _prompt_ids(model, tokenizer, batch)
-        written = _continue(model, tokenizer, rows, max_new_tokens, do_sample=False)
+        written = _continue(model, tokenizer, rows, max_new_tokens)
         texts.update(zip(batch, written, strict=True))
     return [texts[prompt] for prompt in prompts]
 
@@ -68,47 +75,18 @@ def generate(
         As for `complete`.
     prompt : str
         The beginning. If it is longer than the model's context, its last part is used.
-    max_new_tokens : int
-        Where to stop if the model does not; it also stops where its context is full.
-    temperature : float
-        Below 1, likely tokens become likelier; above 1, rare ones do. 0 is greedy.
-    top_k : int
-        Sample only from this many of the likeliest tokens; 0 samples from all.
-    top_p : float
-        Sample only from the likeliest tokens that together have this probability.
-    repetition_penalty : float
-        Above 1, makes every token that is already in the text less likely.
-    seed : int, optional
-        The same seed writes the same text; torch's random state is left as it was.
-    on_text : callable, optional
-        Receives each piece of text as it is written: ``partial(print, end="", flush=True)``.
+    max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, on_text
+        As for `tinytrain.common.sample`.
 
     Raises
     ------
     ValueError
         If the prompt is empty or a sampling parameter is out of its range.
-
-    References
-    ----------
-    Holtzman et al., "The curious case of neural text degeneration", 2020, arXiv:1904.09751
-    (top-p); Keskar et al., "CTRL", 2019, arXiv:1909.05858 (repetition penalty).
     """
-    import torch
-
-    _check_sampling(prompt, temperature, top_k, top_p, repetition_penalty)
+    _check_prompts([prompt])
     [ids] = _prompt_ids(model, tokenizer, [prompt])
-    options = {"do_sample": temperature > 0, "repetition_penalty": float(repetition_penalty)}
-    if temperature > 0:
-        options |= {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
-    if on_text:
-        options["streamer"] = _streamer(tokenizer, on_text)
-    room = _context(model) - len(ids)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices, enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        [text] = _continue(model, tokenizer, [ids], min(max_new_tokens, room), **options)
-    return text
+    options = temperature, top_k, top_p, repetition_penalty, seed, on_text
+    return sample(model, tokenizer, ids, [tokenizer.eos_token_id], max_new_tokens, *options)
 
 
 def next_tokens(
@@ -134,7 +112,8 @@ def next_tokens(
     import torch
     from transformers import generation
 
-    _check_sampling(prompt, temperature, top_k, top_p)
+    _check_prompts([prompt])
+    check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         raise ValueError("temperature 0 always takes the first token; use one above 0 here")
     ids = torch.tensor(_prompt_ids(model, tokenizer, [prompt]), device=model.device)
@@ -201,8 +180,9 @@ def answer_questions(
     return [Answer(*row) for row in zip(prompts, expected, written, strict=True)]
 
 
-def _context(model: PreTrainedModel) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if not all(prompts):
+        raise ValueError("a prompt is empty: the model needs at least one character to go on from")
 
 
 def _prompt_ids(
@@ -213,7 +193,7 @@ def _prompt_ids(
     A special token that is spelled out in a prompt is text.
     """
     begin = tokenizer("")["input_ids"]  # for many families a beginning-of-text token, here nothing
-    room = max(1, _context(model) - 1 - len(begin))
+    room = max(1, context_of(model) - 1 - len(begin))
     return [begin + ids[-room:].tolist() for ids in encode_each(tokenizer, prompts)]
 
 
@@ -222,9 +202,8 @@ def _continue(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[list[int]],
     max_new_tokens: int,
-    **options: Any,
 ) -> list[str]:
-    """Continue rows of token ids with the options of ``model.generate``; return the new text."""
+    """Continue rows of token ids greedily; return the new text."""
     import torch
 
     width = max(map(len, rows))
@@ -236,35 +215,8 @@ def _continue(
             input_ids=torch.tensor(padded, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=max_new_tokens,
+            do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
-            **options,
         )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-
-
-def _check_sampling(
-    prompt: str, temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0
-) -> None:
-    checks = (
-        (prompt, "the prompt is empty: the model needs at least one character to go on from"),
-        (temperature >= 0, f"temperature {temperature} is below 0; 0 is greedy, 1 changes nothing"),
-        (top_k >= 0, f"top_k {top_k} is below 0; 0 samples from all tokens"),
-        (0 < top_p <= 1, f"top_p {top_p} is not between 0 and 1; 1 samples from all tokens"),
-        (repetition_penalty > 0, f"repetition_penalty {repetition_penalty} is not above 0"),
-    )
-    for passed, message in checks:
-        if not passed:
-            raise ValueError(message)
-
-
-def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> Any:
-    """Return a streamer of transformers that hands each finished piece of text to a function."""
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                on_text(text)
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

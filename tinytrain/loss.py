@@ -162,7 +162,8 @@ def linear_cross_entropy(
     labels : torch.Tensor
         The right token at each position, int64 of shape (positions,); -100 where none counts.
     total : torch.Tensor or float, optional
-        What the sum of all losses is divided by; by default the number of labels that count.
+        What the sum of all losses is divided by, at least 1; by default the number of labels that
+        count.
     rows : int
         Positions at a time: fewer save memory, many more gain no speed.
     compiled : bool
@@ -172,7 +173,7 @@ def linear_cross_entropy(
     Returns
     -------
     torch.Tensor
-        A float32 scalar in nats; NaN if no label counts, as in PyTorch.
+        A float32 scalar in nats; 0 if no label counts, where PyTorch's own is NaN.
 
     Raises
     ------
@@ -200,6 +201,7 @@ def _apply(hidden, weight, labels, total, rows, deferred=None, compiled=False) -
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     if total is None:
         total = (labels != _IGNORED_LABEL).sum()
+    total = torch.as_tensor(total).clamp(min=1)  # where no label counts, the loss is 0, not 0 / 0
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     options = rows, dtype, deferred, needs_grad, compiled and needs_grad
     with torch.autocast(device, enabled=False):

@@ -204,6 +204,12 @@ class _PretrainingTrainer(Trainer):
             self.optimizer = self.make_optimizer(model or self.model, self.args)
         return self.optimizer
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return 0 and not 0 / 0 for a step without a label that counts."""
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     def _clip_grad_norm(self, model):
         """Hand the norm that clipping needs to the callbacks, so that they need not measure it."""
         norm = super()._clip_grad_norm(model)

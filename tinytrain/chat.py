@@ -1,0 +1,317 @@
+"""Conversations: the template, what is learned from, rows to train on, and talking.
+
+A model that continues text becomes one that answers by learning from conversations, written out in
+the form that Qwen uses (ChatML), and only from what the assistant says in them. It has to learn the
+end of its turn too, or it writes for ever: the mask takes in the assistant's ``<|im_end|>``.
+"""
+
+from __future__ import annotations
+
+import copy
+import html
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tinytrain.common import context_of, encode_each, encode_text, safe_text, sample
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Messages = Sequence[Mapping[str, str]]  # turns, each with its "role" and its "content"
+
+_START, _END, _END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+_IGNORED_LABEL = -100  # as everywhere in PyTorch
+
+# Qwen's template, without its default system turn: a model learns from the turns that are there.
+# Between `generation` and `endgeneration` is what the assistant writes itself. Not the line end
+# before, which the prompt brings, nor the one after, where it has stopped.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{- message.content + '<|im_end|>' }}{%- endgeneration %}
+    {%- else %}
+        {{- message.content + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}"""
+
+
+def add_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a copy of a tokenizer that knows `CHAT_TEMPLATE`.
+
+    Its padding is ``<|endoftext|>``, not the ``<|im_end|>`` that ends an answer: what hides the
+    padding from the loss would hide the end of the answer too.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer has no such tokens. A new one would need a row in a trained embedding.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    added = tokenizer.get_added_vocab()
+    if missing := [token for token in (_START, _END, _END_OF_TEXT) if token not in added]:
+        raise ValueError(
+            f"the tokenizer has no token {' and no '.join(missing)}: take one from train_tokenizer "
+            "or of the Qwen family, and a model that was trained with it"
+        )
+    tokenizer.chat_template, tokenizer.pad_token = CHAT_TEMPLATE, _END_OF_TEXT
+    return tokenizer
+
+
+# Rows to train on
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, context_length: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Return the token ids of a conversation, and labels that count where the assistant speaks.
+
+    They are those of ``apply_chat_template(messages, return_assistant_tokens_mask=True)``, except
+    that what is typed stays text. A template makes one text of a conversation, in which an
+    ``<|im_end|>`` that a user typed looks like its own. Here each content is tokenized by itself,
+    and only this function places special tokens. So the line end that an answer may begin with does
+    not become one token with the prompt's either: the prompt is there first, as in talking.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        One with ``<|im_start|>`` and ``<|im_end|>``, from `add_chat_template`.
+    messages : sequence of mapping
+        Turns with ``role`` (system, user, assistant) and ``content``.
+    context_length : int, optional
+        A longer conversation loses its oldest turns, but not a system turn at its beginning; what
+        is left begins with a user's turn. If not even the last one fits, nothing is left.
+
+    Returns
+    -------
+    ids, labels : list of int
+        The labels are the ids themselves, or -100 where nothing is learned; models shift them.
+
+    Examples
+    --------
+    >>> from tinytrain.tokenization import train_tokenizer
+    >>> tokenizer = add_chat_template(train_tokenizer(["你好。你好！"], 270))
+    >>> messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
+    >>> ids, labels = encode_conversation(tokenizer, messages)
+    >>> tokenizer.decode([label for label in labels if label != -100])
+    '你好！<|im_end|>'
+    """
+    [(ids, labels, _)] = _encode(tokenizer, [messages], context_length or math.inf)
+    return ids, labels
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], room: float
+) -> Iterator[tuple[list[int], list[int], list[Mapping[str, str]]]]:
+    """Yield the ids and labels of each conversation, and the turns that fit into so many tokens."""
+    start, end = tokenizer.convert_tokens_to_ids([_START, _END])
+    turns = itertools.chain.from_iterable(conversations)
+    texts = itertools.chain.from_iterable((f"{m['role']}\n", m["content"], "\n") for m in turns)
+    # Not by `sanitize_control_tokens` of newer transformers, which gives no mask.
+    found = encode_each(tokenizer, texts)  # all in one go: that is much faster
+    for messages in conversations:
+        ids, labels = [], []  # of each turn
+        for message in messages:
+            header, said, line_end = (next(found).tolist() for _ in range(3))
+            ids.append([start, *header, *said, end, *line_end])
+            labels.append([_IGNORED_LABEL] * len(ids[-1]))
+            if message["role"] == "assistant":
+                labels[-1][1 + len(header) : -len(line_end)] = [*said, end]
+        kept = _kept(messages, list(map(len, ids)), room)
+        joined = (list(itertools.chain(*(each[n] for n in kept))) for each in (ids, labels))
+        yield *joined, [messages[n] for n in kept]
+
+
+def _kept(messages: Messages, lengths: Sequence[int], room: float) -> list[int]:
+    """Return the numbers of the turns that fit, as `encode_conversation` says."""
+    roles = [message["role"] for message in messages]
+    first = int(roles[:1] == ["system"])
+    starts = [n for n, role in enumerate(roles) if n == first or (n > first and role == "user")]
+    for start in starts:
+        kept = [*range(first), *range(start, len(roles))]
+        if sum(lengths[n] for n in kept) <= room:
+            return kept
+    return []
+
+
+def chat_rows(
+    conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> Dataset:
+    """Return conversations as rows to train on; how many are cut or left out is logged.
+
+    Parameters
+    ----------
+    conversations, tokenizer, context_length
+        A sequence of what `encode_conversation` takes, and the rest as there.
+
+    Returns
+    -------
+    datasets.Dataset
+        Columns ``input_ids`` and ``labels``, int32, of different lengths. Each row has a label that
+        counts: left out is a conversation whose last turns do not fit, or without an answer.
+    """
+    import numpy as np
+    from datasets import Dataset
+
+    rows: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
+    cut = 0
+    encoded = _encode(tokenizer, conversations, context_length)
+    for messages, (ids, labels, kept) in zip(conversations, encoded, strict=True):
+        if any(label != _IGNORED_LABEL for label in labels):
+            rows["input_ids"].append(np.array(ids, dtype=np.int32))
+            rows["labels"].append(np.array(labels, dtype=np.int32))
+            cut += len(kept) < len(messages)
+    left_out = len(conversations) - len(rows["labels"])
+    if cut or left_out:
+        logger.warning(
+            f"Of {len(conversations)} conversations, {cut} lose their oldest turns to fit into "
+            f"{context_length} tokens; {left_out} are left out, whose last turns alone do not fit "
+            "or that have no answer"
+        )
+    return Dataset.from_dict(rows)
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Make rows of `chat_rows` into a batch, padded on the right.
+
+    Give it to a Trainer as ``partial(collate, pad_token_id=tokenizer.pad_token_id)``.
+
+    Returns
+    -------
+    dict
+        ``input_ids``, ``labels`` (-100 on the padding) and ``attention_mask`` (0 there), int64 of
+        shape (rows, length of the longest).
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    batch = {}
+    for name, padding in (("input_ids", pad_token_id), ("labels", _IGNORED_LABEL)):
+        columns = [torch.as_tensor(row[name], dtype=torch.long) for row in rows]
+        batch[name] = pad_sequence(columns, batch_first=True, padding_value=padding)
+    ones = [torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows]
+    return batch | {"attention_mask": pad_sequence(ones, batch_first=True)}
+
+
+def colour_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
+    """Return a conversation as HTML: on green what is learned from, in grey what is only read.
+
+    Show it with ``IPython.display.HTML``. Nothing in the conversation is read as HTML.
+    """
+    ids, labels = encode_conversation(tokenizer, messages)
+    pairs = zip(ids, labels, strict=True)
+    spans = []
+    for learned, part in itertools.groupby(pairs, lambda pair: pair[1] != _IGNORED_LABEL):
+        style = "background:#c6e9c4;color:#111" if learned else "color:#888"
+        text = html.escape(safe_text(tokenizer.decode([id_ for id_, _ in part])))
+        spans.append(f'<span style="{style}">{text}</span>')
+    return f'<div style="white-space:pre-wrap">{"".join(spans)}</div>'
+
+
+# Talking
+
+
+class Chat:
+    """A conversation with a model.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A causal language model that was tuned on conversations, and its tokenizer.
+    system : str, optional
+        A system turn to begin with.
+
+    Attributes
+    ----------
+    messages : list of dict
+        The turns so far, as the model sees them.
+    dropped : int
+        How many of the oldest turns were dropped for the last answer.
+
+    Examples
+    --------
+    >>> Chat(model, tokenizer).reply("法国的首都是哪里？")  # doctest: +SKIP
+    '巴黎。'
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, system: str | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        self._beginning = [{"role": "system", "content": system}] if system else []
+        self.reset()
+
+    def reset(self) -> None:
+        """Start over."""
+        self.messages, self.dropped = list(self._beginning), 0
+
+    def reply(
+        self,
+        text: str,
+        on_text: Callable[[str], None] | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        **sampling: Any,
+    ) -> str:
+        """Return the model's answer, and add both turns to the conversation.
+
+        The answer ends with the turn (or with an end-of-text token). An interrupt ends it too: what
+        was written until then is the answer, and if nothing was, the question is forgotten. If the
+        conversation leaves no room in the context, its oldest turns are dropped, which is logged.
+
+        Parameters
+        ----------
+        text : str
+            What the user says. A special token that is spelled out in it is text.
+        on_text : callable, optional
+            Receives each piece of the answer as it is written.
+        max_new_tokens, temperature, **sampling
+            As for `tinytrain.common.sample`; by default the likeliest token is taken.
+
+        Raises
+        ------
+        ValueError
+            If the text is empty or alone too long, or a sampling parameter is out of its range; the
+            conversation stays as it was.
+        """
+        if not text.strip():
+            raise ValueError("the message is empty: write something to answer")
+        asked = [*self.messages, {"role": "user", "content": text}]
+        start, *stops = self.tokenizer.convert_tokens_to_ids([_START, _END, _END_OF_TEXT])
+        header = [start, *encode_text(self.tokenizer, ["assistant\n"])[0]]
+        context = context_of(self.model)
+        room = context - min(max_new_tokens, context // 4) - len(header)
+        [(ids, _, kept)] = _encode(self.tokenizer, [asked], room)
+        if not kept:
+            raise ValueError(f"the message is too long: with its borders, {room} tokens fit")
+        self.dropped = len(asked) - len(kept)
+        if self.dropped:
+            logger.warning(
+                f"The conversation is longer than {context} tokens: its {self.dropped} oldest "
+                "turns are dropped"
+            )
+        pieces: list[str] = []
+
+        def on_piece(piece: str) -> None:
+            pieces.append(piece)
+            if on_text:
+                on_text(piece)
+
+        sampling |= {"temperature": temperature, "on_text": on_piece}
+        try:
+            sample(self.model, self.tokenizer, ids + header, stops, max_new_tokens, **sampling)
+        except KeyboardInterrupt:
+            if not pieces:
+                return ""
+        answer = "".join(pieces)
+        self.messages = [*kept, {"role": "assistant", "content": answer}]
+        return answer
