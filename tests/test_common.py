@@ -136,3 +136,10 @@ def test_plots_of_the_chinese_edition_have_chinese_labels_where_a_font_has_them(
     assert shown == (chinese if folder == "zh" and has_font else english)
     left = common.plot_label("step 1,240 of 3,600, 2 h 01 min left")
     assert left == ("第 1,240 / 3,600 步, 还剩 2 小时 01 分" if chinese == shown else left)
+
+
+def test_a_font_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "simhei.ttf").write_bytes(b"no font")
+    found = "matplotlib.font_manager.findSystemFonts"
+    monkeypatch.setattr(found, lambda: [str(tmp_path / "simhei.ttf")])
+    assert common.chinese_font.__wrapped__() is None

@@ -401,13 +401,13 @@ def chinese_font() -> str | None:
 
     # Not by the names that matplotlib keeps in its cache, where a font installed later is missing.
     installed = {Path(path).stem: path for path in findSystemFonts()}
-    path = next((installed[name] for name in CHINESE_FONTS if name in installed), None)
-    if not path:
-        return None
-    fontManager.addfont(path)
-    name = FontProperties(fname=path).get_name()
-    rcParams["font.family"] = [*rcParams["font.family"], name]
-    return name
+    for path in (installed[name] for name in CHINESE_FONTS if name in installed):
+        with suppress(OSError, RuntimeError):  # damaged, or of a kind that cannot be read
+            fontManager.addfont(path)
+            name = FontProperties(fname=path).get_name()
+            rcParams["font.family"] = [*rcParams["font.family"], name]
+            return name
+    return None
 
 
 def plot_label(text: str) -> str:
