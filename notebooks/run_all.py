@@ -2,8 +2,8 @@
 
 ``make tutorial`` calls this; the executed notebooks and one HTML report go to the run's folder.
 ``make notebooks`` calls it with ``--in-place``: the outputs are kept in the notebooks themselves,
-for the repository, and both editions get the project's address from ``pyproject.toml``. (Of the
-Chinese outputs ``sync.py`` then keeps the pictures only.)
+for the repository, and both editions get the project's address from ``pyproject.toml``. (Of
+the Chinese outputs, ``sync.py`` then keeps only the pictures.)
 """
 
 from __future__ import annotations
@@ -199,10 +199,7 @@ def main() -> int:
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             print(f"\n{path.name} stopped here:\n{error}", file=sys.stderr)
             return 1
-        target = folder / "notebooks" / path.name
-        if options.in_place:
-            target = path
-        nbformat.write(notebook, target)
+        nbformat.write(notebook, path if options.in_place else folder / "notebooks" / path.name)
         done.append(notebook)
     if options.in_place:
         set_address()

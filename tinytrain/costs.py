@@ -448,7 +448,7 @@ def best_plan(plans: Sequence[Plan]) -> Plan:
 def plot_plans(budgets: Mapping[str, Sequence[Plan]]) -> Figure:
     """Draw the predicted loss over the size of the model, from a list of plans for each budget.
 
-    Models smaller than those that the law was fitted to have a grey ground.
+    Behind models smaller than those that the law was fitted to, the background is grey.
     """
     figure, axes = new_axes(8, 4.2)
     for name, plans in budgets.items():

@@ -19,7 +19,7 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#dbe5f3", "#fbe3d2", "#dcefdd", "#ececec"
 
 
 def draw_model(model: nn.Module) -> Figure:
-    """Draw the parts of a model, the way of the data from below to above, and their parameters.
+    """Draw the parts of a model from input (below) to output (above), with their parameters.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def plot_attention(attention: Sequence[Tensor], pieces: Sequence[tuple[str, int]
     Parameters
     ----------
     attention : sequence of Tensor
-        A layer's weights each, of shape (1, heads, tokens, tokens), as in
+        The weights of each layer, of shape (1, heads, tokens, tokens), as in
         `tinytrain.inside.Trace`.
     pieces : sequence of (str, int)
         The tokens and their ids, as from `tinytrain.tokenization.show_tokens`. Where no font has

@@ -383,21 +383,18 @@ def _plot_history(history: Sequence[Mapping[str, Any]]) -> _LossPlot:
     return plot
 
 
-def _smooth(values: Sequence[float], half: int = _HALF_WINDOW) -> list[float]:
+def _smooth(values: Sequence[float]) -> np.ndarray:
     """Return the mean of each value and its neighbours, as many before as behind; without NaN.
 
     A mean of earlier values alone would lag behind a falling loss and lie above it.
     """
-    import pandas as pd
-
-    series = pd.Series(values, dtype=float)
-    smooth = series.rolling(2 * half + 1, center=True, min_periods=1).mean()
-    for near in range(min(half, len(series) // 2)):  # to either end: fewer on both sides
-        first, last = series.iloc[: 2 * near + 1], series.iloc[len(series) - 2 * near - 1 :]
-        for place, part in ((near, first), (-1 - near, last)):
-            if part.notna().any():
-                smooth.iloc[place] = part.mean()
-    return smooth.tolist()
+    known = np.isfinite(values)
+    sums, counts = (np.cumsum([0, *each]) for each in (np.where(known, values, 0), known))
+    at = np.arange(len(values))
+    near = np.minimum(_HALF_WINDOW, np.minimum(at, at[::-1]))  # fewer towards either end
+    first, last = at - near, at + near + 1
+    with np.errstate(invalid="ignore"):  # NaN where none is known
+        return (sums[last] - sums[first]) / (counts[last] - counts[first])
 
 
 def _memory_in_use() -> str:
