@@ -15,6 +15,7 @@ import difflib
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import typing
@@ -24,13 +25,22 @@ from pathlib import Path
 from typing import Any
 
 from tinytrain import results, runs, steps
-from tinytrain.common import one_line, print_any_character, rank, safe_text, setup_logging
+from tinytrain.common import (
+    check_sampling,
+    one_line,
+    print_any_character,
+    rank,
+    safe_text,
+    setup_logging,
+)
 from tinytrain.recipes import RECIPES, Recipe, get_recipe
 
 _EXAMPLES = """examples:
   python -m tinytrain train --recipe pocket
   python -m tinytrain train --recipe wiki --set learning_rate=2e-3 max_steps=2000
   python -m tinytrain generate "法国的首都是" --temperature 0.8 --top-p 0.9
+  python -m tinytrain tune --recipe pocket
+  python -m tinytrain chat --recipe pocket
   torchrun --standalone --nproc-per-node 2 -m tinytrain train --recipe wiki
   torchrun --standalone --nproc-per-node 2 -m tinytrain train --recipe qwen-0.5b --fsdp
   accelerate launch --main_process_port 0 --multi_gpu --num_processes 2 -m tinytrain train
@@ -133,14 +143,108 @@ def generate(options: argparse.Namespace) -> None:
 
     model, tokenizer = _load_model(options)
     begins = iter([options.prompt])  # shown with the first piece: nothing is wrong then
-    knobs = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    chosen = {name: getattr(options, name) for name in knobs}
 
     def show(text: str) -> None:
         print(safe_text(next(begins, "") + text), end="", flush=True)
 
-    generation.generate(model, tokenizer, options.prompt, on_text=show, **chosen)
+    generation.generate(model, tokenizer, options.prompt, on_text=show, **_sampling(options))
     print(safe_text(next(begins, "")))
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Tune a trained model on conversations, so that it answers; ask it before and after."""
+    from tinytrain import tuning
+
+    _show_no_bars()
+    recipe = options.recipe
+    if options.model is None:
+        recipe = results.trained_recipe(recipe, options.changed)
+    result = tuning.tune_recipe(recipe, options.model, fresh=options.fresh)
+    if rank() == 0 and result["finished"]:
+        print(f"{'':48} before  after")
+        for group, after in result["chat_after"].items():
+            print(f"{_GROUPS[group]:48} {result['chat_before'][group]:6.0%} {after:6.0%}")
+        before, after = result["bits_before"], result["bits_after"]
+        print(f"{'bits per character of held-out text':48} {before:6.2f} {after:6.2f}")
+        print(f"the model is in {_shown(_tuned_folder(recipe))}")
+    return 0 if result["finished"] else 130
+
+
+_GROUPS = {
+    "tuned": "right: questions of the conversations",
+    "reworded": "right: the same in other words",
+    "untaught": "right: facts that no conversation tells",
+    "invented": "right: 'I do not know' invented names",
+    "refused": "wrong: 'I do not know' what it could know",
+}
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Talk to a tuned model in the terminal; or let it answer a pipe, one question a line."""
+    from tinytrain.chat import Chat, add_chat_template
+
+    _show_no_bars()
+    sampling = _sampling(options)
+    folder = options.model or _tuned_folder(options.recipe)
+    if not options.model and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"there is no tuned model in {folder}: `python -m tinytrain tune --recipe "
+            f"{options.recipe.name}` makes one (add your --corpus, --set and --runs)"
+        )
+    model, tokenizer = results.load_trained(options.recipe, folder)
+    _converse(Chat(model, add_chat_template(tokenizer), options.system), sampling)
+
+
+def _converse(talk: Any, sampling: dict[str, Any]) -> None:
+    """Let it answer each line that is typed, or that comes through a pipe, until there is none."""
+    at_terminal = all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    if at_terminal:
+        with contextlib.suppress(ImportError):  # with it, `input` edits lines; Windows has none
+            import readline  # noqa: F401
+        _note(f"{_CHAT_HELP}; Ctrl-C stops an answer, Ctrl-D leaves")
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends all, not one answer of many
+    while True:
+        try:
+            text = input("> " if at_terminal else "")
+            if text == "/reset":
+                talk.reset()
+                _note("started over: what was said before is forgotten")
+            elif text.startswith("/"):
+                _note(_CHAT_HELP)
+            else:
+                talk.reply(text, on_text=_show_piece, **sampling)
+                print()
+        except ValueError as error:  # the message is empty or too long
+            _note(error)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            return print(end="\n" * at_terminal)
+
+
+_CHAT_HELP = "/reset starts over; put a space before a question that begins with /"
+
+
+def _show_piece(text: str) -> None:
+    print(safe_text(text), end="", flush=True)
+
+
+def _note(text: Any) -> None:
+    """Tell something beside the conversation; that the oldest turns go, is logged there too."""
+    print(safe_text(text), file=sys.stderr, flush=True)
+
+
+def _tuned_folder(recipe: Recipe) -> Path:
+    return steps.run_folder(recipe) / "chat" / "model"
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the chosen parameters of sampling, all in their ranges."""
+    knobs = "temperature", "top_k", "top_p", "repetition_penalty"
+    chosen = {name: getattr(options, name) for name in knobs}
+    check_sampling(**chosen)
+    return chosen | {"max_new_tokens": options.max_new_tokens, "seed": options.seed}
 
 
 def export(options: argparse.Namespace) -> None:
@@ -194,6 +298,8 @@ def _parse_recipe(options: argparse.Namespace) -> Recipe:
     options.changed = set(changes)
     if options.corpus:
         changes["corpus"] = options.corpus
+    if getattr(options, "chats", None):
+        changes["chats"] = options.chats
     return replace(recipe, **changes)
 
 
@@ -237,9 +343,11 @@ def _build_parser() -> argparse.ArgumentParser:
         train: _add_training_options,
         evaluate: _add_model_option,
         generate: _add_generation_options,
+        tune: _add_tuning_options,
+        chat: _add_chat_options,
         export: _add_export_options,
     }
-    for step in (check, data, tokenize, train, evaluate, generate, export):
+    for step in (check, data, tokenize, train, evaluate, generate, tune, chat, export):
         summary = (step.__doc__ or "").split("\n")[0]  # python -OO has none
         added = chosen.add_parser(
             step.__name__, parents=[common], help=summary, description=summary, allow_abbrev=False
@@ -279,9 +387,30 @@ def _add_model_option(parser: argparse.ArgumentParser) -> None:
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     _add_model_option(parser)
     parser.add_argument("prompt", help="the beginning, e.g. 法国的首都是")
+    _add_sampling_options(parser, max_new_tokens=100, temperature=1.0)
+
+
+def _add_tuning_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    about = "a model in Hugging Face format to begin with (default: the recipe's)"
+    add("--model", type=Path, metavar="FOLDER", help=about)
+    add("--chats", metavar="FILE", help="conversations of your own, in place of the written ones")
+    add("--fresh", action="store_true", help="start over; the earlier tuning is kept beside")
+
+
+def _add_chat_options(parser: argparse.ArgumentParser) -> None:
+    about = "a tuned model in Hugging Face format (default: the recipe's)"
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help=about)
+    parser.add_argument("--system", metavar="TEXT", help="what it is told before your first words")
+    _add_sampling_options(parser, max_new_tokens=128, temperature=0.0)
+
+
+def _add_sampling_options(
+    parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float
+) -> None:
     for name, default, meaning in (
-        ("--max-new-tokens", 100, "where to stop at the latest"),
-        ("--temperature", 1.0, "0 takes the likeliest token; the higher, the wilder"),
+        ("--max-new-tokens", max_new_tokens, "where to stop at the latest"),
+        ("--temperature", temperature, "0 takes the likeliest token; the higher, the wilder"),
         ("--top-k", 0, "sample only from so many of the likeliest tokens; 0 from all"),
         ("--top-p", 1.0, "sample only from the likeliest that have this probability together"),
         ("--repetition-penalty", 1.0, "above 1: avoid tokens that are there already"),
@@ -332,7 +461,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     process = rank()
-    if process and options.step is not train:
+    if process and options.step not in (train, tune):
         return 0  # the other steps are done by the first process alone
     try:
         if options.runs:
