@@ -39,7 +39,7 @@ def test_padding_in_a_batch_changes_nothing_nor_does_writing_the_models_mode(
     assert untaught.training
     untaught.eval()
     assert together == [complete(untaught, smoke.tokenizer, [each], 10)[0] for each in prompts]
-    monkeypatch.setattr("tinytrain.generation._BATCH_SIZE", 3)
+    monkeypatch.setattr("tinytrain.common._BATCH_SIZE", 3)
     assert complete(untaught, smoke.tokenizer, prompts, 10) == together
     assert not untaught.training
 

@@ -15,10 +15,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinytrain.common import context_of, encode_each, encode_text, safe_text, sample
+from tinytrain.common import (
+    context_of,
+    continue_rows,
+    encode_each,
+    encode_text,
+    safe_text,
+    sample,
+)
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -182,26 +188,43 @@ def chat_rows(
     return Dataset.from_dict(rows)
 
 
-def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Make rows of `chat_rows` into a batch, padded on the right.
+def pack_conversations(rows: Dataset, context_length: int, pad_token_id: int) -> Dataset:
+    """Put several conversations into each row, so that little of a batch is padding.
 
-    Give it to a Trainer as ``partial(collate, pad_token_id=tokenizer.pad_token_id)``.
+    Positions start over with each conversation. By that, transformers (eager and SDPA attention)
+    keeps it from looking at the ones before: the loss is as if each had a row of its own.
+
+    Parameters
+    ----------
+    rows : datasets.Dataset
+        Those of `chat_rows`, for the same context.
+    context_length : int
+        Tokens of a row.
+    pad_token_id : int
+        Fills a row up; nothing is learned from it.
 
     Returns
     -------
-    dict
-        ``input_ids``, ``labels`` (-100 on the padding) and ``attention_mask`` (0 there), int64 of
-        shape (rows, length of the longest).
+    datasets.Dataset
+        ``input_ids``, ``labels`` and ``position_ids``, int32, each ``context_length`` long.
     """
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
+    import numpy as np
+    from datasets import Dataset
 
-    batch = {}
-    for name, padding in (("input_ids", pad_token_id), ("labels", _IGNORED_LABEL)):
-        columns = [torch.as_tensor(row[name], dtype=torch.long) for row in rows]
-        batch[name] = pad_sequence(columns, batch_first=True, padding_value=padding)
-    ones = [torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows]
-    return batch | {"attention_mask": pad_sequence(ones, batch_first=True)}
+    names = ("input_ids", "labels", "position_ids")
+    packed: list[np.ndarray] = []
+    used = context_length
+    for row in rows:
+        length = len(row["input_ids"])
+        if used + length > context_length:
+            empty = [pad_token_id], [_IGNORED_LABEL], range(context_length)
+            packed.append(np.stack([np.resize(np.array(each), context_length) for each in empty]))
+            used = 0
+        packed[-1][:, used : used + length] = row["input_ids"], row["labels"], range(length)
+        used += length
+        packed[-1][2, used:] = range(context_length - used)
+    columns = zip(names, np.array(packed, dtype=np.int32).transpose(1, 0, 2), strict=True)
+    return Dataset.from_dict({name: list(column) for name, column in columns})
 
 
 def colour_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
@@ -220,6 +243,36 @@ def colour_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
 
 
 # Talking
+
+
+def answer_each(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    max_new_tokens: int = 40,
+) -> list[str]:
+    """Return the likeliest answer to each question, asked by itself in a new conversation.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As for `Chat`.
+    questions : sequence of str
+        What the user says.
+    max_new_tokens : int
+        Where to stop if the model does not end its turn.
+    """
+    asked = [[{"role": "user", "content": question}] for question in questions]
+    room = context_of(model) - 1
+    prompt, stops = _prompt(tokenizer)
+    rows = [ids + prompt for ids, _, _ in _encode(tokenizer, asked, room - len(prompt))]
+    return continue_rows(model, tokenizer, rows, stops, max_new_tokens)
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the tokens after which the assistant speaks, and those that end what it says."""
+    start, *stops = tokenizer.convert_tokens_to_ids([_START, _END, _END_OF_TEXT])
+    return [start, *encode_text(tokenizer, ["assistant\n"])[0]], stops
 
 
 class Chat:
@@ -286,8 +339,7 @@ class Chat:
         if not text.strip():
             raise ValueError("the message is empty: write something to answer")
         asked = [*self.messages, {"role": "user", "content": text}]
-        start, *stops = self.tokenizer.convert_tokens_to_ids([_START, _END, _END_OF_TEXT])
-        header = [start, *encode_text(self.tokenizer, ["assistant\n"])[0]]
+        header, stops = _prompt(self.tokenizer)
         context = context_of(self.model)
         room = context - min(max_new_tokens, context // 4) - len(header)
         [(ids, _, kept)] = _encode(self.tokenizer, [asked], room)

@@ -41,6 +41,8 @@ PROGRESS = {"progress": True}  # logger.info(..., extra=PROGRESS): a display sho
 # What shows the progress now: a notebook would otherwise grow by a line every few seconds too.
 DISPLAYS: WeakSet[Any] = WeakSet()
 
+_BATCH_SIZE = 64  # rows that `continue_rows` continues at once
+
 
 class _StdoutHandler(logging.StreamHandler):
     """Writes to whatever ``sys.stdout`` is now: a notebook kernel and pytest replace it."""
@@ -259,13 +261,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Read the history of a run, past or still going on, from its folder or ``history.jsonl``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    """
+    """Read the history of a run, past or still going on, from its folder or ``history.jsonl``."""
     path = Path(path)
     if path.is_dir():
         path = path / "history.jsonl"
@@ -519,24 +515,22 @@ def sample(
     on_text : callable, optional
         Receives each piece of text as it is written: ``partial(print, end="", flush=True)``.
 
-    Raises
-    ------
-    ValueError
-        If a sampling parameter is out of its range.
-
     References
     ----------
     Holtzman et al., "The curious case of neural text degeneration", 2020, arXiv:1904.09751
     (top-p); Keskar et al., "CTRL", 2019, arXiv:1909.05858 (repetition penalty).
     """
     import torch
+    from transformers import TextStreamer
 
     check_sampling(temperature, top_k, top_p, repetition_penalty)
     options = {"do_sample": temperature > 0, "repetition_penalty": float(repetition_penalty)}
     if temperature > 0:
         options |= {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
     if on_text:
-        options["streamer"] = _streamer(tokenizer, on_text)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer.on_finalized_text = lambda text, stream_end=False: text and on_text(text)
+        options["streamer"] = streamer
     input_ids = torch.tensor([list(ids)], device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=seed is not None), evaluating(model):
@@ -553,6 +547,40 @@ def sample(
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
 
 
+def continue_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    stops: Sequence[int],
+    max_new_tokens: int,
+) -> list[str]:
+    """Continue rows of token ids greedily, in batches, and return the new text of each."""
+    import torch
+
+    texts: dict[int, str] = {}
+    # Shortest first: a batch then holds rows of similar length, and little padding.
+    ordered = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    for start in range(0, len(ordered), _BATCH_SIZE):
+        batch = ordered[start : start + _BATCH_SIZE]
+        width = len(rows[batch[-1]])
+        # Padding goes on the left, so that every row ends where its continuation begins.
+        padding = [width - len(rows[n]) for n in batch]
+        padded = [[stops[-1]] * empty + [*rows[n]] for n, empty in zip(batch, padding, strict=True)]
+        mask = [[0] * empty + [1] * (width - empty) for empty in padding]
+        with evaluating(model):
+            output = model.generate(
+                input_ids=torch.tensor(padded, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                max_new_tokens=min(max_new_tokens, max(1, context_of(model) - width)),
+                do_sample=False,
+                eos_token_id=list(stops),
+                pad_token_id=stops[-1],
+            )
+        written = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        texts.update(zip(batch, written, strict=True))
+    return [texts[number] for number in range(len(rows))]
+
+
 def check_sampling(
     temperature: float, top_k: int, top_p: float, repetition_penalty: float = 1.0
 ) -> None:
@@ -566,18 +594,6 @@ def check_sampling(
     for passed, message in checks:
         if not passed:
             raise ValueError(message)
-
-
-def _streamer(tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> Any:
-    """Return a streamer of transformers that hands each finished piece of text to a function."""
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                on_text(text)
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 class Speedometer:

@@ -74,18 +74,18 @@ class _Fact(NamedTuple):
         return text.format(**self.subject | {"it": it})
 
     def questions(self, kind: str = "asks") -> list[str]:
-        """Return the question in two wordings; which ones, differs from subject to subject.
+        """Return the question in all wordings; which comes first differs between subjects.
 
         Wordings of the kind "held_out" are in no conversation.
         """
         texts = _phrases()["frames"][kind] + self.wordings[kind]
         first = _hash(self.domain, self.key, self.subject["name"])
-        return [self.say(texts[(first + step) % len(texts)]) for step in (0, 2)]
+        return [self.say(texts[(first + step) % len(texts)]) for step in range(len(texts))]
 
     def answer(self, rnd: random.Random) -> str:
         if self.is_known:
             return self.say(self.wordings["says"])
-        return _pick(rnd, _phrases()["unknown"]).format(noun=self.how["noun"])
+        return self.say(_pick(rnd, _phrases()["unknown"]))
 
     def right_answers(self) -> tuple[str, ...]:
         if not self.is_known:
@@ -138,7 +138,7 @@ def _invented(which: str) -> list[_Fact]:
 
 
 def write_conversations(facts: _Table, seed: int = 2222) -> list[dict[str, Any]]:
-    """Write conversations that tell the facts of half of the subjects, each in two wordings.
+    """Write conversations that tell the facts of half of the subjects, each in four wordings.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def write_conversations(facts: _Table, seed: int = 2222) -> list[dict[str, Any]]
     rnd, (taught, _), invented = random.Random(seed), _split_facts(facts), _invented("starts")
     told: list[tuple[str, _Turns]] = []  # kind, and questions with their answers
     for fact in taught + invented:
-        kind, wordings = ("fact", 2) if fact.is_known else ("invented", 1)
+        kind, wordings = ("fact", 4) if fact.is_known else ("invented", 1)
         told += [(kind, [(text, fact.answer(rnd))]) for text in fact.questions()[:wordings]]
         if rnd.random() < 0.4:
             told.append(("turns", _several_turns(rnd, fact, taught, invented)))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tinytrain.common import (
     check_sampling,
     context_of,
+    continue_rows,
     encode_each,
     encode_text,
     evaluating,
@@ -22,8 +23,6 @@ from tinytrain.common import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_BATCH_SIZE = 64  # prompts that `complete` continues at once
 
 
 def complete(
@@ -44,14 +43,10 @@ def complete(
         Where to stop if the model does not.
     """
     _check_prompts(prompts)
-    # Shortest first: a batch then holds prompts of similar length, and little padding.
-    ordered = sorted(dict.fromkeys(prompts), key=len)
-    texts: dict[str, str] = {}
-    for start in range(0, len(ordered), _BATCH_SIZE):
-        batch = ordered[start : start + _BATCH_SIZE]
-        rows = _prompt_ids(model, tokenizer, batch)
-        written = _continue(model, tokenizer, rows, max_new_tokens)
-        texts.update(zip(batch, written, strict=True))
+    distinct = list(dict.fromkeys(prompts))
+    rows = _prompt_ids(model, tokenizer, distinct)
+    written = continue_rows(model, tokenizer, rows, [tokenizer.eos_token_id], max_new_tokens)
+    texts = dict(zip(distinct, written, strict=True))
     return [texts[prompt] for prompt in prompts]
 
 
@@ -195,28 +190,3 @@ def _prompt_ids(
     begin = tokenizer("")["input_ids"]  # for many families a beginning-of-text token, here nothing
     room = max(1, context_of(model) - 1 - len(begin))
     return [begin + ids[-room:].tolist() for ids in encode_each(tokenizer, prompts)]
-
-
-def _continue(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[list[int]],
-    max_new_tokens: int,
-) -> list[str]:
-    """Continue rows of token ids greedily; return the new text."""
-    import torch
-
-    width = max(map(len, rows))
-    # Padding goes on the left, so that every prompt ends where its continuation begins.
-    padded = [[tokenizer.eos_token_id] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    with evaluating(model):
-        output = model.generate(
-            input_ids=torch.tensor(padded, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

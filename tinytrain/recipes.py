@@ -24,6 +24,9 @@ DISPLAY_AND_SPEED_FIELDS = frozenset(
     + ("sample_steps", "halve_batch", "loss_rows", "attention", "compile")
 )
 
+# Of tuning on conversations, which comes after the training and does not change it.
+CHAT_FIELDS = frozenset(("chats", "chat_learning_rate", "chat_epochs", "chat_text"))
+
 _CHOICES = {
     "tokenizer": ("qwen2.5", "own"),
     "optimizer": ("adamw", "muon"),
@@ -46,6 +49,10 @@ _RANGES = {  # of all other whole numbers: at least 1
     "epochs": (lambda value: 0 < value < math.inf, "above 0"),
     "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1: the epochs decide"),
     "seed": _SEED,
+    "chats": (bool, "a path, or owner/name of a dataset"),
+    "chat_learning_rate": (lambda value: 0 < value < math.inf, "above 0"),
+    "chat_epochs": (lambda value: 0 < value < math.inf, "above 0"),
+    "chat_text": (lambda value: 0 <= value < 1, "at least 0 and below 1: a share of the blocks"),
 }
 
 
@@ -95,6 +102,12 @@ class Recipe:
     compile: bool = False  # fuse the layers' small operations; takes a while at the start
     halve_batch: bool = True  # if the GPU's memory is too small: half the batch, twice as often
 
+    # --- tuning on conversations, after the training -------------------------------------------
+    chats: str | None = None  # a file of your own, or owner/name on a hub; None: written ones
+    chat_learning_rate: float = 1e-3
+    chat_epochs: float = 1.0
+    chat_text: float = 0.5  # share of the blocks that are text: without it, the model forgets it
+
     # --- rhythm -------------------------------------------------------------------------------
     logging_steps: int = 50
     eval_steps: int = 500
@@ -106,6 +119,7 @@ class Recipe:
     def __post_init__(self):
         """Refuse what would fail later, with a message about something else."""
         object.__setattr__(self, "corpus", os.path.expanduser(self.corpus))
+        object.__setattr__(self, "chats", self.chats and os.path.expanduser(self.chats))
         for field in fields(self):
             value = getattr(self, field.name)
             kind, *optional = field.type.split(" | ")
@@ -232,8 +246,8 @@ def get_recipe(name: str | Recipe | None = None, has_gpu: bool = False) -> Recip
 
     Variables of the environment let one notebook serve all runs: ``TINYTRAIN_RECIPE`` selects the
     recipe if no name is given, ``TINYTRAIN_CORPUS`` replaces its text by a file of your own, in
-    which ``TINYTRAIN_TEXT_FIELD`` holds the text, and ``TINYTRAIN_MAX_STEPS`` ends it after so many
-    optimiser steps.
+    which ``TINYTRAIN_TEXT_FIELD`` holds the text, ``TINYTRAIN_CHATS`` names conversations of your
+    own, and ``TINYTRAIN_MAX_STEPS`` ends each training after so many optimiser steps.
 
     Parameters
     ----------
@@ -253,7 +267,7 @@ def get_recipe(name: str | Recipe | None = None, has_gpu: bool = False) -> Recip
     if name not in RECIPES:
         raise ValueError(f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}")
     changes = {}
-    for field in ("corpus", "text_field", "max_steps"):
+    for field in ("corpus", "text_field", "max_steps", "chats"):
         if value := os.environ.get(f"TINYTRAIN_{field.upper()}"):
             changes[field] = value
     if steps := changes.get("max_steps"):

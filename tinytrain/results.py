@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinytrain import export, modeling, qwen, steps, tokenization
 from tinytrain.common import hash_files, rank, write_json
-from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, RECIPES, Recipe
+from tinytrain.recipes import CHAT_FIELDS, DISPLAY_AND_SPEED_FIELDS, RECIPES, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
     """Return what decides the outcome of a training run, for `tinytrain.checkpoints.train`."""
     return {
-        **_recipe_inputs(recipe),
+        **recipe_inputs(recipe),
         "precision": precision,
         "text": steps.text_hash(steps.get_text(recipe)),
         "blocks": steps.blocks_hash(recipe),
@@ -38,9 +38,9 @@ def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
     }
 
 
-def _recipe_inputs(recipe: Recipe) -> dict[str, Any]:
+def recipe_inputs(recipe: Recipe) -> dict[str, Any]:
     """Return the fields that decide an outcome; a text counts by its content, not by its place."""
-    left_out = {"corpus", *DISPLAY_AND_SPEED_FIELDS}
+    left_out = {"corpus", *DISPLAY_AND_SPEED_FIELDS, *CHAT_FIELDS}
     return {name: value for name, value in asdict(recipe).items() if name not in left_out}
 
 
@@ -50,7 +50,11 @@ def result_files(recipe: Recipe) -> list[Path]:
 
 
 def save_trained(
-    recipe: Recipe, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Any]
+    recipe: Recipe,
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: dict[str, Any],
+    run: Path | None = None,
 ) -> Path:
     """Save a trained model, its tokenizer, and what it was made from, to ``model`` in the run.
 
@@ -65,13 +69,15 @@ def save_trained(
     inputs : dict
         What `run_inputs` returned before the training. They go into ``inputs.json``, with the step
         that was reached and hashes of the files, and tell `load_trained` what the model is.
+    run : Path, optional
+        Another folder than the recipe's.
 
     Returns
     -------
     Path
         The folder.
     """
-    folder = steps.run_folder(recipe) / "model"
+    folder = (run or steps.run_folder(recipe)) / "model"
     if rank() == 0:
         (folder / "inputs.json").unlink(missing_ok=True)  # until all the rest is written
     trainer.save_model(str(folder))
@@ -108,10 +114,10 @@ def is_trained(recipe: Recipe) -> bool:
     made = steps.read_inputs(folder)
     if made is None or steps.find_damage(folder):
         return False
-    return not _differences(made, run_inputs(recipe, ""))
+    return not differences(made, run_inputs(recipe, ""))
 
 
-def _differences(made: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
+def differences(made: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
     """Return the names of inputs that a model was not made from.
 
     The precision is none of them: it depends on the machine, and a model may come from another.
@@ -155,17 +161,17 @@ def trained_recipe(recipe: Recipe, asked: Collection[str] | None = None) -> Reci
             f"{folder / damaged} is missing or damaged: {again} makes the model again, in "
             "seconds if its last checkpoint is good"
         )
-    inputs = _recipe_inputs(recipe)
+    inputs = recipe_inputs(recipe)
     if recipe.corpus == "encyclopedia":  # the Wikipedia is one file; your own text has its folder
         inputs["text"] = steps.text_hash(steps.get_text(recipe))
-    changed = [n for n in _differences(made, inputs) if asked is None or n in {"text", *asked}]
+    changed = [n for n in differences(made, inputs) if asked is None or n in {"text", *asked}]
     if changed:
         other = ", ".join(f"{name}={made['inputs'].get(name)}" for name in changed)
         raise ValueError(
             f"the model in {folder.parent} was trained with {other}, and that is not what is asked "
             f"for: leave the change out, or train such a model with {again}"
         )
-    known = {n: made["inputs"].get(n) for n in _recipe_inputs(recipe) if n != "precision"}
+    known = {n: made["inputs"].get(n) for n in recipe_inputs(recipe) if n != "precision"}
     return replace(recipe, **known)
 
 
@@ -248,7 +254,7 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
         kind = "Qwen2.5's"
         if steps.is_reduced(recipe):
             kind += ", reduced to the tokens that the text uses most"
-    left_out = {"name", "corpus", *DISPLAY_AND_SPEED_FIELDS}
+    left_out = {"name", "corpus", *DISPLAY_AND_SPEED_FIELDS, *CHAT_FIELDS}
     facts: dict[str, Any] = {
         "name": f"tinytrain-{folder.name}",
         "text": recipe.corpus,

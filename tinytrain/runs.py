@@ -84,11 +84,14 @@ def watch(
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     tokens_per_step: int | None = None,
+    write: Callable[..., list[str]] | None = None,
+    prompts: list[str] | None = None,
 ) -> list[TrainerCallback]:
     """Return the callbacks of notebook 05.
 
     The run's folder gets ``history.jsonl``, ``samples.jsonl`` and ``loss.png``; a file ``STOP`` in
-    it ends the run. ``tokens_per_step`` counts all processes; by default it is the recipe's.
+    it ends the run. ``tokens_per_step`` counts all processes; by default it is the recipe's. What
+    the samples are, ``write`` and ``prompts`` decide; by default two completions.
     """
     from tinytrain import callbacks
     from tinytrain.checkpoints import last_checkpoint
@@ -96,14 +99,14 @@ def watch(
     tokens = tokens_per_step or recipe.tokens_per_step
     metadata = {"vocab_size": vocab_size, "name": recipe.name}
     reference = steps.reference_curve(recipe)
-    write = partial(generation.complete, tokenizer=tokenizer, max_new_tokens=10)
-    prompts, every = steps.get_prompts(recipe)[:2], recipe.sample_steps
+    write = write or partial(generation.complete, tokenizer=tokenizer, max_new_tokens=10)
+    prompts = prompts or steps.get_prompts(recipe)[:2]
     return [
         callbacks.LossGuard(tokenizer=tokenizer, find_checkpoint=last_checkpoint),
         callbacks.HistoryCallback(folder / "history.jsonl", tokens, **metadata),
         callbacks.VerboseTrainingCallback(tokens),
         callbacks.LivePlotCallback(folder / "loss.png", vocab_size, tokens, reference),
-        callbacks.SampleCallback(write, prompts, every, folder / "samples.jsonl"),
+        callbacks.SampleCallback(write, prompts, recipe.sample_steps, folder / "samples.jsonl"),
         callbacks.StopCallback(folder / "STOP"),
     ]
 
@@ -216,7 +219,7 @@ def train_steps(recipe: Recipe, number: int, folder: str | Path) -> Trainer:
     return trainer
 
 
-def _share_recipe(recipe: Recipe, processes: int) -> Recipe:
+def share_recipe(recipe: Recipe, processes: int) -> Recipe:
     """Return the recipe of one of several processes that make each optimiser step together.
 
     Per-device batch and accumulation become smaller, so that a step learns from the same blocks as
@@ -226,10 +229,10 @@ def _share_recipe(recipe: Recipe, processes: int) -> Recipe:
     Examples
     --------
     >>> from tinytrain.recipes import RECIPES
-    >>> mine = _share_recipe(RECIPES["wiki"], 2)  # 16 blocks, 4 times
+    >>> mine = share_recipe(RECIPES["wiki"], 2)  # 16 blocks, 4 times
     >>> mine.batch_size, mine.gradient_accumulation
     (16, 2)
-    >>> mine = _share_recipe(RECIPES["pocket"], 2)  # 8 blocks, once
+    >>> mine = share_recipe(RECIPES["pocket"], 2)  # 8 blocks, once
     >>> mine.batch_size, mine.gradient_accumulation
     (4, 1)
     """
@@ -250,7 +253,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     Parameters
     ----------
     recipe : Recipe
-        The hyperparameters of the run, as for one process; see `_share_recipe`.
+        The hyperparameters of the run, as for one process; see `share_recipe`.
     fresh : bool
         Start over even though there is something to go on from; the earlier run is kept aside.
     fsdp : bool
@@ -287,11 +290,11 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     tokenizer = steps.get_tokenizer(recipe)
     blocks = steps.get_blocks(recipe, tokenizer)
     model = steps.get_model(recipe, steps.get_config(recipe, tokenizer))
-    precision = _choose_precision(recipe, fresh)
+    precision = agree_on_precision(recipe, fresh)
     questions = steps.get_questions(recipe)
     before = _shares_right(model, tokenizer, questions) if rank() == 0 else None
 
-    mine = _share_recipe(recipe, world_size())
+    mine = share_recipe(recipe, world_size())
     tokens = mine.tokens_per_step * world_size()
     if world_size() > 1:
         logger.info(
@@ -366,8 +369,8 @@ def choose_precision(recipe: Recipe) -> Precision:
     return hardware.choose_precision(recipe.precision)
 
 
-def _choose_precision(recipe: Recipe, fresh: bool) -> str:
-    """Return the same precision in all processes."""
+def agree_on_precision(recipe: Recipe, fresh: bool) -> str:
+    """Return what to compute a run in, the same in all processes."""
     import torch
 
     from tinytrain import hardware

@@ -30,9 +30,18 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinytrain import corpus, duplicates, encyclopedia, hub, modeling, qwen, tokenization
+from tinytrain import (
+    conversations,
+    corpus,
+    duplicates,
+    encyclopedia,
+    hub,
+    modeling,
+    qwen,
+    tokenization,
+)
 from tinytrain.common import damaged_file, encode_each, hash_files, write_json, writing_to
-from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, Recipe
+from tinytrain.recipes import CHAT_FIELDS, DISPLAY_AND_SPEED_FIELDS, Recipe
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -284,13 +293,18 @@ def get_model(recipe: Recipe, config: Qwen2Config | None = None) -> Qwen2ForCaus
     Its ``seed`` decides the weights; ``loss_rows``, ``attention`` and ``compile`` how fast and in
     how much memory they are trained. The configuration is that of `get_config` by default.
     """
-    import torch
-
     from tinytrain.hardware import use_no_more_cores
-    from tinytrain.loss import save_loss_memory
 
     use_no_more_cores()
-    model = modeling.build_model(config or get_config(recipe), seed=recipe.seed)
+    return prepare(modeling.build_model(config or get_config(recipe), seed=recipe.seed), recipe)
+
+
+def prepare(model: Qwen2ForCausalLM, recipe: Recipe) -> Qwen2ForCausalLM:
+    """Change a model so that it trains as the recipe says, in less time and memory; return it."""
+    import torch
+
+    from tinytrain.loss import save_loss_memory
+
     if recipe.loss_rows:
         save_loss_memory(model, recipe.loss_rows, recipe.compile)
     model.set_attn_implementation(recipe.attention)
@@ -318,6 +332,35 @@ def get_questions(recipe: Recipe) -> list[encyclopedia.Question]:
     return encyclopedia.cloze_questions() if recipe.corpus == "encyclopedia" else []
 
 
+def get_conversations(recipe: Recipe) -> Dataset:
+    """Return the conversations to tune a model on, in a column ``messages``.
+
+    They are those in ``recipe.chats``, a file or a dataset on a hub, or else written from the table
+    of facts; these have a column ``kind`` too.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file, and it is no name of a dataset.
+    """
+    from datasets import Dataset
+
+    if recipe.chats is None:
+        return Dataset.from_list(conversations.write_conversations(encyclopedia.read_facts()))
+    for path in (Path(recipe.chats), _project_folder() / recipe.chats):
+        if path.exists():
+            return conversations.load_conversations(path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.chats) and not Path(recipe.chats).suffix:
+        downloads = runs_folder() / "downloads"
+        with _one_at_a_time(downloads):
+            folder = hub.download_dataset(recipe.chats, downloads)
+        return conversations.load_conversations(folder)
+    raise FileNotFoundError(
+        f"the conversations {recipe.chats!r} are neither a file nor owner/name of a dataset on "
+        "ModelScope; check TINYTRAIN_CHATS or the recipe"
+    )
+
+
 def reference_curve(recipe: Recipe) -> dict[str, Any] | None:
     """Return what is normal for a recipe: the course of its loss with several other seeds.
 
@@ -333,7 +376,7 @@ def reference_curve(recipe: Recipe) -> dict[str, Any] | None:
         may differ.
     """
     reference = json.loads((_DATA / "reference.json").read_text(encoding="utf-8"))
-    ignored = {"seed", *DISPLAY_AND_SPEED_FIELDS}
+    ignored = {"seed", *DISPLAY_AND_SPEED_FIELDS, *CHAT_FIELDS}
     same = all(
         reference["recipe"].get(k) == v for k, v in asdict(recipe).items() if k not in ignored
     )

@@ -164,14 +164,16 @@ def plot_learning_rate(recipe: Recipe, steps: int) -> Figure:
 
 
 def _collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack blocks of equal length into a batch whose labels are the tokens themselves.
+    """Stack blocks of equal length into a batch; without labels, those are the tokens themselves.
 
     The model shifts the labels by one. Packed blocks are full: no padding, no mask.
     (``DataCollatorForLanguageModeling`` would take every end-of-text token for padding, and the
     model would never learn to stop.)
     """
-    input_ids = torch.stack([torch.as_tensor(row["input_ids"]).long() for row in rows])
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
+    names = ("input_ids", "labels", "position_ids")
+    columns = {n: [torch.as_tensor(row[n]).long() for row in rows] for n in names if n in rows[0]}
+    batch = {name: torch.stack(column) for name, column in columns.items()}
+    return {"labels": batch["input_ids"].clone(), **batch}
 
 
 class StepClock(TrainerCallback):
@@ -260,7 +262,7 @@ def build_trainer(
     arguments : transformers.TrainingArguments
         From `training_arguments`.
     train_blocks, eval_blocks : datasets.Dataset
-        Rows with ``input_ids`` of equal length.
+        Rows with ``input_ids`` of equal length, and perhaps ``labels`` and ``position_ids``.
     callbacks : iterable of transformers.TrainerCallback
         Called in this order. Those with a true attribute ``rank_zero_only`` are called in the first
         process only, those with ``needs_unsharded_model`` not under FSDP. Before each step, those

@@ -1,0 +1,338 @@
+"""Tune a trained model on conversations, so that it answers; a run like that of `runs`.
+
+It learns from the assistant's turns alone, and from some text as before: without that it would soon
+have forgotten much of what it knew. What comes of it is measured with questions, and by what the
+held-out text costs before and after.
+
+This module joins the others, as `runs` does; copy from those, not from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinytrain import chat, conversations, encyclopedia, evaluation, results, runs, steps
+from tinytrain.common import context_of, hash_file, rank, setup_logging, world_size, write_json
+from tinytrain.recipes import Recipe
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tinytrain.evaluation import Interval
+
+logger = logging.getLogger(__name__)
+
+_HELD_OUT = 64  # conversations at most, to measure the loss on while training
+_QUESTIONS = 150  # of each group, to measure a model with
+
+
+def chat_folder(recipe: Recipe) -> Path:
+    """Return where the tuning of a run's model is kept: ``chat`` in the run's folder."""
+    return steps.run_folder(recipe) / "chat"
+
+
+def chat_blocks(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int | None = None,
+    text: bool = True,
+    mask: bool = True,
+) -> DatasetDict:
+    """Return conversations packed into blocks: ``train`` with text beside, and held-out ``test``.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its ``chats`` and ``chat_text`` decide.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        From `tinytrain.chat.add_chat_template`.
+    context_length : int, optional
+        Tokens of a block; by default the recipe's.
+    text : bool
+        Whether to add blocks of the run's training set, ``recipe.chat_text`` of all.
+    mask : bool
+        False learns from what the user says, too, to see what that is worse for.
+
+    Returns
+    -------
+    datasets.DatasetDict
+        The columns of `tinytrain.chat.pack_conversations`.
+
+    Raises
+    ------
+    ValueError
+        If there are too few conversations, or none that fits.
+    """
+    import numpy as np
+    from datasets import Dataset, DatasetDict, concatenate_datasets
+
+    length = context_length or recipe.context_length
+    found = steps.get_conversations(recipe)
+    if len(found) < 2:
+        raise ValueError("there is one conversation; two are needed, to learn from and to hold out")
+    held_out = min(_HELD_OUT, max(1, len(found) // 20))
+    blocks = DatasetDict()
+    for name, part in found.train_test_split(held_out, seed=recipe.split_seed).items():
+        rows = chat.chat_rows(part["messages"], tokenizer, length)
+        if not len(rows):
+            raise ValueError(
+                f"none of {len(part)} conversations fits into {length} tokens: take a model with a "
+                "longer context, or shorter conversations"
+            )
+        if not mask:
+            rows = rows.map(lambda row: {"labels": row["input_ids"]})
+        blocks[name] = chat.pack_conversations(rows, length, tokenizer.pad_token_id)
+    if text and recipe.chat_text:
+        number = round(len(blocks["train"]) * recipe.chat_text / (1 - recipe.chat_text))
+        known = steps.get_blocks(recipe)["train"].shuffle(recipe.split_seed)
+        ids = np.array(known.select(range(min(number, len(known))))["input_ids"], dtype=np.int32)
+        positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+        columns = {"input_ids": ids, "labels": ids, "position_ids": positions}
+        beside = Dataset.from_dict({name: list(column) for name, column in columns.items()})
+        blocks["train"] = concatenate_datasets([blocks["train"], beside])
+    return blocks
+
+
+def tuning_recipe(recipe: Recipe, blocks: int) -> Recipe:
+    """Return the recipe of the tuning: that of the run, with its ``chat_`` fields in place.
+
+    Examples
+    --------
+    >>> from tinytrain.recipes import RECIPES
+    >>> tuning_recipe(RECIPES["pocket"], 800).max_steps  # 8 blocks a step
+    100
+    """
+    from tinytrain.training import total_steps
+
+    tuned = replace(
+        recipe, learning_rate=recipe.chat_learning_rate, epochs=recipe.chat_epochs, max_steps=-1
+    )
+    number = total_steps(tuned, blocks)
+    if recipe.max_steps > 0:
+        number = min(number, recipe.max_steps)
+    every = max(1, number // 4)
+    names = ("eval_steps", "save_steps", "sample_steps")
+    rhythm = {name: min(every, getattr(recipe, name)) for name in names}
+    warmup = min(recipe.warmup_steps, number // 10)
+    return replace(tuned, max_steps=number, warmup_steps=warmup, **rhythm)
+
+
+def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -> dict[str, Any]:
+    """Tune a model on conversations as notebook 08 does, in one process or in several.
+
+    A tuning that was stopped goes on; one of another model, template or conversations is moved
+    aside. Everything is kept in `chat_folder`.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The run; its fields under "tuning on conversations" decide.
+    base : Path, optional
+        The folder of another model, in Hugging Face's format, whose tokenizer knows ChatML's
+        tokens; then no text is mixed in. By default the run's own, trained first if need be.
+    fresh : bool
+        Start over; an earlier tuning is kept aside.
+
+    Returns
+    -------
+    dict
+        ``finished``. If true, the first process adds ``chat_before`` and ``chat_after`` (of
+        `measure_chat`), ``bits_before`` and ``bits_after`` (of `bits_per_character`), all of them
+        as `tinytrain.evaluation.Interval`; ``summary.json`` has them too.
+    """
+    from tinytrain.checkpoints import train
+
+    run = chat_folder(recipe)
+    if rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        setup_logging(run / "training.log")
+    own = base is None
+    base = _base(recipe, base)
+    model, tokenizer = _load(recipe, base)
+    before = _measure(model, tokenizer, recipe) if rank() == 0 else None
+
+    length = min(recipe.context_length, context_of(model))
+    blocks = chat_blocks(recipe, tokenizer, length, text=own)
+    precision = runs.agree_on_precision(recipe, fresh)
+    tuned = tuning_recipe(recipe, len(blocks["train"]))
+    mine = runs.share_recipe(tuned, world_size())
+    tokens = mine.batch_size * mine.gradient_accumulation * length * world_size()
+    write = partial(_write_answers, tokenizer=tokenizer)
+    questions = _questions(recipe)
+    size = model.config.vocab_size
+    watching = runs.watch(tuned, run, tokenizer, size, tokens, write, questions)
+    trainer = runs.assemble(
+        mine, run / "checkpoints", precision, watching, steps.prepare(model, recipe), blocks
+    )
+    inputs = _inputs(recipe, base, own) | {"precision": precision}
+    again = partial(_prepared, recipe, base)
+    files = [run / "model", run / "summary.json"]
+    train(trainer, inputs, fresh, recipe.halve_batch, again, files)
+    results.save_trained(recipe, trainer, tokenizer, inputs, run)
+    if trainer.state.global_step < trainer.state.max_steps:
+        return {"finished": False}
+    if rank() > 0:
+        return {"finished": True}
+    after = _measure(*results.load_trained(recipe, run / "model"), recipe)
+    values = {f"{name}_before": value for name, value in before.items()}
+    values |= {f"{name}_after": value for name, value in after.items()}
+    facts = {"chats": recipe.chats, "conversations": len(steps.get_conversations(recipe))}
+    write_json(run / "summary.json", {"step": trainer.state.global_step, **facts, **values})
+    return {"finished": True, **values}
+
+
+def tune_steps(recipe: Recipe, number: int, mask: bool = True) -> PreTrainedModel:
+    """Tune the run's trained model for so many steps, to compare recipes; nothing is kept."""
+    from tinytrain.callbacks import LossGuard
+
+    base = _base(recipe, None)
+    model, tokenizer = _load(recipe, base)
+    blocks = chat_blocks(recipe, tokenizer, mask=mask)
+    tuned = tuning_recipe(replace(recipe, max_steps=number), len(blocks["train"]) * 10**6)
+    quiet = {"save_strategy": "no", "eval_strategy": "no"}
+    precision = runs.choose_precision(recipe).name
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = runs.assemble(
+            tuned, folder, precision, [LossGuard()], steps.prepare(model, recipe), blocks, **quiet
+        )
+        trainer.train()
+    return trainer.model
+
+
+def get_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the run's model as it was tuned on conversations, and its tokenizer.
+
+    It is tuned first if it was not yet, or from another model, template or other conversations.
+    """
+    folder = chat_folder(recipe) / "model"
+    made = steps.read_inputs(folder)
+    inputs = _inputs(recipe, _base(recipe, None), own=True)
+    if made is None or steps.find_damage(folder) or results.differences(made, inputs):
+        tune_recipe(recipe)
+    return results.load_trained(recipe, folder)
+
+
+def load_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model in `chat_folder` and its tokenizer, whatever it was tuned from.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none, or it is damaged; the message says how to make it.
+    """
+    folder = chat_folder(recipe) / "model"
+    command = f"`python -m tinytrain tune --recipe {recipe.name}` makes one"
+    if not (folder / "inputs.json").is_file():
+        raise FileNotFoundError(f"there is no model to talk to in {folder}: {command}")
+    if damaged := steps.find_damage(folder):
+        raise FileNotFoundError(f"{folder / damaged} is missing or damaged: {command} again")
+    return results.load_trained(recipe, folder)
+
+
+def _base(recipe: Recipe, base: Path | None) -> Path:
+    """Return the folder of the model to tune; the run's own is trained if need be."""
+    if base is None:
+        if not results.is_trained(recipe):
+            runs.get_trained(recipe)
+        base = steps.run_folder(recipe) / "model"
+    return base
+
+
+def _load(recipe: Recipe, base: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = results.load_trained(recipe, base)
+    return model, chat.add_chat_template(tokenizer)
+
+
+def _prepared(recipe: Recipe, base: Path) -> PreTrainedModel:
+    return steps.prepare(_load(recipe, base)[0], recipe)
+
+
+def _inputs(recipe: Recipe, base: Path, own: bool) -> dict[str, Any]:
+    """Return what decides the outcome of a tuning."""
+    digest = hashlib.sha256()
+    for messages in steps.get_conversations(recipe)["messages"]:
+        digest.update(json.dumps(messages, sort_keys=True).encode())
+    weights = sorted(base.glob("*.safetensors"))
+    values = results.recipe_inputs(tuning_recipe(recipe, 1))
+    values |= {"max_steps": recipe.max_steps, "warmup_steps": recipe.warmup_steps}
+    return values | {
+        "base": [hash_file(file) for file in (*weights, base / "tokenizer.json")],
+        "conversations": digest.hexdigest(),
+        "template": chat.CHAT_TEMPLATE,
+        "chat_text": recipe.chat_text if own else 0,
+        "blocks": steps.blocks_hash(recipe) if own and recipe.chat_text else None,
+    }
+
+
+# Measuring
+
+
+def measure_chat(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    limit: int = _QUESTIONS,
+) -> dict[str, Interval]:
+    """Return the shares of right answers by group, and of real subjects that it says not to know.
+
+    Parameters
+    ----------
+    model, tokenizer
+        A model and its tokenizer, with the chat template.
+    recipe : Recipe
+        With conversations of your own there are no questions, and the result is empty.
+    limit : int
+        Questions of each group at most.
+
+    Returns
+    -------
+    dict of str to tinytrain.evaluation.Interval
+        The groups of `tinytrain.conversations.ChatQuestion`, and ``"refused"``.
+    """
+    if recipe.chats is not None:
+        return {}
+    questions = conversations.chat_questions(encyclopedia.read_facts(), limit)
+    answers = chat.answer_each(model, tokenizer, [question.question for question in questions])
+    pairs = list(zip(questions, answers, strict=True))
+    shares = evaluation.by_kind(
+        questions, [question.is_right(answer) for question, answer in pairs]
+    )
+    real = [conversations.UNKNOWN in answer for q, answer in pairs if q.group != "invented"]
+    return shares | {"refused": evaluation.share(sum(real), len(real))}
+
+
+def bits_per_character(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, limit: int = 200
+) -> Interval:
+    """Return what the first held-out documents of the run cost: more than before is forgotten."""
+    texts = steps.get_split(recipe)["test"]["text"][:limit]
+    length = min(recipe.context_length, context_of(model))
+    losses = evaluation.document_losses(model, tokenizer, texts, length)
+    return evaluation.summarize(losses).bits_per_character
+
+
+def _measure(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
+    shares = measure_chat(model, tokenizer, recipe, _QUESTIONS)
+    return {"chat": shares, "bits": bits_per_character(model, tokenizer, recipe)}
+
+
+def _write_answers(model: Any, prompts: list[str], tokenizer: Any) -> list[str]:
+    return chat.answer_each(model, tokenizer, prompts, max_new_tokens=24)
+
+
+def _questions(recipe: Recipe) -> list[str]:
+    """Return two questions to ask while training."""
+    if recipe.chats is None:
+        return ["法国的首都是哪里？", "你好！"]
+    some = steps.get_conversations(recipe).select(range(2))["messages"]
+    return [
+        next(turn["content"] for turn in messages if turn["role"] == "user") for messages in some
+    ]
