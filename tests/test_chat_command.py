@@ -5,17 +5,20 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tokenizers import AddedToken
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import tinytrain
 from tinytrain import __main__ as command
-from tinytrain import steps
+from tinytrain import results, steps
 from tinytrain.chat import add_chat_template, encode_conversation
+from tinytrain.evaluation import Interval, share
 from tinytrain.recipes import RECIPES
 from tinytrain.tokenization import train_tokenizer
 
@@ -24,7 +27,7 @@ FRANCE, HELLO, ENDLESS = ("法国的首都是哪里？", "巴黎。"), ("你好"
 
 
 def taught_to_chat(context=192, more=()):
-    """Return a model that has learned answers by heart, and one that never ends; its tokenizer."""
+    """Return a model that knows answers by heart, one of which never ends, and its tokenizer."""
     pairs = [FRANCE, HELLO, *more]
     texts = ["".join(pair) for pair in [*pairs, ENDLESS]] * 3 + ["user\nassistant\nsystem\n"] * 3
     tokenizer = add_chat_template(train_tokenizer(texts, 400))
@@ -72,7 +75,7 @@ def pipe(folder, lines, *more):
     text = "\n".join(lines)
     call = [sys.executable, *arguments(folder, *more)]
     return subprocess.run(
-        call, input=text, capture_output=True, text=True, encoding="utf-8", timeout=120
+        call, input=text, capture_output=True, text=True, encoding="utf-8", timeout=200
     )
 
 
@@ -119,9 +122,9 @@ def terminal(folder, environment):
 
     def start(*more):
         environment = os.environ | {"TERM": "dumb"}
-        child = pexpect.spawn(
-            sys.executable, arguments(folder, *more), encoding="utf-8", env=environment, timeout=120
-        )
+        options = {"encoding": "utf-8", "env": environment, "timeout": 200}
+        options |= {"dimensions": (24, 400)}  # no line is scrolled
+        child = pexpect.spawn(sys.executable, arguments(folder, *more), **options)
         started.append(child)
         child.delaybeforesend = 0
         child.expect_exact("Ctrl-D leaves\r\n> ")
@@ -197,12 +200,8 @@ def test_what_cannot_be_talked_to_is_a_line(more, told, runs, capsys):
     assert line.startswith("tinytrain: ") and told in line
 
 
-def test_a_tokenizer_without_turns_is_told(folder, smoke, tmp_path, runs, capsys):
-    from tokenizers import AddedToken
-
+def test_a_tokenizer_without_turns_is_told(folder, tmp_path, runs, capsys):
     Qwen2ForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
-    from transformers import Qwen2Tokenizer
-
     plain = Qwen2Tokenizer(vocab={"a": 0, "<|endoftext|>": 1}, merges=[])
     plain.add_tokens(AddedToken("<|im_start|>"))
     plain.save_pretrained(tmp_path)
@@ -219,10 +218,10 @@ def tuning(monkeypatch, runs):
     groups = "tuned", "reworded", "untaught", "invented", "refused"
     result = {
         "finished": True,
-        "chat_before": dict.fromkeys(groups, 0.0),
-        "chat_after": dict(zip(groups, (0.99, 0.95, 0.86, 0.97, 0.012), strict=True)),
-        "bits_before": 3.512,
-        "bits_after": 3.6,
+        "chat_before": dict.fromkeys(groups, share(0, 100)),
+        "chat_after": {group: share(99 - n, 100) for n, group in enumerate(groups)},
+        "bits_before": Interval(3.512, 3.4, 3.6),
+        "bits_after": Interval(3.6, 3.5, 3.7),
     }
     calls = []
 
@@ -230,22 +229,20 @@ def tuning(monkeypatch, runs):
         calls.append((recipe, base, fresh))
         return result
 
-    fake = SimpleNamespace(tune_recipe=tune_recipe, calls=calls, result=result)
-    monkeypatch.setitem(sys.modules, "tinytrain.tuning", fake)
-    monkeypatch.setattr(tinytrain, "tuning", fake, raising=False)
-    return fake
+    monkeypatch.setattr("tinytrain.tuning.tune_recipe", tune_recipe)
+    return SimpleNamespace(calls=calls, result=result)
 
 
 def test_tuning_tells_what_was_right_before_and_after(tuning, folder, capsys):
-    call = ["tune", "--recipe", "smoke", "--model", str(folder), "--fresh"]
-    assert command.main(call) == 0
-    assert tuning.calls == [(RECIPES["smoke"], folder, True)]
-    lines = capsys.readouterr().out.splitlines()
-    ends = [re.split(r" {2,}", line)[-2:] for line in lines[:-1]]
-    shares = [["0%", share] for share in ("99%", "95%", "86%", "97%", "1%")]
-    assert ends == [["before", "after"], *shares, ["3.51", "3.60"]]
-    place = steps.run_folder(RECIPES["smoke"]) / "chat" / "model"
-    assert lines[-1] == f"the model is in {place}"
+    call = ["tune", "--recipe", "smoke", "--model", str(folder), "--chats", "mine.jsonl"]
+    assert command.main([*call, "--fresh"]) == 0
+    recipe = replace(RECIPES["smoke"], chats="mine.jsonl")
+    assert tuning.calls == [(recipe, folder, True)]
+    _, *lines, last = capsys.readouterr().out.splitlines()
+    ends = [re.split(r" {2,}", line)[-2:] for line in lines]
+    shares = [[str(share(0, 100)), str(share(99 - n, 100))] for n in range(5)]
+    assert ends == [*shares, ["3.51 (3.4 to 3.6)", "3.6 (3.5 to 3.7)"]]
+    assert last == f"the model is in {steps.run_folder(recipe) / 'chat' / 'model'}"
 
 
 def test_a_tuning_that_was_stopped_ends_with_130(tuning, folder, capsys):
@@ -254,6 +251,14 @@ def test_a_tuning_that_was_stopped_ends_with_130(tuning, folder, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_tuning_begins_with_a_trained_model(tuning, capsys):
-    assert command.main(["tune", "--recipe", "smoke"]) == 1
-    assert "train --recipe smoke" in capsys.readouterr().err and not tuning.calls
+def test_the_run_s_own_model_is_tuned_with_the_recipe_that_it_has(tuning, monkeypatch):
+    """Else another one would be trained in its place."""
+    trained = replace(RECIPES["smoke"], learning_rate=0.5)
+    monkeypatch.setattr(results, "trained_recipe", lambda recipe, changed: trained)
+    assert command.main(["tune", "--recipe", "smoke"]) == 0
+    assert tuning.calls == [(trained, None, False)]
+
+
+def test_without_a_model_one_is_trained_first(tuning, capsys):
+    assert command.main(["tune", "--recipe", "smoke"]) == 0
+    assert tuning.calls == [(RECIPES["smoke"], None, False)]

@@ -1,15 +1,19 @@
 """The explorers: real widgets without a browser, their states set as a front end sets them."""
 
 import copy
+import html
 import io
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import ipywidgets as ipw
 import pytest
+from test_chat_command import FRANCE, HELLO, taught_to_chat
 from transformers import PreTrainedTokenizerFast
 
 from tinytrain import widgets
+from tinytrain.chat import Chat
 from tinytrain.costs import estimate, plot_memory
 from tinytrain.generation import complete, generate
 from tinytrain.hardware import KNOWN_GPUS, Hardware
@@ -198,3 +202,133 @@ def test_a_failure_is_a_line_and_the_next_click_works(taught, smoke):
     assert "Error: " in write(playground, {})
     assert "prompt is empty" in write(playground, {"prompt": ""})
     assert write(playground, {"prompt": "法国"}).startswith("法国")
+
+
+# Chat
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    return taught_to_chat(more=[HOSTILE])
+
+
+HOSTILE = ("网页", "<img src=x onerror=alert(1)>\n&lt;")
+
+
+def turns(box):
+    """Return what is shown of the conversation: the side, the text, whether it is faded."""
+    page(box)  # harmless
+    shown = "".join(w.value for w in parts(box) if isinstance(w, ipw.HTML) and "<div" in w.value)
+    found = re.findall(r'<div style="([^"]*)">(.*?)</div>', shown, flags=re.DOTALL)
+    sides = ["right" if "margin-left:auto" in style else "left" for style, _ in found]
+    return [
+        (side, html.unescape(text), "opacity" in style)
+        for side, (style, text) in zip(sides, found, strict=True)
+    ]
+
+
+def answered(*pairs, faded=0):
+    said = [turn for pair in pairs for turn in zip(("right", "left"), pair, strict=True)]
+    return [(*turn, number < faded) for number, turn in enumerate(said)]
+
+
+def text_box(box):
+    (found,) = [w for w in parts(box) if isinstance(w, ipw.Text)]
+    return found
+
+
+def press_enter(box, text):
+    """Do what a browser does, in its order: what was typed comes after the key."""
+    field = text_box(box)
+    field._handle_custom_msg({"event": "submit"}, [])
+    field.set_state({"value": text})
+
+
+def test_enter_sends_and_so_do_the_button_and_the_examples(tuned):
+    box = widgets.chat_box(*tuned, questions=[HELLO[0], HOSTILE[0]])
+    plain = Chat(*tuned)
+    press_enter(box, FRANCE[0])
+    assert turns(box) == answered((FRANCE[0], plain.reply(FRANCE[0]))) == answered(FRANCE)
+    assert text_box(box).value == ""
+    text_box(box).set_state({"value": HELLO[0]})
+    assert len(turns(box)) == 2  # one has only clicked elsewhere
+    control(box, "Send").click()
+    assert turns(box) == answered(FRANCE, HELLO)
+    control(box, HELLO[0]).click()
+    assert turns(box) == answered(FRANCE, HELLO, HELLO)
+    text_box(box).set_state({"value": FRANCE[0]})
+    text_box(box)._handle_custom_msg({"event": "submit"}, [])  # nothing has changed since
+    control(box, "Send").click()  # nothing is there
+    assert turns(box) == answered(FRANCE, HELLO, HELLO, FRANCE)
+    control(box, "Start over").click()
+    assert turns(box) == []
+    press_enter(box, HELLO[0])
+    assert turns(box) == answered(HELLO)
+
+
+def test_an_answer_appears_while_it_is_written_and_the_buttons_wait(tuned):
+    box, seen = widgets.chat_box(*tuned, questions=[HELLO[0]]), []
+    buttons = [w for w in parts(box) if isinstance(w, ipw.Button)]
+
+    def look(change):
+        seen.append((turns(box)[-1], {button.disabled for button in buttons}))
+
+    for widget in parts(box):
+        if isinstance(widget, ipw.HTML):
+            widget.observe(look, names="value")
+    press_enter(box, HELLO[0])
+    (side, asked, _), *answers = [turn for turn, _ in seen]
+    texts = [text for _, text, _ in answers]
+    assert (side, asked) == ("right", HELLO[0]) and texts[-1] == HELLO[1] != texts[0]
+    assert all(later.startswith(text) for text, later in zip(texts, texts[1:], strict=False))
+    assert all(disabled == {True} for _, disabled in seen)
+    assert not any(button.disabled for button in buttons)
+
+
+def test_neither_question_nor_answer_becomes_html(tuned):
+    box = widgets.chat_box(*tuned)
+    press_enter(box, HOSTILE[0])
+    press_enter(box, "<img onerror=x>")
+    assert turns(box)[:3] == [*answered(HOSTILE), ("right", "<img onerror=x>", False)]
+
+
+def test_dropped_turns_are_faded_until_it_starts_over(tuned):
+    box = widgets.chat_box(*tuned, system="你好", questions=[FRANCE[0]])
+    plain, dropped, number = Chat(*tuned, system="你好"), 0, 0
+    while dropped < 3:
+        assert turns(box) == answered(*[FRANCE] * number, faded=dropped)
+        assert ("faded turns" in page(box)) == (dropped > 0)
+        control(box, FRANCE[0]).click()
+        plain.reply(FRANCE[0])
+        dropped, number = dropped + plain.dropped, number + 1
+    control(box, "Start over").click()
+    assert page(box).strip() == ""
+    press_enter(box, FRANCE[0])
+    assert turns(box) == answered(FRANCE)
+
+
+def test_what_cannot_be_answered_is_a_line(tuned):
+    box = widgets.chat_box(*tuned)
+    press_enter(box, FRANCE[0])
+    for text, told in (("长" * 99, "too long"), (" ", "is empty")):
+        press_enter(box, text)
+        assert told in page(box)
+        assert turns(box) == [*answered(FRANCE), ("right", text, False)]
+        assert not control(box, "Send").disabled
+    press_enter(box, HELLO[0])
+    assert turns(box) == answered(FRANCE, HELLO) and "is empty" not in page(box)
+
+
+def test_an_interrupted_answer_stays_and_an_interrupted_question_goes(tuned, monkeypatch):
+    box = widgets.chat_box(*tuned)
+    press_enter(box, FRANCE[0])
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuned[0].model, "forward", stop)
+        press_enter(box, HELLO[0])
+    assert turns(box) == answered(FRANCE)
+    press_enter(box, HELLO[0])
+    assert turns(box) == answered(FRANCE, HELLO)

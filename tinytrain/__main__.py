@@ -152,46 +152,45 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def tune(options: argparse.Namespace) -> int:
-    """Tune a trained model on conversations, so that it answers; ask it before and after."""
+    """Tune a model on conversations, so that it answers; ask it questions before and after."""
     from tinytrain import tuning
 
     _show_no_bars()
     recipe = options.recipe
     if options.model is None:
-        recipe = results.trained_recipe(recipe, options.changed)
+        with contextlib.suppress(FileNotFoundError):  # it is trained first, then
+            recipe = results.trained_recipe(recipe, options.changed)
     result = tuning.tune_recipe(recipe, options.model, fresh=options.fresh)
     if rank() == 0 and result["finished"]:
-        print(f"{'':48} before  after")
+        print("before and after; in brackets, what 95 of 100 such samples would give")
         for group, after in result["chat_after"].items():
-            print(f"{_GROUPS[group]:48} {result['chat_before'][group]:6.0%} {after:6.0%}")
-        before, after = result["bits_before"], result["bits_after"]
-        print(f"{'bits per character of held-out text':48} {before:6.2f} {after:6.2f}")
-        print(f"the model is in {_shown(_tuned_folder(recipe))}")
+            print(f"{_GROUPS[group]:42} {result['chat_before'][group]!s:23} {after}")
+        name = "bits per character of held-out text"
+        print(f"{name:42} {result['bits_before']!s:23} {result['bits_after']}")
+        print(f"the model is in {_shown(tuning.chat_folder(recipe) / 'model')}")
     return 0 if result["finished"] else 130
 
 
 _GROUPS = {
     "tuned": "right: questions of the conversations",
-    "reworded": "right: the same in other words",
+    "reworded": "right: the same facts in other words",
     "untaught": "right: facts that no conversation tells",
-    "invented": "right: 'I do not know' invented names",
-    "refused": "wrong: 'I do not know' what it could know",
+    "invented": "right: does not know an invented name",
+    "refused": "wrong: does not know a real name",
 }
 
 
 def chat(options: argparse.Namespace) -> None:
     """Talk to a tuned model in the terminal; or let it answer a pipe, one question a line."""
+    from tinytrain import tuning
     from tinytrain.chat import Chat, add_chat_template
 
     _show_no_bars()
     sampling = _sampling(options)
-    folder = options.model or _tuned_folder(options.recipe)
-    if not options.model and not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"there is no tuned model in {folder}: `python -m tinytrain tune --recipe "
-            f"{options.recipe.name}` makes one (add your --corpus, --set and --runs)"
-        )
-    model, tokenizer = results.load_trained(options.recipe, folder)
+    if options.model:
+        model, tokenizer = results.load_trained(options.recipe, options.model)
+    else:
+        model, tokenizer = tuning.load_tuned(options.recipe)
     _converse(Chat(model, add_chat_template(tokenizer), options.system), sampling)
 
 
@@ -233,10 +232,6 @@ def _show_piece(text: str) -> None:
 def _note(text: Any) -> None:
     """Tell something beside the conversation; that the oldest turns go, is logged there too."""
     print(safe_text(text), file=sys.stderr, flush=True)
-
-
-def _tuned_folder(recipe: Recipe) -> Path:
-    return steps.run_folder(recipe) / "chat" / "model"
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:

@@ -134,6 +134,107 @@ def playground(
     return ipw.VBox([box, _in_rows(controls.values()), button, problem, shown])
 
 
+def chat_box(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None = None,
+    questions: Iterable[str] = (),
+) -> ipw.VBox:
+    """Talk to a model that was tuned on conversations; turns that it has dropped are faded.
+
+    Without a browser: ``Chat(model, tokenizer, system).reply(text)`` of `tinytrain.chat`.
+
+    Parameters
+    ----------
+    model, tokenizer, system
+        As for `tinytrain.chat.Chat`.
+    questions : iterable of str
+        Examples, to click instead of typing.
+    """
+    from tinytrain.chat import Chat
+
+    chat, faded = Chat(model, tokenizer, system), []
+    box = ipw.Text(placeholder="Write, and press Enter", continuous_update=False)
+    box.layout.width = "60%"
+    send = ipw.Button(description="Send", button_style="primary")
+    again = ipw.Button(description="Start over", icon="refresh")
+    examples = [ipw.Button(description=text, layout={"width": "auto"}) for text in questions]
+    shown, note = ipw.HTML(), ipw.HTML()
+
+    def show(*more: tuple[str, str]) -> None:
+        seen = [(turn["role"], turn["content"]) for turn in chat.messages]
+        shown.value = "".join(
+            [_bubble(*turn, "opacity:0.45") for turn in faded]
+            + [_bubble(*turn) for turn in (*seen, *more) if turn[0] != "system"]
+        )
+
+    def ask(text: str) -> None:
+        before, pieces = chat.messages, []
+
+        def on_text(piece: str) -> None:
+            pieces.append(piece)
+            show(("user", text), ("assistant", "".join(pieces)))
+
+        for button in (send, again, *examples):
+            button.disabled = True
+        box.value = note.value = ""
+        show(("user", text))
+        try:
+            chat.reply(text, on_text)
+            kept = set(map(id, chat.messages))
+            faded.extend((t["role"], t["content"]) for t in before if id(t) not in kept)
+            if faded:
+                note.value = "The conversation is too long for the model: faded turns are dropped"
+            show()
+        except Exception as error:  # a traceback would end in a log that nobody sees
+            note.value = _error_line(error)  # the question is shown until the next one
+        for button in (send, again, *examples):
+            button.disabled = False
+
+    def start_over(_: Any) -> None:
+        chat.reset()
+        faded.clear()
+        note.value = ""
+        show()
+
+    _on_enter(box, ask)
+    send.on_click(lambda _: box.value and ask(box.value))
+    again.on_click(start_over)
+    for button in examples:
+        button.on_click(lambda clicked: ask(clicked.description))
+    return ipw.VBox([shown, note, ipw.HBox([box, send, again]), _in_rows(examples)])
+
+
+def _on_enter(box: ipw.Text, call: Callable[[str], None]) -> None:
+    """Call with the text of a box when Enter is pressed there.
+
+    The browser reports the key first and then the text, unless it has done so before, when the
+    reader clicked elsewhere. (A box that reports each letter may be late with the last one.)
+    """
+    pressed = []
+
+    def on_key(_: Any, content: Mapping[str, Any], __: Any) -> None:
+        if content.get("event") == "submit":
+            pressed.append(True)
+            on_text()
+
+    def on_text(_: Any = None) -> None:
+        if pressed and box.value:
+            pressed.clear()
+            call(box.value)
+
+    box.on_msg(on_key)
+    box.observe(on_text, names="value")
+
+
+def _bubble(role: str, text: str, style: str = "") -> str:
+    """Return a turn as HTML, the user's on the right; its colours suit light and dark themes."""
+    side = "margin-left:auto;background:rgba(66,133,244,0.25)" if role == "user" else ""
+    style = f"{side or 'background:rgba(128,128,128,0.18)'};{style}"
+    style += ";width:fit-content;max-width:80%;margin-top:6px;padding:4px 10px;border-radius:10px"
+    return f'<div style="white-space:pre-wrap;line-height:1.5;{style}">{html.escape(text)}</div>'
+
+
 # Two controls fit in a row even beside the open side bar of a small screen.
 _LOOK = {"style": {"description_width": "120px"}, "layout": {"width": "325px"}}
 
