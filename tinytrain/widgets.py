@@ -188,8 +188,9 @@ def chat_box(
             show()
         except Exception as error:  # a traceback would end in a log that nobody sees
             note.value = _error_line(error)  # the question is shown until the next one
-        for button in (send, again, *examples):
-            button.disabled = False
+        finally:
+            for button in (send, again, *examples):
+                button.disabled = False
 
     def start_over(_: Any) -> None:
         chat.reset()
