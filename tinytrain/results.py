@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinytrain import export, modeling, qwen, steps, tokenization
+from tinytrain import export, modeling, steps, tokenization
 from tinytrain.common import hash_files, rank, write_json
 from tinytrain.recipes import DISPLAY_AND_SPEED_FIELDS, RECIPES, Recipe
 
@@ -272,13 +272,7 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
-def export_run(
-    recipe: Recipe,
-    dtype: str = "float32",
-    gguf: bool = False,
-    whole_vocabulary: bool = False,
-    **facts: Any,
-) -> Path:
+def export_run(recipe: Recipe, dtype: str = "float32", gguf: bool = False, **facts: Any) -> Path:
     """Export the trained model of a run to ``export`` in its folder, and return that path.
 
     Parameters
@@ -289,10 +283,6 @@ def export_run(
         Number format of the weights.
     gguf : bool
         Add ``model.gguf``; see `tinytrain.gguf_file.write_gguf`.
-    whole_vocabulary : bool
-        For a reduced Qwen2.5 vocabulary: give the model all tokens again, so that it works with
-        Qwen2.5's own tokenizer; see `tinytrain.modeling.expand_vocabulary`. Goes to
-        ``export-whole``.
     **facts
         For the card: what the run's folder does not hold, or holds wrongly.
 
@@ -301,40 +291,16 @@ def export_run(
     FileNotFoundError
         If there is no trained model.
     ValueError
-        If it was trained with another recipe, or if ``whole_vocabulary`` is asked for and the
-        vocabulary is not a reduced one.
+        If it was trained with another recipe.
     """
     run = steps.run_folder(recipe)
     model, tokenizer = load_trained(recipe)
     facts = {**_run_facts(recipe), **facts}
-    if whole_vocabulary:
-        if not steps.is_reduced(recipe):
-            raise ValueError(
-                f"recipe {recipe.name!r} has no reduced Qwen2.5 vocabulary that could be completed"
-            )
-        model, tokenizer = _with_whole_vocabulary(recipe, model, tokenizer)
-        facts |= {
-            "tokenizer": "Qwen2.5's, in full; trained with a part of it",
-            "vocab_size": len(tokenizer),
-            "parameters": model.num_parameters(),
-        }
     finish = None
     if gguf:
         from tinytrain.gguf_file import write_gguf  # if gguf is missing, it is said before the work
 
         facts["gguf"] = "model.gguf"
         finish = partial(write_gguf, name=facts["name"])
-    folder = run / ("export-whole" if whole_vocabulary else "export")
     files = (run / "loss.png", run / "history.jsonl")
-    return export.export_model(model, tokenizer, folder, facts, dtype, files, finish)
-
-
-def _with_whole_vocabulary(recipe: Recipe, model: Any, reduced: Any) -> tuple[Any, Any]:
-    """Return the model with a row for each token of Qwen2.5, and Qwen2.5's tokenizer."""
-    full = qwen.qwen_tokenizer()
-    blocks = steps.get_blocks(recipe, reduced)["train"]
-    # Ten tokens for each number of the row that is searched, evenly from the whole text.
-    number = min(len(blocks), 1 + 10 * model.config.hidden_size // recipe.context_length)
-    some = blocks.select(range(0, len(blocks), len(blocks) // number))["input_ids"]
-    ids = qwen.original_ids(reduced, full)
-    return modeling.expand_vocabulary(model, ids, len(full), list(some)), full
+    return export.export_model(model, tokenizer, run / "export", facts, dtype, files, finish)
