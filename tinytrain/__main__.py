@@ -149,8 +149,9 @@ def export(options: argparse.Namespace) -> None:
 
     _show_no_bars()
     setup_logging()
-    options.recipe = results.trained_recipe(options.recipe, options.changed)
-    folder = results.export_run(options.recipe, options.dtype, options.gguf)
+    if not options.chat:
+        options.recipe = results.trained_recipe(options.recipe, options.changed)
+    folder = results.export_run(options.recipe, options.dtype, options.gguf, options.chat)
     if options.upload:
         print(upload(folder, options.upload, to=options.to, private=not options.public))
 
@@ -293,6 +294,7 @@ def _add_generation_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--chat", action="store_true", help="the model that was tuned on conversations")
     add("--gguf", action="store_true", help="add a file for llama.cpp")
     about = "number format of the weights; bfloat16 takes half the space (default: float32)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=about)

@@ -272,7 +272,27 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
-def export_run(recipe: Recipe, dtype: str = "float32", gguf: bool = False, **facts: Any) -> Path:
+def _chat_facts(recipe: Recipe) -> dict[str, Any]:
+    """Return what is known of a run's model that was tuned on conversations."""
+    run = steps.run_folder(recipe)
+    made, base = (steps.read_inputs(folder / "model") for folder in (run / "chat", run))
+    facts: dict[str, Any] = {"name": f"tinytrain-{run.name}"}
+    if base and {*made["inputs"]["base"]} <= {*base["files"].values()}:  # not another model
+        facts = _run_facts(trained_recipe(recipe, ()))
+        for name in ("held_out_loss", "bits_per_character", "interval", "cloze_after"):
+            facts.pop(name, None)  # measured before it was tuned
+        facts.pop("completions", None)
+    facts["name"] += "-chat"
+    with suppress(OSError, ValueError):
+        summary = json.loads((run / "chat" / "summary.json").read_text(encoding="utf-8"))
+        if summary.pop("step", None) == made["step"]:
+            facts |= summary
+    return facts
+
+
+def export_run(
+    recipe: Recipe, dtype: str = "float32", gguf: bool = False, chat: bool = False, **facts: Any
+) -> Path:
     """Export the trained model of a run to ``export`` in its folder, and return that path.
 
     Parameters
@@ -283,6 +303,8 @@ def export_run(recipe: Recipe, dtype: str = "float32", gguf: bool = False, **fac
         Number format of the weights.
     gguf : bool
         Add ``model.gguf``; see `tinytrain.gguf_file.write_gguf`.
+    chat : bool
+        Export the model that was tuned on conversations, to ``export-chat``.
     **facts
         For the card: what the run's folder does not hold, or holds wrongly.
 
@@ -294,13 +316,19 @@ def export_run(recipe: Recipe, dtype: str = "float32", gguf: bool = False, **fac
         If it was trained with another recipe.
     """
     run = steps.run_folder(recipe)
-    model, tokenizer = load_trained(recipe)
-    facts = {**_run_facts(recipe), **facts}
+    made, target = (run / "chat", run / "export-chat") if chat else (run, run / "export")
+    if chat and (damaged := steps.find_damage(made / "model")):
+        raise FileNotFoundError(
+            f"{made / 'model' / damaged} is missing or damaged: `python -m tinytrain tune --recipe "
+            f"{recipe.name}` makes a model that answers"
+        )
+    model, tokenizer = load_trained(recipe, made / "model" if chat else None)
+    facts = {**(_chat_facts(recipe) if chat else _run_facts(recipe)), **facts}
     finish = None
     if gguf:
         from tinytrain.gguf_file import write_gguf  # if gguf is missing, it is said before the work
 
         facts["gguf"] = "model.gguf"
         finish = partial(write_gguf, name=facts["name"])
-    files = (run / "loss.png", run / "history.jsonl")
-    return export.export_model(model, tokenizer, run / "export", facts, dtype, files, finish)
+    files = (made / "loss.png", made / "history.jsonl")
+    return export.export_model(model, tokenizer, target, facts, dtype, files, finish)
