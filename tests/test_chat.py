@@ -1,9 +1,9 @@
 import copy
 import html
+import itertools
 import logging
 import math
 import re
-from functools import partial
 
 import pytest
 import torch
@@ -15,10 +15,11 @@ from tinytrain.chat import (
     CHAT_TEMPLATE,
     Chat,
     add_chat_template,
+    answer_each,
     chat_rows,
-    collate,
     colour_conversation,
     encode_conversation,
+    pack_conversations,
 )
 from tinytrain.checkpoints import train
 from tinytrain.loss import linear_cross_entropy, save_loss_memory
@@ -66,6 +67,12 @@ def small_model(tokenizer, context=96):
     )
 
 
+def packed(rows, tokenizer, length=96):
+    """Return packed rows as a batch."""
+    columns = pack_conversations(rows, length, tokenizer.pad_token_id).to_dict()
+    return {name: torch.tensor(column) for name, column in columns.items()}
+
+
 @pytest.fixture(scope="module")
 def taught(tokenizer):
     """A model that has learned two answers by heart, in any order."""
@@ -73,8 +80,9 @@ def taught(tokenizer):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     pairs = [FRANCE, HELLO, FRANCE + HELLO, HELLO + FRANCE, HELLO + HELLO, FRANCE + FRANCE]
     rows = chat_rows([conversation(*pair) for pair in pairs], tokenizer, 96)
+    batch = packed(rows, tokenizer)
     for _ in range(60):
-        model(**collate(list(rows), tokenizer.pad_token_id)).loss.backward()
+        model(**batch, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model
@@ -213,33 +221,52 @@ def test_a_long_conversation_loses_whole_turns_from_the_front(tokenizer, caplog,
 
 def test_every_answer_ends_with_its_token_and_padding_is_never_learned(tokenizer):
     conversations = [conversation(*FRANCE, *HELLO), conversation(*HELLO), conversation("a", "")]
-    rows = list(chat_rows(conversations, tokenizer, 96))
-    batch = collate(rows, tokenizer.pad_token_id)
+    rows = chat_rows(conversations, tokenizer, 96)
+    batch = {name: tensor.flatten() for name, tensor in packed(rows, tokenizer).items()}
     stop, padding = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert tokenizer.pad_token_id == padding != stop
-    assert [row.tolist().count(stop) for row in batch["labels"]] == [2, 1, 1]
-    for row, *tensors in zip(rows, *batch.values(), strict=True):
-        ids, labels, mask = (tensor.tolist() for tensor in tensors)
-        length, empty = len(row["input_ids"]), len(ids) - len(row["input_ids"])
-        assert ids == row["input_ids"] + [padding] * empty
-        assert labels == row["labels"] + [-100] * empty
-        assert mask == [1] * length + [0] * empty
+    assert batch["labels"].tolist().count(stop) == 4
     assert padding not in batch["labels"]
+    ids, labels, positions = (each.tolist() for each in batch.values())
+    assert [n for n, position in enumerate(positions) if position == 0] == [
+        *itertools.accumulate([0, *map(len, rows["input_ids"])])
+    ]
+    used = sum(map(len, rows["input_ids"]))
+    assert ids[:used] == sum(rows["input_ids"], []) and set(ids[used:]) == {padding}
+    assert labels[:used] == sum(rows["labels"], []) and set(labels[used:]) == {-100}
 
 
-def test_padding_changes_no_loss(tokenizer):
+def test_a_row_holds_what_fits_and_each_conversation_whole(tokenizer):
+    rows = chat_rows([conversation(*FRANCE)] * 5, tokenizer, 96)
+    length = 2 * len(rows[0]["input_ids"]) + 1
+    batch = packed(rows, tokenizer, length)
+    assert batch["input_ids"].shape == (3, length)
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [(row == stop).sum().item() for row in batch["labels"]] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("change", [lambda model: None, save_loss_memory], ids=["plain", "slice"])
+def test_packed_conversations_are_learned_as_if_each_were_alone(tokenizer, attention, change):
     model = small_model(tokenizer)
-    rows = list(chat_rows([conversation(*FRANCE), conversation(*HELLO)], tokenizer, 96))
-    for change in (lambda model: None, save_loss_memory):
-        change(model)
-        sums = []
-        for some in (rows, rows[:1], rows[1:]):
-            batch = collate(some, tokenizer.pad_token_id)
-            sums.append(model(**batch, num_items_in_batch=1).loss.item())
-        assert sums[0] == pytest.approx(sums[1] + sums[2], rel=1e-5)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(20)  # or attention hardly matters
+    model.set_attn_implementation(attention)
+    model.config.use_cache = False  # as the Trainer does
+    change(model)
+    said = [FRANCE, HELLO, FRANCE + HELLO]
+    rows = chat_rows([conversation(*each) for each in said], tokenizer, 96)
+    batch = packed(rows, tokenizer, 128)
+    assert len(batch["input_ids"]) == 1
+    together = model(**batch, num_items_in_batch=1).loss.item()
+    alone = 0.0
+    for row in rows:
+        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        alone += model(input_ids=ids, labels=labels, num_items_in_batch=1).loss.item()
+    assert together == pytest.approx(alone, rel=1e-5)
 
 
-def tuning(model, rows, tokenizer, folder, precision, **overrides):
+def tuning(model, rows, folder, precision, **overrides):
     """Return our Trainer for rows of conversations."""
     chosen = {"use_cpu": True, "eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
     chosen |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
@@ -248,7 +275,6 @@ def tuning(model, rows, tokenizer, folder, precision, **overrides):
     trainer = build_trainer(
         model, arguments, rows, rows, make_optimizer=lambda m, _: torch.optim.SGD(m.parameters(), 1)
     )
-    trainer.data_collator = partial(collate, pad_token_id=tokenizer.pad_token_id)
     return trainer
 
 
@@ -261,12 +287,14 @@ losses = pytest.mark.parametrize(
 @precisions
 @losses
 def test_a_row_without_labels_gives_no_loss_and_no_nan(tokenizer, tmp_path, precision, change):
-    rows = list(chat_rows([conversation(*FRANCE)] * 2, tokenizer, 96))
+    length = len(encode_conversation(tokenizer, conversation(*FRANCE))[0])
+    rows = chat_rows([conversation(*FRANCE)] * 2, tokenizer, 96)
+    rows = list(pack_conversations(rows, length + 1, tokenizer.pad_token_id))
     rows[0]["labels"] = [-100] * len(rows[0]["labels"])
     model = small_model(tokenizer)
     change(model)
     chosen = {"max_steps": 2, "gradient_accumulation_steps": 1}
-    trainer = tuning(model, Dataset.from_list(rows), tokenizer, tmp_path, precision, **chosen)
+    trainer = tuning(model, Dataset.from_list(rows), tmp_path, precision, **chosen)
     train(trainer)
     found = sorted(line["loss"] for line in trainer.state.log_history if "loss" in line)
     assert found[0] == 0 and found[1] > 1
@@ -296,10 +324,13 @@ def test_accumulated_losses_are_a_mean_over_all_labels(tokenizer, tmp_path, prec
         labels = torch.tensor(row["labels"][1:])
         sums.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
     loss = sum(sums) / sum(label != -100 for row in rows for label in row["labels"])
+    longest = max(map(len, rows["input_ids"]))
+    packed_rows = pack_conversations(rows, longest, tokenizer.pad_token_id)
+    assert len(packed_rows) == 3
     loss.backward()
     change(model)
     chosen = {"max_steps": 1, "gradient_accumulation_steps": 3}
-    trainer = tuning(model, rows, tokenizer, tmp_path, precision, **chosen)
+    trainer = tuning(model, packed_rows, tmp_path, precision, **chosen)
     before = [weight.detach().clone() for weight in model.parameters()]
     train(trainer)
     relative = 1e-4 if precision == "float32" else 2e-2
@@ -325,6 +356,13 @@ def seen(taught):
     hook = taught.register_forward_pre_hook(note, with_kwargs=True)
     yield ids
     hook.remove()
+
+
+def test_many_questions_are_answered_as_one_at_a_time(taught, tokenizer):
+    questions = [FRANCE[0], HELLO[0], "好", FRANCE[0]]
+    alone = [Chat(taught, tokenizer).reply(question, max_new_tokens=40) for question in questions]
+    assert answer_each(taught, tokenizer, questions) == alone
+    assert alone[:2] == [FRANCE[1], HELLO[1]]
 
 
 def test_it_answers_and_stops_at_the_end_of_its_turn(chat, tokenizer, seen):

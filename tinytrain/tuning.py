@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HELD_OUT = 64  # conversations at most, to measure the loss on while training
+_QUESTIONS = 150  # of each group, to measure a model with
 
 
 def chat_folder(recipe: Recipe) -> Path:
@@ -275,7 +276,10 @@ def _inputs(recipe: Recipe, base: Path, own: bool) -> dict[str, Any]:
 
 
 def measure_chat(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, limit: int = 150
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    limit: int = _QUESTIONS,
 ) -> dict[str, Interval]:
     """Return the shares of right answers by group, and of real subjects that it says not to know.
 
@@ -316,7 +320,7 @@ def bits_per_character(
 
 
 def _measure(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
-    shares = measure_chat(model, tokenizer, recipe)
+    shares = measure_chat(model, tokenizer, recipe, _QUESTIONS)
     return {"chat": shares, "bits": bits_per_character(model, tokenizer, recipe)}
 
 
