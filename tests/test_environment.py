@@ -150,7 +150,7 @@ def test_the_targets_in_a_folder_of_any_name(name, tmp_path):
     assert f"{mine}/notebooks/01_gpu_check.ipynb" in make("lab", TINYTRAIN_RUNS=str(mine))
     make("lab", TINYTRAIN_RUNS="~/mine", HOME=str(checkout / "home"))
     for folder in (checkout / "runs", mine, checkout / "home" / "mine"):
-        assert len(list((folder / "notebooks").rglob("*.ipynb"))) == 18  # nine, in two editions
+        assert len(list((folder / "notebooks").rglob("*.ipynb"))) == 20  # ten, in two editions
     shutil.rmtree(mine)
     make("clean")
     assert not (checkout / ".venv").exists() and (checkout / "runs").exists()

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tinytrain import export, gguf_file, modeling, qwen, results, steps, tokenization
+from tinytrain import export, gguf_file, modeling, qwen, results, steps
 from tinytrain.hardware import machine_name
 from tinytrain.loss import save_loss_memory
 
@@ -468,8 +467,6 @@ def test_the_card_of_a_stopped_run_says_nothing_of_an_earlier_one(run, smoke):
 
 
 def test_what_an_export_lacks_is_said(run, smoke, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="'smoke' has no reduced Qwen2.5 vocabulary"):
-        results.export_run(smoke.recipe, whole_vocabulary=True)
     shutil.rmtree(run / "export", ignore_errors=True)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
@@ -480,34 +477,6 @@ def test_what_an_export_lacks_is_said(run, smoke, tmp_path, monkeypatch):
     monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="notebook 05 makes one, or .* --recipe smoke"):
         results.export_run(smoke.recipe)
-
-
-def test_a_reduced_vocabulary_is_made_whole_again(smoke, tmp_path, monkeypatch):
-    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "context_length": 32}
-    recipe = replace(smoke.recipe, tokenizer="qwen2.5", vocab_size=1500, max_documents=60, **sizes)
-    reduced, whole = steps.get_tokenizer(recipe), qwen.qwen_tokenizer()
-    model = steps.get_model(recipe)
-    for part in (model, reduced):
-        part.save_pretrained(steps.run_folder(recipe) / "model")
-    inputs = results.run_inputs(recipe, "float32")
-    results._write_inputs(steps.run_folder(recipe) / "model", inputs, 1, 1, {})
-    folder = results.export_run(recipe, whole_vocabulary=True)
-
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert len(tokenizer) == len(whole) == loaded.config.vocab_size
-    assert tokenization.fingerprint(tokenizer) == tokenization.fingerprint(whole)
-    ids = qwen.original_ids(reduced, whole)
-    begins = [text[:30] for text in steps.get_split(recipe)["train"]["text"]]
-    text = next(begin for begin in begins if set(tokenizer(begin)["input_ids"]) <= set(ids))
-    few, many = reduced(text)["input_ids"], tokenizer(text)["input_ids"]
-    assert [ids[number] for number in few] == many
-    with torch.no_grad():
-        logits = model.eval()(input_ids=torch.tensor([few])).logits
-        same = loaded(input_ids=torch.tensor([many])).logits[..., ids]
-    assert torch.equal(logits, same) or (logits - same).abs().max() < 1e-5
-    assert loaded.generation_config.eos_token_id == whole.eos_token_id
 
 
 # --- GGUF -------------------------------------------------------------------------------------

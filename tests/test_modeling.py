@@ -18,7 +18,6 @@ from tinytrain.modeling import (
     QWEN2_5_0_5B,
     build_model,
     compile_layers,
-    expand_vocabulary,
     expected_initial_loss,
     initial_loss,
     load_model,
@@ -271,44 +270,3 @@ def test_a_strangers_folder_runs_no_code_and_must_fit(saved, tmp_path, capfd, ch
     else:
         assert load_model(folder).dtype == torch.float32
     assert not (saved / "executed").exists()
-
-
-def test_an_expanded_vocabulary_predicts_what_the_reduced_one_did(tmp_path):
-    torch.manual_seed(0)
-    shape = {"vocab_size": 60, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    model = build_model(small_config(**shape, context_length=32))
-    # Some tokens are frequent and most are rare, as in any language.
-    rare = torch.distributions.Categorical(logits=-(torch.arange(60) + 1.0).log())
-    blocks = rare.sample((16, 32))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(40):
-        model(input_ids=blocks, labels=blocks).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    ids = [7 * number for number in range(60)]
-    full = expand_vocabulary(model, ids, 500, blocks)
-    assert model.training and full.config.vocab_size == 500
-    assert full.config.eos_token_id == full.config.bos_token_id == 21
-    moved = torch.tensor(ids)
-    with torch.no_grad():
-        few = model.eval()(input_ids=blocks).logits
-        many = full(input_ids=moved[blocks]).logits
-    assert torch.allclose(many[..., moved], few, atol=1e-5)
-    # What the 440 tokens that were added take away from the others, in nats per token.
-    taken = -many.log_softmax(-1)[..., moved].logsumexp(-1)
-    assert taken.mean() < 0.01
-    full.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(loaded(input_ids=moved[blocks]).logits, many)
-
-
-def test_a_vocabulary_is_not_expanded_by_ids_of_another():
-    model = build_model(small_config(num_hidden_layers=1, tie_word_embeddings=False))
-    ids = range(500)
-    with pytest.raises(ValueError, match="499 ids up to 498 do not fit 500 rows"):
-        expand_vocabulary(model, ids[:-1], 600, [])
-    with pytest.raises(ValueError, match="500 ids up to 499 do not fit 500 rows of .* and 499"):
-        expand_vocabulary(model, ids, 499, [])
-    with pytest.raises(ValueError, match="tied"):
-        expand_vocabulary(model, ids, 600, [])

@@ -36,7 +36,7 @@ def prose(notebook):
 
 def test_they_are_all_here():
     names = ["01_gpu_check", "02_data_split", "03_tokenization", "04_model_config", "05_train_bf16"]
-    names += ["06_evaluate", "07_look_inside", "09_scale_out", "10_experiments"]
+    names += ["06_evaluate", "07_look_inside", "08_chat", "09_scale_out", "10_experiments"]
     assert list(NOTEBOOKS) == names
 
 

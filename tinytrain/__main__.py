@@ -248,9 +248,9 @@ def export(options: argparse.Namespace) -> None:
 
     _show_no_bars()
     setup_logging()
-    options.recipe = results.trained_recipe(options.recipe, options.changed)
-    formats = options.dtype, options.gguf, options.whole_vocabulary
-    folder = results.export_run(options.recipe, *formats)
+    if not options.chat:
+        options.recipe = results.trained_recipe(options.recipe, options.changed)
+    folder = results.export_run(options.recipe, options.dtype, options.gguf, options.chat)
     if options.upload:
         print(upload(folder, options.upload, to=options.to, private=not options.public))
 
@@ -418,11 +418,10 @@ def _add_sampling_options(
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--chat", action="store_true", help="the model that was tuned on conversations")
     add("--gguf", action="store_true", help="add a file for llama.cpp")
     about = "number format of the weights; bfloat16 takes half the space (default: float32)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=about)
-    about = "give a model with a reduced Qwen2.5 vocabulary all its tokens again"
-    add("--whole-vocabulary", action="store_true", help=about)
     add("--upload", metavar="OWNER/NAME", help="upload it to a hub")
     hubs = ("modelscope", "huggingface")
     add("--to", choices=hubs, default="modelscope", help="which hub (default: modelscope)")

@@ -68,7 +68,8 @@ def export_model(
         The trained model; it is not changed. What `tinytrain.loss` or `compile_layers` changed
         in it is left behind.
     tokenizer : transformers.PreTrainedTokenizerFast
-        Its tokenizer.
+        Its tokenizer. With a chat template (ChatML's), the folder is that of a chat model: answers
+        end with the turn, and the card says how to talk to it.
     folder : str or Path
         Where to write: a new folder, an empty one or an earlier export.
     facts : mapping, optional
@@ -99,7 +100,7 @@ def export_model(
         raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16'")
     folder = Path(folder).expanduser().absolute()
     with writing_to(folder), _building_beside(folder) as building:
-        _plain_model(model, dtype).save_pretrained(building)
+        _plain_model(model, tokenizer, dtype).save_pretrained(building)
         _plain_tokenizer(tokenizer, model.config).save_pretrained(building)
         for file in map(Path, files):
             if file.is_file():
@@ -109,6 +110,7 @@ def export_model(
             "parameters": model.num_parameters(),
             "context": model.config.max_position_embeddings,
             "dtype": dtype,
+            "talks": bool(tokenizer.chat_template),
             "picture": "loss.png" if (building / "loss.png").is_file() else None,
         }
         card = _model_card({**measured, **(facts or {})})
@@ -199,7 +201,9 @@ def _exchange(new: Path, folder: Path, leave_out: Set[Path]) -> bool:
     return rename(here, os.fsencode(new), here, os.fsencode(folder), exchange) == 0
 
 
-def _plain_model(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+def _plain_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, dtype: str
+) -> PreTrainedModel:
     """Return the model as transformers itself would have built it, sharing the weights."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -212,14 +216,20 @@ def _plain_model(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     plain.tie_weights()
     plain.to(getattr(torch, dtype))
     plain.config.dtype = dtype
+    stops, temperature = config.eos_token_id, 0.8
+    if tokenizer.chat_template:
+        # An answer to a question is right or wrong, so nearly always the likeliest token. Not
+        # do_sample=False: `transformers chat` samples whatever is set here, but at our temperature.
+        stops = [tokenizer.convert_tokens_to_ids("<|im_end|>"), config.eos_token_id]
+        temperature = 0.1
     plain.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
+        eos_token_id=stops,
         pad_token_id=config.eos_token_id,
         # The most likely token each time soon goes in circles; among all tokens, a small model's
         # unlikely ones are nonsense. In between is readable text.
         do_sample=True,
-        temperature=0.8,
+        temperature=temperature,
         top_p=0.95,
         max_new_tokens=max(16, min(128, config.max_position_embeddings // 2)),
     )
@@ -253,7 +263,10 @@ def _model_card(facts: Mapping[str, Any]) -> str:
         ``machine``, ``seconds``, ``stopped`` (at which step), ``tokens``, ``held_out_loss``,
         ``bits_per_character`` and its ``interval`` (low, high), ``cloze_after`` (shares of right
         answers by kind of question), ``completions`` (pairs), ``picture`` and ``gguf`` (names of
-        files beside the card), ``versions`` (of libraries).
+        files beside the card), ``versions`` (of libraries). Of a chat model: ``talks`` (true),
+        ``conversations`` (their number), ``chats`` (None if tinytrain wrote them), ``chat_before``
+        and ``chat_after`` (shares by group), ``bits_before`` and ``bits_after`` (per character),
+        each a value with the ends of its interval.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -279,6 +292,7 @@ def _model_card(facts: Mapping[str, Any]) -> str:
         "model_id": one_line(facts["name"]),  # as Hugging Face's own template calls it
         # Backslashes too: a path may come from Windows.
         "text_file": re.split(r"[\\/]", str(text))[-1],
+        "chats_file": re.split(r"[\\/]", str(facts.get("chats", "")))[-1],
         "prompt": repr(one_line(prompt)),
         "settings": [(name, value) for name, value in rows.items() if value is not None],
     }

@@ -23,14 +23,28 @@ except ImportError as error:
         "a GGUF file is written with GGML's package gguf: pip install gguf"
     ) from error
 
-from tinytrain.common import EXPORT_MARK, hash_file, one_line, write_json
+from tinytrain.common import EXPORT_MARK, atomic_write, hash_file, one_line, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# Ollama writes its templates in Go's language.
+_MODELFILE = """\
+FROM ./model.gguf
+TEMPLATE \"\"\"{{ range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+\"\"\"
+PARAMETER stop <|im_end|>
+PARAMETER stop <|endoftext|>
+PARAMETER temperature TEMPERATURE
+"""
+
 
 def write_gguf(folder: str | Path, name: str = "") -> Path:
     """Write ``model.gguf`` into the folder of an exported Qwen2 model.
+
+    Beside the file of a chat model goes a ``Modelfile``, for ``ollama create``.
 
     Parameters
     ----------
@@ -76,18 +90,37 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
             writer.add_sampling_top_p(generation.top_p)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             _add_tokenizer(writer, tokenizer, config.vocab_size)
-            gguf.SpecialVocab(folder, load_merges=True).add_to_gguf(writer)
+            special = gguf.SpecialVocab(folder, load_merges=True)
+            if tokenizer.chat_template:
+                writer.add_eot_token_id(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+                special.chat_template = _plain_template(tokenizer.chat_template)
+            special.add_to_gguf(writer)
             _add_weights(writer, folder, config.num_hidden_layers)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
-        if mark.is_file():  # so that the next export may replace it
+        written = {path.name: hash_file(temporary)}
+        if tokenizer.chat_template:
+            modelfile = _MODELFILE.replace("TEMPERATURE", str(generation.temperature))
+            atomic_write(folder / "Modelfile", modelfile.encode())
+            written["Modelfile"] = hash_file(folder / "Modelfile")
+        if mark.is_file():  # so that the next export may replace them
             hashes = json.loads(mark.read_text(encoding="utf-8"))
-            write_json(mark, hashes | {path.name: hash_file(temporary)})
+            write_json(mark, hashes | written)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _plain_template(template: str) -> str:
+    """Return a chat template without the tags that mark what is learned from.
+
+    Only training reads them, and llama.cpp does not know them. What is always true takes their
+    place, as they trim the blanks around them, too.
+    """
+    tag = r"(\{%-?\s*)(end|)generation(?=\s*-?%\})"
+    return re.sub(tag, lambda found: found[1] + (found[2] and "endif" or "if true"), template)
 
 
 def _check_pre_tokenizer(folder: Path) -> None:

@@ -2,12 +2,11 @@
 
 The model itself is transformers' ``Qwen2ForCausalLM``: what is trained here loads everywhere. What
 this module adds is a configuration that survives its first checkpoint, weights that a seed decides,
-layers that are compiled once, and the way back from a reduced vocabulary.
+and layers that are compiled once.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import logging
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from tinytrain.common import evaluating, one_line
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
     from tinytrain.recipes import Recipe
@@ -307,84 +305,6 @@ def _tell_failure_in_a_line(record: logging.LogRecord) -> bool:
             "or clang on macOS); compile=False tries no more"
         )
     return error is None
-
-
-def expand_vocabulary(
-    model: Qwen2ForCausalLM, ids: Sequence[int], vocab_size: int, blocks: Sequence[Sequence[int]]
-) -> Qwen2ForCausalLM:
-    """Give a model that was trained with a reduced vocabulary the rows of the full one again.
-
-    The result works with the original tokenizer, and its logits for the tokens it was trained on
-    are the model's. The added rows are all one vector: the one that takes the least probability
-    from those tokens on some text. Training with all rows leads there too, slowly.
-
-    Parameters
-    ----------
-    model : transformers.Qwen2ForCausalLM
-        The trained model, with tied embeddings. It stays as it is.
-    ids : sequence of int
-        The id of each of its rows in the full vocabulary, from `tinytrain.qwen.original_ids`.
-    vocab_size : int
-        Rows of the result.
-    blocks : sequence
-        Of the text, of shape (blocks, context_length): several times the model's width in tokens.
-
-    Returns
-    -------
-    transformers.Qwen2ForCausalLM
-        On the CPU, in evaluation mode.
-
-    Raises
-    ------
-    ValueError
-        If ids and rows do not fit, or the embeddings are not tied.
-    """
-    import torch
-
-    rows = model.get_input_embeddings().weight.detach().float().cpu()
-    if len(ids) != len(rows) or max(ids) >= vocab_size:
-        raise ValueError(
-            f"{len(ids)} ids up to {max(ids)} do not fit {len(rows)} rows of the model and "
-            f"{vocab_size} of the result"
-        )
-    if not model.config.tie_word_embeddings:
-        raise ValueError("expand_vocabulary is for tied embeddings, and this model's are not")
-    with evaluating(model):
-        inputs = torch.as_tensor(blocks, device=model.device)
-        hidden = model.model(input_ids=inputs).last_hidden_state.flatten(0, 1).float().cpu()
-        log_sums = torch.cat([(part @ rows.T).logsumexp(-1) for part in hidden.split(512)])
-
-    config = copy.deepcopy(model.config)
-    config.vocab_size = vocab_size
-    config.bos_token_id = config.eos_token_id = ids[model.config.eos_token_id]
-    row = _untrained_row(hidden, log_sums, max(1, vocab_size - len(ids)))
-    full = row.repeat(vocab_size, 1)
-    full[torch.as_tensor(ids)] = rows
-    expanded = build_model(config)
-    tables = {"model.embed_tokens.weight": full, "lm_head.weight": full}
-    expanded.load_state_dict(model.state_dict() | tables)
-    return expanded.eval()
-
-
-def _untrained_row(hidden: torch.Tensor, log_sums: torch.Tensor, copies: int) -> torch.Tensor:
-    """Return the row of which so many copies add least to the loss; it is convex in the row.
-
-    ``hidden`` has shape (positions, width); ``log_sums`` is the log-sum-exp of the trained tokens'
-    logits at each position.
-    """
-    import torch
-
-    row = torch.zeros(hidden.shape[1], requires_grad=True)
-    search = torch.optim.LBFGS([row], max_iter=200, line_search_fn="strong_wolfe")
-
-    def added_loss() -> torch.Tensor:
-        search.zero_grad()
-        loss = torch.nn.functional.softplus(hidden @ row + math.log(copies) - log_sums).mean()
-        loss.backward()
-        return loss
-
-    search.step(added_loss)
-    return row.detach()
 
 
 def expected_initial_loss(vocab_size: int) -> float:

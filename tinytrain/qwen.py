@@ -1,9 +1,8 @@
-"""Qwen2.5's tokenizer: the whole of it, reduced to the tokens that a text uses, and back.
+"""Qwen2.5's tokenizer: the whole of it, or reduced to the tokens that a text uses.
 
 Its 151,665 tokens write Chinese briefly, but every token costs a row of the embedding matrix, which
 in a small model outweighs all the layers. `reduce_tokenizer` keeps the tokens that your text uses
-most, and `original_ids` leads from them back to the whole vocabulary. (`tinytrain.tokenization`
-trains a tokenizer from nothing.)
+most. (`tinytrain.tokenization` trains a tokenizer from nothing.)
 """
 
 from __future__ import annotations
@@ -146,12 +145,6 @@ def reduce_tokenizer(
         logger.warning(f"A vocabulary of {size} tokens, not {vocab_size}: the text uses no more")
     new_ids = {token: id_ for id_, token in enumerate(sorted(kept, key=vocab.__getitem__))}
     return _qwen_with(new_ids, [pair for pair in merges if "".join(pair) in kept])
-
-
-def original_ids(reduced: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the id in `tokenizer` of each token that `reduce_tokenizer` kept, by its new id."""
-    vocab, reduced_vocab = tokenizer.get_vocab(), reduced.get_vocab()
-    return [vocab[token] for token in sorted(reduced_vocab, key=reduced_vocab.__getitem__)]
 
 
 def _qwen_with(vocab: dict[str, int], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:

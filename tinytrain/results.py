@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinytrain import export, modeling, qwen, steps, tokenization
+from tinytrain import export, modeling, steps, tokenization
 from tinytrain.common import hash_files, rank, write_json
 from tinytrain.recipes import CHAT_FIELDS, DISPLAY_AND_SPEED_FIELDS, RECIPES, Recipe
 
@@ -278,12 +278,26 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
+def _chat_facts(recipe: Recipe) -> dict[str, Any]:
+    """Return what is known of a run's model that was tuned on conversations."""
+    run = steps.run_folder(recipe)
+    made, base = (steps.read_inputs(folder / "model") for folder in (run / "chat", run))
+    facts: dict[str, Any] = {"name": f"tinytrain-{run.name}"}
+    if base and {*made["inputs"]["base"]} <= {*base["files"].values()}:  # not another model
+        facts = _run_facts(trained_recipe(recipe, ()))
+        for name in ("held_out_loss", "bits_per_character", "interval", "cloze_after"):
+            facts.pop(name, None)  # measured before it was tuned
+        facts.pop("completions", None)
+    facts["name"] += "-chat"
+    with suppress(OSError, ValueError):
+        summary = json.loads((run / "chat" / "summary.json").read_text(encoding="utf-8"))
+        if summary.pop("step", None) == made["step"]:
+            facts |= summary
+    return facts
+
+
 def export_run(
-    recipe: Recipe,
-    dtype: str = "float32",
-    gguf: bool = False,
-    whole_vocabulary: bool = False,
-    **facts: Any,
+    recipe: Recipe, dtype: str = "float32", gguf: bool = False, chat: bool = False, **facts: Any
 ) -> Path:
     """Export the trained model of a run to ``export`` in its folder, and return that path.
 
@@ -295,10 +309,8 @@ def export_run(
         Number format of the weights.
     gguf : bool
         Add ``model.gguf``; see `tinytrain.gguf_file.write_gguf`.
-    whole_vocabulary : bool
-        For a reduced Qwen2.5 vocabulary: give the model all tokens again, so that it works with
-        Qwen2.5's own tokenizer; see `tinytrain.modeling.expand_vocabulary`. Goes to
-        ``export-whole``.
+    chat : bool
+        Export the model that was tuned on conversations, to ``export-chat``.
     **facts
         For the card: what the run's folder does not hold, or holds wrongly.
 
@@ -307,40 +319,22 @@ def export_run(
     FileNotFoundError
         If there is no trained model.
     ValueError
-        If it was trained with another recipe, or if ``whole_vocabulary`` is asked for and the
-        vocabulary is not a reduced one.
+        If it was trained with another recipe.
     """
     run = steps.run_folder(recipe)
-    model, tokenizer = load_trained(recipe)
-    facts = {**_run_facts(recipe), **facts}
-    if whole_vocabulary:
-        if not steps.is_reduced(recipe):
-            raise ValueError(
-                f"recipe {recipe.name!r} has no reduced Qwen2.5 vocabulary that could be completed"
-            )
-        model, tokenizer = _with_whole_vocabulary(recipe, model, tokenizer)
-        facts |= {
-            "tokenizer": "Qwen2.5's, in full; trained with a part of it",
-            "vocab_size": len(tokenizer),
-            "parameters": model.num_parameters(),
-        }
+    made, target = (run / "chat", run / "export-chat") if chat else (run, run / "export")
+    if chat and (damaged := steps.find_damage(made / "model")):
+        raise FileNotFoundError(
+            f"{made / 'model' / damaged} is missing or damaged: `python -m tinytrain tune --recipe "
+            f"{recipe.name}` makes a model that answers"
+        )
+    model, tokenizer = load_trained(recipe, made / "model" if chat else None)
+    facts = {**(_chat_facts(recipe) if chat else _run_facts(recipe)), **facts}
     finish = None
     if gguf:
         from tinytrain.gguf_file import write_gguf  # if gguf is missing, it is said before the work
 
         facts["gguf"] = "model.gguf"
         finish = partial(write_gguf, name=facts["name"])
-    folder = run / ("export-whole" if whole_vocabulary else "export")
-    files = (run / "loss.png", run / "history.jsonl")
-    return export.export_model(model, tokenizer, folder, facts, dtype, files, finish)
-
-
-def _with_whole_vocabulary(recipe: Recipe, model: Any, reduced: Any) -> tuple[Any, Any]:
-    """Return the model with a row for each token of Qwen2.5, and Qwen2.5's tokenizer."""
-    full = qwen.qwen_tokenizer()
-    blocks = steps.get_blocks(recipe, reduced)["train"]
-    # Ten tokens for each number of the row that is searched, evenly from the whole text.
-    number = min(len(blocks), 1 + 10 * model.config.hidden_size // recipe.context_length)
-    some = blocks.select(range(0, len(blocks), len(blocks) // number))["input_ids"]
-    ids = qwen.original_ids(reduced, full)
-    return modeling.expand_vocabulary(model, ids, len(full), list(some)), full
+    files = (made / "loss.png", made / "history.jsonl")
+    return export.export_model(model, tokenizer, target, facts, dtype, files, finish)
