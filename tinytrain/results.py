@@ -9,6 +9,7 @@ This module joins the others, as `steps` does; copy from those, not from here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinytrain import export, modeling, steps, tokenization
-from tinytrain.common import hash_files, rank, write_json
+from tinytrain.common import hash_file, hash_files, rank, write_json
 from tinytrain.recipes import CHAT_FIELDS, DISPLAY_AND_SPEED_FIELDS, RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -106,6 +107,12 @@ def _overrides(inputs: dict[str, Any], args: TrainingArguments) -> dict[str, Any
     if blocks != inputs["batch_size"] * inputs["gradient_accumulation"]:
         given |= {"batch_size": args.train_batch_size, "gradient_accumulation": accumulation}
     return {name: value for name, value in given.items() if value != inputs[name]}
+
+
+def weights_hash(folder: Path) -> str:
+    """Return a hash of the weights in a folder and of their tokenizer."""
+    files = [*sorted(folder.glob("*.safetensors")), folder / "tokenizer.json"]
+    return hashlib.sha256("".join(map(hash_file, files)).encode()).hexdigest()[:16]
 
 
 def is_trained(recipe: Recipe) -> bool:
@@ -283,7 +290,7 @@ def _chat_facts(recipe: Recipe) -> dict[str, Any]:
     run = steps.run_folder(recipe)
     made, base = (steps.read_inputs(folder / "model") for folder in (run / "chat", run))
     facts: dict[str, Any] = {"name": f"tinytrain-{run.name}"}
-    if base and {*made["inputs"]["base"]} <= {*base["files"].values()}:  # not another model
+    if base and made["inputs"]["base"] == weights_hash(run / "model"):  # not another model
         facts = _run_facts(trained_recipe(recipe, ()))
         for name in ("held_out_loss", "bits_per_character", "interval", "cloze_after"):
             facts.pop(name, None)  # measured before it was tuned

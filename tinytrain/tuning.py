@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinytrain import chat, conversations, encyclopedia, evaluation, results, runs, steps
-from tinytrain.common import context_of, hash_file, rank, setup_logging, world_size, write_json
+from tinytrain.common import context_of, rank, setup_logging, world_size, write_json
 from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -260,13 +260,12 @@ def _inputs(recipe: Recipe, base: Path, own: bool) -> dict[str, Any]:
     digest = hashlib.sha256()
     for messages in steps.get_conversations(recipe)["messages"]:
         digest.update(json.dumps(messages, sort_keys=True).encode())
-    weights = sorted(base.glob("*.safetensors"))
     values = results.recipe_inputs(tuning_recipe(recipe, 1))
     values |= {"max_steps": recipe.max_steps, "warmup_steps": recipe.warmup_steps}
     return values | {
-        "base": [hash_file(file) for file in (*weights, base / "tokenizer.json")],
-        "conversations": digest.hexdigest(),
-        "template": chat.CHAT_TEMPLATE,
+        "base": results.weights_hash(base),
+        "conversations": digest.hexdigest()[:16],
+        "template": hashlib.sha256(chat.CHAT_TEMPLATE.encode()).hexdigest()[:16],
         "chat_text": recipe.chat_text if own else 0,
         "blocks": steps.blocks_hash(recipe) if own and recipe.chat_text else None,
     }
