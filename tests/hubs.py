@@ -245,6 +245,9 @@ class Handler(BaseHTTPRequestHandler):
         rows = [{"Path": p, "Name": p, "Size": len(c), "Sha256": sha256(c)} for p, c in files]
         self.ms_reply({"Files": [{"Type": "blob", "Revision": "master", **row} for row in rows]})
 
+    def ms_info(self, name, body, query):
+        self.ms_reply({"Id": 1, "files": len(self.server.repositories[name]["files"])})
+
     def ms_file(self, name, body, query):
         files = self.server.repositories[name]["files"]
         self.send_file(query["FilePath"], files[query["FilePath"]])
@@ -258,13 +261,14 @@ ROUTES = [
     ("POST", r"/(.+)\.git/info/lfs/objects/batch", Handler.batch),
     ("POST", "/api/models/(.+)/commit/main", Handler.hf_commit),
     ("GET", "/api/models/(.+)/xet-write-token/main", Handler.hf_xet),
-    ("GET", "/api/models/(.+)/tree/.+", Handler.hf_tree),
-    ("GET", "/api/models/([^/]+/[^/]+)(?:/revision/.+)?", Handler.hf_info),
+    ("GET", "/api/(?:models/)?(.+)/tree/.+", Handler.hf_tree),
+    ("GET", "/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)(?:/revision/.+)?", Handler.hf_info),
     ("GET HEAD", "/(.+)/resolve/[^/]+/(.+)", Handler.hf_file),
     ("POST", "/api/v1/models", Handler.ms_create),
     ("POST", "/api/v1/repos/models/(.+)/info/lfs/objects/batch", Handler.batch),
     ("POST", "/api/v1/repos/models/(.+)/commit/master", Handler.ms_commit),
     ("GET", MS_NAME + "/repo/(?:files|tree)", Handler.ms_list),
     ("GET HEAD", MS_NAME + "/repo", Handler.ms_file),
+    ("GET", "/api/v1/(datasets/[^/]+/[^/]+)", Handler.ms_info),
     ("PUT", "/blob/(.+)", Handler.blob),
 ]

@@ -100,6 +100,13 @@ def test_dropped_turns_are_told_in_a_plain_line_each_time(folder, environment):
         assert re.fullmatch(r"The conversation is longer than 192 tokens: .* dropped", line)
 
 
+def test_a_text_in_another_encoding_is_told(folder, environment):
+    call = [sys.executable, *arguments(folder)]
+    shown = subprocess.run(call, input="你好\n".encode("gbk"), capture_output=True, timeout=200)
+    assert (shown.returncode, shown.stdout) == (1, b"")
+    assert re.fullmatch(rb"tinytrain: 'utf-8' codec can't decode byte 0xc4 .*\r?\n", shown.stderr)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_ctrl_c_ends_all_that_comes_through_a_pipe(folder, environment):
     call = [sys.executable, *arguments(folder)]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import jinja2
 import pytest
 import torch
 from gguf import GGUFReader
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tinytrain import export, gguf_file, modeling, qwen, results, steps
+from tinytrain.chat import Chat, add_chat_template, encode_conversation
+from tinytrain.common import write_json
 from tinytrain.hardware import machine_name
 from tinytrain.loss import save_loss_memory
 
@@ -459,6 +462,30 @@ def test_a_run_is_exported_with_its_facts(run, smoke):
     assert all(torch.equal(weights[name], trained[name]) for name in trained)
 
 
+def test_a_tuned_run_is_exported_with_its_facts(run, smoke, answering):
+    with pytest.raises(FileNotFoundError, match=r"model.inputs.json is missing .* tinytrain tune"):
+        results.export_run(smoke.recipe, chat=True)
+    model, tokenizer = answering
+    for part in (model, tokenizer):
+        part.save_pretrained(run / "chat" / "model")
+    files = steps.read_inputs(run / "model")["files"]
+    for base, words in (
+        ([files["model.safetensors"], files["tokenizer.json"]], "270 documents"),
+        (["another model's"], "not recorded"),
+    ):
+        results._write_inputs(run / "chat" / "model", {"base": base}, 5, 5, {})
+        summary = {"step": 5, "conversations": 77, "bits_before": [3.0] * 3}
+        summary |= {"bits_after": [3.25] * 3, "chat_before": {}, "chat_after": {}, "chats": None}
+        write_json(run / "chat" / "summary.json", summary)
+        folder = results.export_run(smoke.recipe, gguf=True, chat=True)
+        assert folder == run / "export-chat" and (folder / "Modelfile").is_file()
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert words in card and "# tinytrain-smoke-chat" in card
+        assert "77 conversations" in card and "3.000 → 3.250" in card
+        assert "4.250" not in card and "loss on held-out" not in card
+    shutil.rmtree(run / "chat")
+
+
 def test_the_card_of_a_stopped_run_says_nothing_of_an_earlier_one(run, smoke):
     results._write_inputs(run / "model", results.run_inputs(smoke.recipe, "float32"), 1, 2, {})
     card = (results.export_run(smoke.recipe) / "README.md").read_text(encoding="utf-8")
@@ -500,6 +527,139 @@ def test_gguf_says_what_llama_cpp_needs(exported, smoke):
     assert got["tokenizer.ggml.add_bos_token"] is False
     assert len(got["tokenizer.ggml.tokens"]) == smoke.config.vocab_size
     assert got["tokenizer.ggml.token_type"][smoke.tokenizer.eos_token_id] == 3  # not to be shown
+
+
+# --- a chat model -----------------------------------------------------------------------------
+
+TALKS = {
+    "法国的首都是哪里？": "巴黎。",
+    "日本的首都是哪里？": "东京。",
+    "你好": "你好！有什么想问的？",
+}
+
+
+def turns(*texts):
+    roles = ("user", "assistant") * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+@pytest.fixture(scope="module")
+def answering(smoke):
+    """A model that knows three answers by heart, and its tokenizer."""
+    tokenizer = add_chat_template(smoke.tokenizer)
+    model = modeling.build_model(smoke.config, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    pairs = [turns(*pair) for pair in TALKS.items()]
+    rows = [encode_conversation(tokenizer, talk) for talk in [*pairs, pairs[0] + pairs[1]]]
+    for _ in range(50):
+        for ids, labels in rows:
+            model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def talking(answering, tmp_path_factory):
+    """Its export, with everything in it."""
+    facts = {"name": "tiny-chat", "text": "encyclopedia", "gguf": "model.gguf"}
+    facts |= {"conversations": 4000, "chats": None}
+    facts |= {"bits_before": [3.1, 3.0, 3.2], "bits_after": [3.2, 3.1, 3.3]}
+    facts |= {"chat_before": {"reworded": [0.02] * 3}, "chat_after": {"reworded": [0.96] * 3}}
+    folder = tmp_path_factory.mktemp("talking") / "folder"
+    finish = gguf_file.write_gguf
+    return export.export_model(*answering, folder, facts, finish=finish)
+
+
+def test_a_chat_model_answers_in_transformers_as_in_ours(answering, talking):
+    """With the lines of the card, in a process that cannot import tinytrain."""
+    card = (talking / "README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
+    code = f'import sys; sys.modules["tinytrain"] = None\n{lines}'
+    command = [sys.executable, "-X", "utf8", "-P", "-c", code]
+    assert subprocess.check_output(command, cwd=talking, encoding="utf-8").strip() == "巴黎。"
+
+    tokenizer = AutoTokenizer.from_pretrained(talking)
+    model = AutoModelForCausalLM.from_pretrained(talking)
+    chat, said = Chat(*answering), []
+    for question in list(TALKS)[:2]:
+        answer = chat.reply(question)
+        said += turns(question)
+        options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        given = tokenizer.apply_chat_template(said, **options)
+        written = model.generate(**given, do_sample=False)[0, given["input_ids"].shape[1] :]
+        assert tokenizer.decode(written) == answer + "<|im_end|>" == TALKS[question] + "<|im_end|>"
+        said += [{"role": "assistant", "content": answer}]
+    # What training reads is still in the template.
+    read = tokenizer.apply_chat_template(said, return_assistant_tokens_mask=True, return_dict=True)
+    assert sum(read["assistant_masks"]) > 0
+    generation = GenerationConfig.from_pretrained(talking)
+    end, stop = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert generation.eos_token_id == [stop, end] and generation.pad_token_id == end
+    assert generation.do_sample and generation.temperature < 0.3  # `transformers chat` samples
+
+
+def test_the_card_of_a_chat_model(talking):
+    card = (talking / "README.md").read_text(encoding="utf-8")
+    for words in (
+        "answers short questions",
+        "transformers chat .",
+        "ollama create",
+        "tuned on 4,000 conversations that tinytrain writes",
+        "before and after the tuning | 3.100 → 3.200 |",
+        "the same in other words, before and after | 2% → 96% |",
+        "must not be used to inform, advise or decide about people",
+    ):
+        assert words in card, words
+    assert "It is a base model" not in card
+    of_your_own = {"conversations": 7, "chats": "/ann/secret/my_talks.jsonl"}
+    card = export._model_card({"name": "n", "talks": True} | of_your_own)
+    assert "7 conversations of its maker's own, my\\_talks.jsonl" in card and "secret" not in card
+
+
+def test_gguf_and_modelfile_of_a_chat_model(talking, exported):
+    fields = GGUFReader(talking / "model.gguf").fields
+    got = {name: field.contents() for name, field in fields.items()}
+    template = got["tokenizer.chat_template"]
+    assert "generation %}" not in template.replace("add_generation", "")
+    tokens = got["tokenizer.ggml.tokens"]
+    assert tokens[got["tokenizer.ggml.eot_token_id"]] == "<|im_end|>"
+    assert tokens[got["tokenizer.ggml.eos_token_id"]] == "<|endoftext|>"
+    said = turns("法国的首都是哪里？", "巴黎。", "你好")
+    tokenizer = AutoTokenizer.from_pretrained(talking)
+    options = {"tokenize": False, "add_generation_prompt": True}
+    written = tokenizer.apply_chat_template(said, **options)
+    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+    assert plain.render(messages=said, add_generation_prompt=True) == written
+    modelfile = (talking / "Modelfile").read_text(encoding="utf-8")
+    # What Go's template makes of the turns, its few signs read by hand.
+    loop, after = re.search(
+        r'"""{{ range .Messages }}(.*){{ end }}(.*)"""', modelfile, re.S
+    ).groups()
+    text = "".join(
+        loop.replace("{{ .Role }}", turn["role"]).replace("{{ .Content }}", turn["content"])
+        for turn in said
+    )
+    assert text + after == written
+    assert {"<|im_end|>", "<|endoftext|>"} == {*re.findall("PARAMETER stop (.*)", modelfile)}
+    assert "temperature 0.1" in modelfile and not (exported / "Modelfile").exists()
+
+
+def test_llama_cpp_answers_as_we_do(answering, talking):
+    """Where bindings are installed that come as a wheel: pip install xllamacpp."""
+    llama = pytest.importorskip("xllamacpp")
+    parameters = llama.CommonParams()
+    parameters.model.path, parameters.cpuparams.n_threads = str(talking / "model.gguf"), 1
+    parameters.n_ctx, parameters.n_parallel = 64, 1
+    server = llama.Server(parameters)
+    chat, said = Chat(*answering), []
+    for question in list(TALKS)[:2]:
+        said += turns(question)
+        asked = {"messages": said, "temperature": 0, "max_tokens": 30}
+        (choice,) = server.handle_chat_completions(asked)["choices"]
+        assert choice["message"]["content"] == chat.reply(question) == TALKS[question]
+        assert choice["finish_reason"] == "stop"
+        said += [{"role": "assistant", "content": TALKS[question]}]
 
 
 @pytest.mark.skipif("TINYTRAIN_LLAMA_CPP" not in os.environ, reason="make gguf: needs llama.cpp")

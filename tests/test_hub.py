@@ -17,7 +17,7 @@ from hubs import TOKEN, Hub, sha256
 
 from tinytrain import export, hub
 from tinytrain.common import EXPORT_MARK, hash_files, write_json
-from tinytrain.hub import download_wikipedia, upload
+from tinytrain.hub import download_dataset, download_wikipedia, upload
 
 HUBS = ("modelscope", "huggingface")
 WIKIPEDIA = "wikipedia-cn-20230720-filtered"
@@ -185,6 +185,34 @@ def test_a_hub_that_cannot_be_reached(exported, tmp_path, name, monkeypatch):
         download_wikipedia(tmp_path / "data", name)
     with pytest.raises(ConnectionError, match=f"{endpoint}.*cannot be reached .*Check the network"):
         upload(exported, "ann/tiny", name, TOKEN)
+
+
+@both_hubs
+def test_the_data_of_a_dataset_by_name(server, tmp_path, name):
+    files = {"train.jsonl": b"{}\n", "data/test.json.gz": b"gz", "data/a.parquet": TEXT[:3000]}
+    other = {"README.md": b"about", "load.py": b"code", "picture.png": b"png"}
+    server.repositories["datasets/ann/talks"] = {"files": files | other}
+    folder = download_dataset("ann/talks", tmp_path / "talks", name)
+    found = (path for path in folder.rglob("*") if path.is_file())
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    assert {name: found[name] for name in found if not name.startswith(".")} == files
+    assert {request["file"] for request in server.requests} == {*files}
+    before = len(server.requests)
+    assert download_dataset("ann/talks", folder, name) == folder
+    assert len(server.requests) == before
+    assert not [path for path in (tmp_path / "home").rglob("*.jsonl")]
+
+
+@both_hubs
+def test_a_dataset_that_cannot_be_had(server, tmp_path, name, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="bob/none.* no such public.* Check the name"):
+        download_dataset("bob/none", tmp_path, name)
+    server.repositories["datasets/ann/pictures"] = {"files": {"a.png": b"png"}}
+    with pytest.raises(FileNotFoundError, match=r"ann/pictures.* has none of \*.jsonl"):
+        download_dataset("ann/pictures", tmp_path, name)
+    server.mode = 503
+    with pytest.raises(ConnectionError, match="HTTP 503.*Try again later"):
+        download_dataset("ann/pictures", tmp_path, name)
 
 
 # --- uploads ----------------------------------------------------------------------------------

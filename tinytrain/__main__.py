@@ -203,6 +203,8 @@ def _converse(talk: Any, sampling: dict[str, Any]) -> None:
         _note(f"{_CHAT_HELP}; Ctrl-C stops an answer, Ctrl-D leaves")
     else:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends all, not one answer of many
+    if sys.stdin:
+        sys.stdin.reconfigure(errors="strict")  # in a container it may let any bytes pass
     while True:
         try:
             text = input("> " if at_terminal else "")
@@ -214,6 +216,8 @@ def _converse(talk: Any, sampling: dict[str, Any]) -> None:
             else:
                 talk.reply(text, on_text=_show_piece, **sampling)
                 print()
+        except UnicodeDecodeError:
+            raise
         except ValueError as error:  # the message is empty or too long
             _note(error)
         except KeyboardInterrupt:

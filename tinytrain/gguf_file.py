@@ -116,8 +116,8 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
 def _plain_template(template: str) -> str:
     """Return a chat template without the tags that mark what is learned from.
 
-    Only training reads them, and llama.cpp does not know them. What is always true takes their
-    place, as they trim the blanks around them, too.
+    Only training reads them, and to Jinja itself, with which llama-cpp-python renders, they are an
+    error. What is always true takes their place, and trims the blanks around as they do.
     """
     tag = r"(\{%-?\s*)(end|)generation(?=\s*-?%\})"
     return re.sub(tag, lambda found: found[1] + (found[2] and "endif" or "if true"), template)

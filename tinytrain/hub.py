@@ -1,4 +1,4 @@
-"""Download the guide's text, and upload a model, by the clients of ModelScope and Hugging Face.
+"""Download text and conversations, and upload a model, by ModelScope's and Hugging Face's clients.
 
 Three things are added to the clients. One small request asks first whether the hub answers at all:
 they repeat a failed one for minutes. An interrupted download continues where it stopped, and is
@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 _TIMEOUT = 20.0  # seconds for a hub's first answer, and until the next piece of a transfer
 _SLOW_SECONDS = 60.0  # with less than 1 kB/s for so long, a transfer is given up
 _WIKIPEDIA_FILE = "wikipedia-cn-20230720-filtered.json"
+# Of conversations, as `tinytrain.conversations.load_conversations` reads them.
+_DATA_FILES = [
+    f"*.{kind}{packed}" for kind in ("jsonl", "json", "parquet") for packed in ("", ".gz", ".xz")
+]
 _COMMIT = {"commit_message": "Upload of tinytrain"}
 # What is uploaded of a folder without the list of what an export wrote.
 _EXPORTED = "README.md *config.json tokenizer.json model*.safetensors* *.gguf *.png".split()
@@ -80,6 +84,44 @@ def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
     place = f"{source} ({client.endpoint}, {hub.wikipedia}/{path.name})"
     _transfer(client.file_url(path.name), partial(client.download, path), place, advice)
     return path
+
+
+def download_dataset(name: str, folder: str | Path, source: str = "modelscope") -> Path:
+    """Download a dataset's files of JSON lines, JSON and parquet, also packed as gz or xz.
+
+    The hub is asked each time which there are; what is there already is not fetched again. The
+    clients keep notes in ``.cache`` of the folder.
+
+    Parameters
+    ----------
+    name : str
+        Its owner and name: ``"owner/name"``.
+    folder : str or Path
+        Where to put the files, in the dataset's own folders; nothing is deleted there.
+    source : {"modelscope", "huggingface"}
+        Which hub.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    ValueError, ImportError, FileNotFoundError, ConnectionError, TimeoutError
+        As for `download_wikipedia`, and if the dataset has no such file.
+    """
+    hub = _find_hub(source)
+    client, folder = hub(name), Path(folder)
+    (other,) = {*_HUBS} - {source}
+    advice = f' Check the name; another source is "{other}", or a file of your own.'
+    logger.info("downloading %s from %s to %s", name, source, folder)
+    place = f"{source} ({client.endpoint}, {name})"
+    _transfer(client.dataset_url, partial(client.download_dataset, folder), place, advice)
+    found = (path.relative_to(folder) for kind in _DATA_FILES for path in folder.rglob(kind))
+    if not any(path.parts[0] != ".cache" for path in found):  # where the clients keep notes
+        raise FileNotFoundError(f"{place}: has none of {' '.join(_DATA_FILES)}.{advice}")
+    return folder
 
 
 def upload(
@@ -185,6 +227,16 @@ class _ModelScope:
         if not path.is_file():  # for the client an empty list of files is a success
             raise ValueError("nothing arrived")
 
+    @property
+    def dataset_url(self) -> str:
+        return f"{self.endpoint}/api/v1/datasets/{self.repo_id}"
+
+    def download_dataset(self, folder: Path) -> None:
+        from modelscope import dataset_snapshot_download
+
+        places = {"local_dir": folder, "cache_dir": folder / ".cache", "endpoint": self.endpoint}
+        dataset_snapshot_download(self.repo_id, allow_patterns=_DATA_FILES, **places)
+
     def upload(self, folder: Path, files: list[str], private: bool) -> str:
         from huggingface_hub import ModelCard
         from modelscope.hub.api import HubApi
@@ -238,6 +290,14 @@ class _HuggingFace:
                 file.truncate(0)
                 raise ValueError("its SHA-256 differs")
         os.replace(incomplete, path)
+
+    @property
+    def dataset_url(self) -> str:
+        return f"{self.endpoint}/api/datasets/{self.repo_id}"
+
+    def download_dataset(self, folder: Path) -> None:
+        places = {"repo_type": "dataset", "local_dir": folder}
+        self.api.snapshot_download(self.repo_id, allow_patterns=_DATA_FILES, **places)
 
     def upload(self, folder: Path, files: list[str], private: bool) -> str:
         self.api.create_repo(self.repo_id, private=private, exist_ok=True)
