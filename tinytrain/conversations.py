@@ -157,7 +157,7 @@ def write_conversations(facts: _Table, seed: int = 2222) -> list[dict[str, Any]]
     rnd, (taught, _), invented = random.Random(seed), _split_facts(facts), _invented("starts")
     told: list[tuple[str, _Turns]] = []  # kind, and questions with their answers
     for fact in taught + invented:
-        kind, wordings = ("fact", 4) if fact.is_known else ("invented", 1)
+        kind, wordings = ("fact", 4) if fact.is_known else ("invented", 2)
         told += [(kind, [(text, fact.answer(rnd))]) for text in fact.questions()[:wordings]]
         if rnd.random() < 0.4:
             told.append(("turns", _several_turns(rnd, fact, taught, invented)))

@@ -107,13 +107,22 @@ def tuning_recipe(recipe: Recipe, blocks: int) -> Recipe:
     Examples
     --------
     >>> from tinytrain.recipes import RECIPES
-    >>> tuning_recipe(RECIPES["pocket"], 800).max_steps  # 8 blocks a step
-    100
+    >>> tuning_recipe(RECIPES["pocket"], 800).max_steps  # 4 blocks a step, twice
+    400
     """
     from tinytrain.training import total_steps
 
     tuned = replace(
-        recipe, learning_rate=recipe.chat_learning_rate, epochs=recipe.chat_epochs, max_steps=-1
+        recipe,
+        optimizer="adamw",  # Muon learned as much and forgot more
+        learning_rate=recipe.chat_learning_rate,
+        lr_scheduler="linear",
+        weight_decay=0.0,
+        adam_beta2=0.95,
+        batch_size=recipe.chat_batch_size,
+        gradient_accumulation=1,
+        epochs=recipe.chat_epochs,
+        max_steps=-1,
     )
     number = total_steps(tuned, blocks)
     if recipe.max_steps > 0:
@@ -176,6 +185,7 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     again = partial(_prepared, recipe, base)
     files = [run / "model", run / "summary.json"]
     train(trainer, inputs, fresh, recipe.halve_batch, again, files)
+    average(trainer.model, again(), recipe.chat_average)
     results.save_trained(recipe, trainer, tokenizer, inputs, run)
     if trainer.state.global_step < trainer.state.max_steps:
         return {"finished": False}
@@ -204,7 +214,24 @@ def tune_steps(recipe: Recipe, number: int, mask: bool = True) -> PreTrainedMode
             tuned, folder, precision, [LossGuard()], steps.prepare(model, recipe), blocks, **quiet
         )
         trainer.train()
+    average(trainer.model, _load(recipe, base)[0], recipe.chat_average)
     return trainer.model
+
+
+def average(model: PreTrainedModel, before: PreTrainedModel, share: float) -> None:
+    """Change a tuned model's weights to such a share of them and the rest of those before.
+
+    That takes back more of what the tuning has forgotten than of what it has taught.
+
+    References
+    ----------
+    Wortsman et al., "Robust fine-tuning of zero-shot models", 2022, arXiv:2109.01903.
+    """
+    import torch
+
+    with torch.no_grad():
+        for weight, old in zip(model.parameters(), before.parameters(), strict=True):
+            weight.lerp_(old.to(weight.device), 1 - share)
 
 
 def get_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -267,6 +294,7 @@ def _inputs(recipe: Recipe, base: Path, own: bool) -> dict[str, Any]:
         "conversations": digest.hexdigest()[:16],
         "template": hashlib.sha256(chat.CHAT_TEMPLATE.encode()).hexdigest()[:16],
         "chat_text": recipe.chat_text if own else 0,
+        "chat_average": recipe.chat_average,
         "blocks": steps.blocks_hash(recipe) if own and recipe.chat_text else None,
     }
 
