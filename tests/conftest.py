@@ -17,7 +17,7 @@ for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
 @pytest.fixture(autouse=True)
 def no_choice_from_outside(monkeypatch):
     """The recipes of the tests are their own, whatever the shell has set."""
-    for name in ("RECIPE", "CORPUS", "TEXT_FIELD", "MAX_STEPS"):
+    for name in ("RECIPE", "CORPUS", "TEXT_FIELD", "MAX_STEPS", "CHATS"):
         monkeypatch.delenv(f"TINYTRAIN_{name}", raising=False)
 
 

@@ -97,7 +97,7 @@ def test_nothing_unpickles_or_runs_code_from_elsewhere():
         assert not re.search(r"(import|from) (c?[pP]ickle|dill|joblib)\b", text), path
         for call in re.findall(r"torch\.load\([^)]*\)", text):
             assert "weights_only=True" in call, path
-        assert "load_dataset(" not in text, path
+        assert not re.search(r"\bload_dataset\(", text), path
         # Without it, a folder with code makes transformers ask at the terminal, and "y" runs it.
         for node in ast.walk(ast.parse(python_of(path))):
             function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""

@@ -185,7 +185,7 @@ def test_a_model_from_elsewhere_is_tuned_without_text(recipe, tmp_path):
 def test_what_is_missing_is_said(recipe, tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m tinytrain tune --recipe smoke"):
         tuning.load_tuned(recipe)
-    with pytest.raises(FileNotFoundError, match="neither a file nor owner/name"):
+    with pytest.raises(FileNotFoundError, match="no file of conversations"):
         steps.get_conversations(replace(recipe, chats="nowhere.jsonl"))
     one = str(write_chats(tmp_path, number=1))
     tokenizer = chat.add_chat_template(steps.get_tokenizer(recipe))

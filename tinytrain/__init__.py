@@ -12,6 +12,7 @@ notebook              its modules                                 what they are 
 05_train_bf16         ``training``, ``checkpoints``, ``callbacks``  the Trainer, watched and resumed
 06_evaluate           ``evaluation``, ``generation``              measure a model, let it write
 07_look_inside        ``inside``, ``pictures``                    the model written out and drawn
+08_chat               ``conversations``, ``chat``, ``tuning``     from completing to answering
 09_scale_out          ``__main__``                                the same from a shell
 10_experiments        ``runs``                                    short runs that answer questions
 ====================  ==========================================  ================================

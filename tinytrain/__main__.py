@@ -173,7 +173,7 @@ def tune(options: argparse.Namespace) -> int:
 
 _GROUPS = {
     "tuned": "right: questions of the conversations",
-    "reworded": "right: the same facts in other words",
+    "reworded": "right: the same facts, other wordings",
     "untaught": "right: facts that no conversation tells",
     "invented": "right: does not know an invented name",
     "refused": "wrong: does not know a real name",

@@ -86,11 +86,12 @@ def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
     return path
 
 
-def download_dataset(name: str, folder: str | Path, source: str = "modelscope") -> Path:
+def download_dataset(
+    name: str, folder: str | Path, source: str = "modelscope", file: str = ""
+) -> list[Path]:
     """Download a dataset's files of JSON lines, JSON and parquet, also packed as gz or xz.
 
-    The hub is asked each time which there are; what is there already is not fetched again. The
-    clients keep notes in ``.cache`` of the folder.
+    The hub is asked each time which there are; what is there already is not fetched again.
 
     Parameters
     ----------
@@ -100,28 +101,31 @@ def download_dataset(name: str, folder: str | Path, source: str = "modelscope") 
         Where to put the files, in the dataset's own folders; nothing is deleted there.
     source : {"modelscope", "huggingface"}
         Which hub.
+    file : str
+        One file of the dataset, or a pattern; by default all.
 
     Returns
     -------
-    Path
-        The folder.
+    list of Path
+        The files, in the order of their names.
 
     Raises
     ------
     ValueError, ImportError, FileNotFoundError, ConnectionError, TimeoutError
         As for `download_wikipedia`, and if the dataset has no such file.
     """
-    hub = _find_hub(source)
-    client, folder = hub(name), Path(folder)
+    client, folder = _find_hub(source)(name), Path(folder)
+    wanted = [file] if file else _DATA_FILES
     (other,) = {*_HUBS} - {source}
     advice = f' Check the name; another source is "{other}", or a file of your own.'
     logger.info("downloading %s from %s to %s", name, source, folder)
     place = f"{source} ({client.endpoint}, {name})"
-    _transfer(client.dataset_url, partial(client.download_dataset, folder), place, advice)
-    found = (path.relative_to(folder) for kind in _DATA_FILES for path in folder.rglob(kind))
-    if not any(path.parts[0] != ".cache" for path in found):  # where the clients keep notes
-        raise FileNotFoundError(f"{place}: has none of {' '.join(_DATA_FILES)}.{advice}")
-    return folder
+    _transfer(client.dataset_url, partial(client.download_dataset, folder, wanted), place, advice)
+    found = {path for kind in wanted for path in folder.rglob(kind) if path.is_file()}
+    notes = folder / ".cache"  # of the clients
+    if not (files := sorted(path for path in found if notes not in path.parents)):
+        raise FileNotFoundError(f"{place}: has none of {' '.join(wanted)}.{advice}")
+    return files
 
 
 def upload(
@@ -231,11 +235,11 @@ class _ModelScope:
     def dataset_url(self) -> str:
         return f"{self.endpoint}/api/v1/datasets/{self.repo_id}"
 
-    def download_dataset(self, folder: Path) -> None:
+    def download_dataset(self, folder: Path, wanted: list[str]) -> None:
         from modelscope import dataset_snapshot_download
 
         places = {"local_dir": folder, "cache_dir": folder / ".cache", "endpoint": self.endpoint}
-        dataset_snapshot_download(self.repo_id, allow_patterns=_DATA_FILES, **places)
+        dataset_snapshot_download(self.repo_id, allow_patterns=wanted, **places)
 
     def upload(self, folder: Path, files: list[str], private: bool) -> str:
         from huggingface_hub import ModelCard
@@ -295,9 +299,9 @@ class _HuggingFace:
     def dataset_url(self) -> str:
         return f"{self.endpoint}/api/datasets/{self.repo_id}"
 
-    def download_dataset(self, folder: Path) -> None:
+    def download_dataset(self, folder: Path, wanted: list[str]) -> None:
         places = {"repo_type": "dataset", "local_dir": folder}
-        self.api.snapshot_download(self.repo_id, allow_patterns=_DATA_FILES, **places)
+        self.api.snapshot_download(self.repo_id, allow_patterns=wanted, **places)
 
     def upload(self, folder: Path, files: list[str], private: bool) -> str:
         self.api.create_repo(self.repo_id, private=private, exist_ok=True)

@@ -51,7 +51,7 @@ _RANGES = {  # of all other whole numbers: at least 1
     "epochs": (lambda value: 0 < value < math.inf, "above 0"),
     "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1: the epochs decide"),
     "seed": _SEED,
-    "chats": (bool, "a path, or owner/name of a dataset"),
+    "chats": (bool, "a path, or modelscope:owner/name"),
     "chat_learning_rate": (lambda value: 0 < value < math.inf, "above 0"),
     "chat_epochs": (lambda value: 0 < value < math.inf, "above 0"),
     "chat_text": (lambda value: 0 <= value < 1, "at least 0 and below 1: a share of the blocks"),
@@ -106,7 +106,7 @@ class Recipe:
     halve_batch: bool = True  # if the GPU's memory is too small: half the batch, twice as often
 
     # --- tuning on conversations, after the training -------------------------------------------
-    chats: str | None = None  # a file of your own, or owner/name on a hub; None: written ones
+    chats: str | None = None  # your own: a file, or modelscope:owner/name; None: written
     chat_learning_rate: float = 1e-3
     chat_batch_size: int = 4  # few blocks and many steps: the form takes steps to learn
     chat_epochs: float = 2.0

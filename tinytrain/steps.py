@@ -335,29 +335,32 @@ def get_questions(recipe: Recipe) -> list[encyclopedia.Question]:
 def get_conversations(recipe: Recipe) -> Dataset:
     """Return the conversations to tune a model on, in a column ``messages``.
 
-    They are those in ``recipe.chats``, a file or a dataset on a hub, or else written from the table
-    of facts; these have a column ``kind`` too.
+    They are those of ``recipe.chats``: a file, or of a hub ``modelscope:owner/name`` or
+    ``huggingface:owner/name``, perhaps with ``/file.jsonl``. By default they are written from the
+    table of facts, and have a column ``kind`` too.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file, and it is no name of a dataset.
+        If there is no such file.
     """
-    from datasets import Dataset
+    from datasets import Dataset, concatenate_datasets
 
-    if recipe.chats is None:
+    chats = recipe.chats
+    if chats is None:
         return Dataset.from_list(conversations.write_conversations(encyclopedia.read_facts()))
-    for path in (Path(recipe.chats), _project_folder() / recipe.chats):
+    if found := re.fullmatch(r"(modelscope|huggingface):([^/]+/[^/]+)/?(.*)", chats):
+        source, name, file = found.groups()
+        folder = runs_folder() / "downloads" / source / name
+        with _one_at_a_time(folder):
+            files = hub.download_dataset(name, folder, source, file)
+        return concatenate_datasets([conversations.load_conversations(path) for path in files])
+    for path in (Path(chats), _project_folder() / chats):
         if path.exists():
             return conversations.load_conversations(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.chats) and not Path(recipe.chats).suffix:
-        downloads = runs_folder() / "downloads"
-        with _one_at_a_time(downloads):
-            folder = hub.download_dataset(recipe.chats, downloads)
-        return conversations.load_conversations(folder)
     raise FileNotFoundError(
-        f"the conversations {recipe.chats!r} are neither a file nor owner/name of a dataset on "
-        "ModelScope; check TINYTRAIN_CHATS or the recipe"
+        f"there is no file of conversations {chats!r}; check TINYTRAIN_CHATS or the recipe. A "
+        "dataset on a hub is named modelscope:owner/name or huggingface:owner/name"
     )
 
 
