@@ -258,8 +258,9 @@ def test_enter_sends_and_so_do_the_button_and_the_examples(tuned):
     assert turns(box) == answered(FRANCE, HELLO, HELLO)
     text_box(box).set_state({"value": FRANCE[0]})
     text_box(box)._handle_custom_msg({"event": "submit"}, [])  # nothing has changed since
-    control(box, "Send").click()  # nothing is there
     assert turns(box) == answered(FRANCE, HELLO, HELLO, FRANCE)
+    control(box, "Send").click()  # nothing is there
+    assert turns(box) == answered(FRANCE, HELLO, HELLO, FRANCE) and page(box).count("\n") == 1
     control(box, "Start over").click()
     assert turns(box) == []
     press_enter(box, HELLO[0])
@@ -293,8 +294,8 @@ def test_neither_question_nor_answer_becomes_html(tuned):
 
 
 def test_dropped_turns_are_faded_until_it_starts_over(tuned):
-    box = widgets.chat_box(*tuned, system="你好", questions=[FRANCE[0]])
-    plain, dropped, number = Chat(*tuned, system="你好"), 0, 0
+    box = widgets.chat_box(*tuned, system="你好" * 20, questions=[FRANCE[0]])
+    plain, dropped, number = Chat(*tuned, system="你好" * 20), 0, 0
     while dropped < 3:
         assert turns(box) == answered(*[FRANCE] * number, faded=dropped)
         assert ("faded turns" in page(box)) == (dropped > 0)
