@@ -192,13 +192,18 @@ def test_the_data_of_a_dataset_by_name(server, tmp_path, name):
     files = {"train.jsonl": b"{}\n", "data/test.json.gz": b"gz", "data/a.parquet": TEXT[:3000]}
     other = {"README.md": b"about", "load.py": b"code", "picture.png": b"png"}
     server.repositories["datasets/ann/talks"] = {"files": files | other}
-    folder = download_dataset("ann/talks", tmp_path / "talks", name)
-    found = (path for path in folder.rglob("*") if path.is_file())
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
-    assert {name: found[name] for name in found if not name.startswith(".")} == files
+    folder = tmp_path / "talks"
+    [file] = download_dataset("ann/talks", folder, name, "train.jsonl")
+    assert file.read_bytes() == files["train.jsonl"] and len(server.requests) == 1
+    paths = download_dataset("ann/talks", folder, name)
+    assert paths == sorted(folder / file for file in files)
+    assert {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths} == files
+    # Nothing else is there, but for the notes of the clients.
+    found = {path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts}
+    assert {path for path in found if not path.name.startswith(".")} == set(paths)
     assert {request["file"] for request in server.requests} == {*files}
     before = len(server.requests)
-    assert download_dataset("ann/talks", folder, name) == folder
+    assert download_dataset("ann/talks", folder, name) == paths
     assert len(server.requests) == before
     assert not [path for path in (tmp_path / "home").rglob("*.jsonl")]
 

@@ -16,7 +16,7 @@ from tinytrain import __main__ as command
 from tinytrain import steps
 from tinytrain.callbacks import read_history
 
-STEPS = "check data tokenize train evaluate generate export".split()
+STEPS = "check data tokenize train evaluate generate tune chat export".split()
 ROOT = Path(steps.__file__).parent.parent
 
 
