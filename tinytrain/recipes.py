@@ -111,7 +111,7 @@ class Recipe:
     chat_batch_size: int = 4  # few blocks and many steps: the form takes steps to learn
     chat_epochs: float = 2.0
     chat_text: float = 0.5  # share of the blocks that are text: without it, the model forgets it
-    chat_average: float = 0.85  # of the tuned weights, the rest of those before: it forgets less
+    chat_average: float = 0.9  # of the tuned weights, the rest of those before: it forgets less
 
     # --- rhythm -------------------------------------------------------------------------------
     logging_steps: int = 50
