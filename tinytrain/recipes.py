@@ -109,7 +109,7 @@ class Recipe:
     chats: str | None = None  # your own: a file, or modelscope:owner/name; None: written
     chat_learning_rate: float = 1e-3
     chat_batch_size: int = 4  # few blocks and many steps: the form takes steps to learn
-    chat_epochs: float = 2.0
+    chat_epochs: float = 1.7
     chat_text: float = 0.5  # share of the blocks that are text: without it, the model forgets it
     chat_average: float = 0.9  # of the tuned weights, the rest of those before: it forgets less
 

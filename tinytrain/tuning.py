@@ -107,8 +107,8 @@ def tuning_recipe(recipe: Recipe, blocks: int) -> Recipe:
     Examples
     --------
     >>> from tinytrain.recipes import RECIPES
-    >>> tuning_recipe(RECIPES["pocket"], 800).max_steps  # 4 blocks a step, twice
-    400
+    >>> tuning_recipe(RECIPES["pocket"], 800).max_steps  # 4 blocks a step, 1.7 times
+    340
     """
     from tinytrain.training import total_steps
 
