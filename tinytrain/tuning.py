@@ -100,7 +100,7 @@ def chat_blocks(
 
 
 def tuning_recipe(recipe: Recipe, blocks: int) -> Recipe:
-    """Return the recipe of a tuning on so many blocks: the run's, with its ``chat_`` fields in place.
+    """Return the recipe of a tuning on so many blocks: its ``chat_`` fields take effect.
 
     A run's ``max_steps`` limits its tuning too; to tune for less, lower ``chat_epochs``.
 
@@ -174,15 +174,8 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     tuned = tuning_recipe(recipe, len(blocks["train"]))
     mine = runs.share_recipe(tuned, world_size())
     tokens = mine.batch_size * mine.gradient_accumulation * length * world_size()
-    watching = runs.watch(
-        tuned,
-        run,
-        tokenizer,
-        model.config.vocab_size,
-        tokens,
-        write=lambda model, prompts: chat.answer_each(model, tokenizer, prompts, 24),
-        prompts=_questions(recipe),
-    )
+    watched = tuned, run, tokenizer, model.config.vocab_size, tokens
+    watching = runs.watch(*watched, partial(_write_answers, tokenizer), _questions(recipe))
     trainer = runs.assemble(
         mine, run / "checkpoints", precision, watching, steps.prepare(model, recipe), blocks
     )
@@ -240,10 +233,7 @@ def average(model: PreTrainedModel, before: PreTrainedModel, share: float) -> No
 
 
 def get_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the run's model, tuned on conversations, and its tokenizer.
-
-    It is tuned first if need be: not yet done, or on other conversations, for example.
-    """
+    """Return the run's model, tuned on its conversations, and the tokenizer; tune it if need be."""
     folder = chat_folder(recipe) / "model"
     made = steps.read_inputs(folder)
     inputs = _inputs(recipe, _base(recipe, None), own=True)
@@ -261,11 +251,11 @@ def load_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
         If there is none, or it is damaged; the message says how to make one.
     """
     folder = chat_folder(recipe) / "model"
-    command = f"`{results.shell_command(recipe, 'tune')}` makes one"
-    if not (folder / "inputs.json").is_file():
-        raise FileNotFoundError(f"there is no model to talk to in {folder}: {command}")
     if damaged := steps.find_damage(folder):
-        raise FileNotFoundError(f"{folder / damaged} is missing or damaged: {command} again")
+        raise FileNotFoundError(
+            f"there is no model to talk to: {folder / damaged} is missing or damaged. "
+            f"`{results.shell_command(recipe, 'tune')}` makes one"
+        )
     return results.load_trained(recipe, folder)
 
 
@@ -354,6 +344,10 @@ def bits_per_character(
 def _measure(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
     shares = measure_chat(model, tokenizer, recipe, _QUESTIONS)
     return {"chat": shares, "bits": bits_per_character(model, tokenizer, recipe)}
+
+
+def _write_answers(tokenizer: Any, model: Any, prompts: list[str]) -> list[str]:
+    return chat.answer_each(model, tokenizer, prompts, max_new_tokens=24)
 
 
 def _questions(recipe: Recipe) -> list[str]:
