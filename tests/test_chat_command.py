@@ -196,7 +196,7 @@ def runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ([], "`python -m tinytrain tune --recipe smoke` makes one"),
+        ([], "`python -m tinytrain tune --recipe smoke --runs "),
         (["--model", "nowhere"], "no model in nowhere"),
         (["--top-p", "0"], "top_p 0.0 is not between"),
     ],
@@ -205,6 +205,13 @@ def test_what_cannot_be_talked_to_is_a_line(more, told, runs, capsys):
     assert command.main(["chat", "--recipe", "smoke", *more]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("tinytrain: ") and told in line
+
+
+@pytest.mark.parametrize("call", [["generate", "\udcff"], ["chat", "--system", "\udcff"]])
+def test_bytes_that_are_no_utf8_are_a_wrong_call(call, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(call)
+    assert "invalid utf8 value" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_turns_is_told(folder, tmp_path, runs, capsys):

@@ -119,7 +119,7 @@ def test_a_killed_tuning_goes_on_to_the_same_weights(recipe, tmp_path):
     )
     checkpoints = tuning.chat_folder(recipe) / "checkpoints"
     for line in process.stdout:
-        if "step 9: " in line:
+        if "step 10: " in line:
             process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL and list(checkpoints.glob("checkpoint-*"))

@@ -1,8 +1,8 @@
 """The steps of a run from a shell: ``python -m tinytrain STEP``.
 
 Each step finds the results of earlier ones in the run's folder and builds what is missing, as the
-notebooks do, so any of them can be called first. ``train`` may be started several times at once
-by ``torchrun`` or ``accelerate launch``; then all processes share one training.
+notebooks do, so any of them can be called first. ``torchrun`` or ``accelerate launch`` may start
+``train`` and ``tune`` in several processes, which then share one training.
 
 This module joins others as `tinytrain.steps` does; copy from those, not from here.
 """
@@ -152,13 +152,13 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def tune(options: argparse.Namespace) -> int:
-    """Tune a model on conversations, so that it answers; ask it questions before and after."""
+    """Tune a trained model on conversations, so that it answers; measure it before and after."""
     from tinytrain import tuning
 
     _show_no_bars()
     recipe = options.recipe
     if options.model is None:
-        with contextlib.suppress(FileNotFoundError):  # it is trained first, then
+        with contextlib.suppress(FileNotFoundError):  # then `tune_recipe` trains one first
             recipe = results.trained_recipe(recipe, options.changed)
     result = tuning.tune_recipe(recipe, options.model, fresh=options.fresh)
     if rank() == 0 and result["finished"]:
@@ -181,7 +181,7 @@ _GROUPS = {
 
 
 def chat(options: argparse.Namespace) -> None:
-    """Talk to a tuned model in the terminal; or let it answer a pipe, one question a line."""
+    """Talk to a tuned model in the terminal, or pipe questions to it, one a line."""
     from tinytrain import tuning
     from tinytrain.chat import Chat, add_chat_template
 
@@ -195,7 +195,7 @@ def chat(options: argparse.Namespace) -> None:
 
 
 def _converse(talk: Any, sampling: dict[str, Any]) -> None:
-    """Let it answer each line that is typed, or that comes through a pipe, until there is none."""
+    """Answer each line that is typed or comes through a pipe, until there is none."""
     at_terminal = all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout))
     if at_terminal:
         with contextlib.suppress(ImportError):  # with it, `input` edits lines; Windows has none
@@ -204,7 +204,7 @@ def _converse(talk: Any, sampling: dict[str, Any]) -> None:
     else:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends all, not one answer of many
     if sys.stdin:
-        sys.stdin.reconfigure(errors="strict")  # in a container it may let any bytes pass
+        sys.stdin.reconfigure(errors="strict")  # in the C locale, Python lets any bytes pass
     while True:
         try:
             text = input("> " if at_terminal else "")
@@ -234,7 +234,7 @@ def _show_piece(text: str) -> None:
 
 
 def _note(text: Any) -> None:
-    """Tell something beside the conversation; that the oldest turns go, is logged there too."""
+    """Print to stderr, where the warning about dropped turns goes too: stdout has only answers."""
     print(safe_text(text), file=sys.stderr, flush=True)
 
 
@@ -385,7 +385,7 @@ def _add_model_option(parser: argparse.ArgumentParser) -> None:
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
     _add_model_option(parser)
-    parser.add_argument("prompt", help="the beginning, e.g. 法国的首都是")
+    parser.add_argument("prompt", type=utf8, help="the beginning, e.g. 法国的首都是")
     _add_sampling_options(parser, max_new_tokens=100, temperature=1.0)
 
 
@@ -393,14 +393,14 @@ def _add_tuning_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     about = "a model in Hugging Face format to begin with (default: the recipe's)"
     add("--model", type=Path, metavar="FOLDER", help=about)
-    add("--chats", metavar="FILE", help="conversations of your own, in place of the written ones")
+    add("--chats", metavar="FILE", help="conversations of your own, also modelscope:OWNER/NAME")
     add("--fresh", action="store_true", help="start over; the earlier tuning is kept beside")
 
 
 def _add_chat_options(parser: argparse.ArgumentParser) -> None:
     about = "a tuned model in Hugging Face format (default: the recipe's)"
     parser.add_argument("--model", type=Path, metavar="FOLDER", help=about)
-    parser.add_argument("--system", metavar="TEXT", help="what it is told before your first words")
+    parser.add_argument("--system", type=utf8, metavar="TEXT", help="a system turn to begin with")
     _add_sampling_options(parser, max_new_tokens=128, temperature=0.0)
 
 
@@ -430,6 +430,12 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
     hubs = ("modelscope", "huggingface")
     add("--to", choices=hubs, default="modelscope", help="which hub (default: modelscope)")
     add("--public", action="store_true", help="let everybody see it (default: you alone)")
+
+
+def utf8(argument: str) -> str:
+    """Return an argument; raise a ValueError if it was not UTF-8, which no tokenizer takes."""
+    argument.encode()
+    return argument
 
 
 def _in_words(error: Exception) -> str:

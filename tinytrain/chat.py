@@ -1,8 +1,8 @@
-"""Conversations: the template, what is learned from, rows to train on, and talking.
+"""Conversations: the template, the mask, rows to train on, and talking.
 
-A model that continues text becomes one that answers by learning from conversations, written out in
-the form that Qwen uses (ChatML), and only from what the assistant says in them. It has to learn the
-end of its turn too, or it writes for ever: the mask takes in the assistant's ``<|im_end|>``.
+A model that continues text learns to answer from conversations, written in Qwen's format (ChatML),
+and only from what the assistant says in them. That includes the ``<|im_end|>`` that ends its turn:
+a model that has not learned it writes for ever.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _START, _END, _END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 _IGNORED_LABEL = -100  # as everywhere in PyTorch
 
 # Qwen's template, without its default system turn: a model learns from the turns that are there.
-# Between `generation` and `endgeneration` is what the assistant writes itself. Not the line end
-# before, which the prompt brings, nor the one after, where it has stopped.
+# What the assistant writes is between `generation` and `endgeneration`: not the line end before,
+# which is part of the prompt, nor the one after, when it has stopped.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' }}
@@ -54,7 +54,7 @@ CHAT_TEMPLATE = """\
 
 
 def add_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a copy of a tokenizer that knows `CHAT_TEMPLATE`.
+    """Return a copy of a tokenizer with `CHAT_TEMPLATE`, whatever template it had.
 
     Its padding is ``<|endoftext|>``, not the ``<|im_end|>`` that ends an answer: what hides the
     padding from the loss would hide the end of the answer too.
@@ -83,11 +83,11 @@ def encode_conversation(
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of a conversation, and labels that count where the assistant speaks.
 
-    They are those of ``apply_chat_template(messages, return_assistant_tokens_mask=True)``, except
-    that what is typed stays text. A template makes one text of a conversation, in which an
-    ``<|im_end|>`` that a user typed looks like its own. Here each content is tokenized by itself,
-    and only this function places special tokens. So the line end that an answer may begin with does
-    not become one token with the prompt's either: the prompt is there first, as in talking.
+    They are those of ``apply_chat_template(messages, return_assistant_tokens_mask=True)``, with two
+    differences. A template makes one text of a conversation, in which an ``<|im_end|>`` that a user
+    typed looks like its own; here each content is tokenized by itself, and what is typed stays
+    text. And a line end at the beginning of an answer is not merged with the prompt's into one
+    token: in talking, the prompt comes first.
 
     Parameters
     ----------
@@ -96,8 +96,8 @@ def encode_conversation(
     messages : sequence of mapping
         Turns with ``role`` (system, user, assistant) and ``content``.
     context_length : int, optional
-        A longer conversation loses its oldest turns, but not a system turn at its beginning; what
-        is left begins with a user's turn. If not even the last one fits, nothing is left.
+        A longer conversation loses its oldest turns, but not a system turn at its beginning; the
+        rest begins with a user's turn. If not even the last of them fits, nothing is left.
 
     Returns
     -------
@@ -154,7 +154,7 @@ def _kept(messages: Messages, lengths: Sequence[int], room: float) -> list[int]:
 def chat_rows(
     conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, context_length: int
 ) -> Dataset:
-    """Return conversations as rows to train on; how many are cut or left out is logged.
+    """Return conversations as rows to train on, and log how many are cut or left out.
 
     Parameters
     ----------
@@ -164,8 +164,8 @@ def chat_rows(
     Returns
     -------
     datasets.Dataset
-        Columns ``input_ids`` and ``labels``, int32, of different lengths. Each row has a label that
-        counts: left out is a conversation whose last turns do not fit, or without an answer.
+        Columns ``input_ids`` and ``labels``, int32, of different lengths. A conversation without an
+        answer, or whose last turns alone do not fit, is left out: no row is without labels.
     """
     import numpy as np
     from datasets import Dataset
@@ -191,8 +191,8 @@ def chat_rows(
 def pack_conversations(rows: Dataset, context_length: int, pad_token_id: int) -> Dataset:
     """Put several conversations into each row, so that little of a batch is padding.
 
-    Positions start over with each conversation. By that, transformers (eager and SDPA attention)
-    keeps it from looking at the ones before: the loss is as if each had a row of its own.
+    Positions start over with each conversation. From that, transformers (eager and SDPA attention)
+    knows where one begins, and masks those before it: the loss is as if each had its own row.
 
     Parameters
     ----------
@@ -211,26 +211,26 @@ def pack_conversations(rows: Dataset, context_length: int, pad_token_id: int) ->
     import numpy as np
     from datasets import Dataset
 
-    names = ("input_ids", "labels", "position_ids")
-    packed: list[np.ndarray] = []
+    empty = [[pad_token_id] * context_length, [_IGNORED_LABEL] * context_length]
+    empty = np.array([*empty, range(context_length)], dtype=np.int32)
+    packed = []
     used = context_length
     for row in rows:
         length = len(row["input_ids"])
         if used + length > context_length:
-            empty = [pad_token_id], [_IGNORED_LABEL], range(context_length)
-            packed.append(np.stack([np.resize(np.array(each), context_length) for each in empty]))
+            packed.append(empty.copy())
             used = 0
         packed[-1][:, used : used + length] = row["input_ids"], row["labels"], range(length)
         used += length
         packed[-1][2, used:] = range(context_length - used)
-    columns = zip(names, np.array(packed, dtype=np.int32).transpose(1, 0, 2), strict=True)
-    return Dataset.from_dict({name: list(column) for name, column in columns})
+    ids, labels, positions = np.stack(packed, axis=1)
+    return Dataset.from_dict({"input_ids": ids, "labels": labels, "position_ids": positions})
 
 
 def colour_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
-    """Return a conversation as HTML: on green what is learned from, in grey what is only read.
+    """Return a conversation as HTML: green where the model learns to write it, grey elsewhere.
 
-    Show it with ``IPython.display.HTML``. Nothing in the conversation is read as HTML.
+    Show it with ``IPython.display.HTML``. Text in the conversation is escaped.
     """
     ids, labels = encode_conversation(tokenizer, messages)
     pairs = zip(ids, labels, strict=True)
@@ -317,9 +317,9 @@ class Chat:
     ) -> str:
         """Return the model's answer, and add both turns to the conversation.
 
-        The answer ends with the turn (or with an end-of-text token). An interrupt ends it too: what
-        was written until then is the answer, and if nothing was, the question is forgotten. If the
-        conversation leaves no room in the context, its oldest turns are dropped, which is logged.
+        An interrupt (Ctrl-C) ends the answer too: what was written until then counts, and if
+        nothing was, the question is forgotten. If the conversation becomes too long for the
+        context, its oldest turns are dropped, which is logged.
 
         Parameters
         ----------
@@ -344,7 +344,7 @@ class Chat:
         room = context - min(max_new_tokens, context // 4) - len(header)
         [(ids, _, kept)] = _encode(self.tokenizer, [asked], room)
         if not kept:
-            raise ValueError(f"the message is too long: with its borders, {room} tokens fit")
+            raise ValueError(f"the message is too long: {room} tokens fit, a system turn included")
         self.dropped = len(asked) - len(kept)
         if self.dropped:
             logger.warning(

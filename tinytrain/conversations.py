@@ -1,11 +1,10 @@
 """Conversations to tune a model on: written from a table of facts, or your own.
 
-From text a model learns to go on with a text; from conversations, to answer. The written ones tell
-the facts of one half of the subjects: questions about the other half show what it knows from the
-text. Some ask about invented names, and the answer is "I do not know", or else it would answer
-anything with confidence. The price of so small a world: it learns short answers to short questions.
+The written ones tell the facts of half of the subjects: questions about the other half show what a
+model knows from its text. Some ask about invented names, and the answer is "I do not know": without
+them it would answer anything with confidence. All are short, so it learns short answers only.
 
-The wordings, and the parts that names are invented from, are in ``data/conversations.json``.
+The wordings, and the parts of the invented names, are in ``data/conversations.json``.
 """
 
 from __future__ import annotations
@@ -37,7 +36,8 @@ class ChatQuestion(NamedTuple):
 
     The ``group`` says what the conversations have of it: ``"tuned"`` the question, word for word;
     ``"reworded"`` the fact, but nothing in this wording; ``"untaught"`` the wording, but nothing
-    about this subject; ``"invented"`` the wording, but not this name, nor its first half.
+    about this subject; ``"invented"`` the wording, but not this name, nor its first half. A few of
+    the tuned questions are not learned from: `tinytrain.tuning` holds 64 conversations out.
     """
 
     question: str
@@ -110,7 +110,7 @@ def _pick(rnd: random.Random, items: Sequence[Any]) -> Any:
 
 
 def _split_facts(table: _Table) -> tuple[list[_Fact], list[_Fact]]:
-    """Return the facts that conversations tell, and those of the other half of the subjects."""
+    """Return the facts that conversations tell, and those that none tells."""
     halves: tuple[list[_Fact], list[_Fact]] = [], []
     for domain, how in _phrases()["domains"].items():
         subjects = sorted(table[domain], key=lambda subject: _hash(domain, subject["name"]))
@@ -118,14 +118,14 @@ def _split_facts(table: _Table) -> tuple[list[_Fact], list[_Fact]]:
             facts = (_Fact(domain, key, subject, how) for key in how["fields"] if key in subject)
             halves[number % 2].extend(facts)
     taught, untaught = halves
-    # Nor do answers name those subjects: "富士山位于日本" would be something about 日本.
+    # Nor may an answer name an untaught subject: "富士山位于日本" says something about 日本.
     names = {fact.subject["name"] for fact in untaught if len(fact.subject["name"]) > 1}
     taught = [f for f in taught if not any(name in f.subject[f.key] for name in names)]
     return taught, untaught
 
 
 def _invented(which: str) -> list[_Fact]:
-    """Return questions about names that do not exist; they begin with the "starts" or the "new"."""
+    """Return questions about invented names, with the beginnings "starts" or "new"."""
     facts = []
     for domain, how in _phrases()["domains"].items():
         if parts := how.get("invented"):
@@ -169,14 +169,14 @@ def write_conversations(facts: _Table, seed: int = 2222) -> list[dict[str, Any]]
 
 def _messages(turns: _Turns) -> list[dict[str, str]]:
     roles = "user", "assistant"
-    pairs = (pair for turn in turns for pair in zip(roles, turn, strict=False))
+    pairs = (pair for turn in turns for pair in zip(roles, turn, strict=True))
     return [{"role": role, "content": text} for role, text in pairs]
 
 
 def _several_turns(
     rnd: random.Random, fact: _Fact, taught: list[_Fact], invented: list[_Fact]
 ) -> _Turns:
-    """Go on from a question to another about the same subject, or to the same about another."""
+    """Ask about a fact, then about others of the same subject, or the same about other subjects."""
     more, asked = _phrases()["more"], [fact]
     turns = [(_pick(rnd, fact.questions()), fact.answer(rnd))]
     for _ in range(_pick(rnd, (1, 1, 2))):
@@ -208,12 +208,12 @@ def chat_questions(facts: _Table, limit: int | None = None) -> list[ChatQuestion
     facts : dict of list of dict
         What `tinytrain.encyclopedia.read_facts` returns.
     limit : int, optional
-        At most so many of each group, from all of its domains.
+        At most so many of each group, a mixture of its domains.
 
     Returns
     -------
     list of ChatQuestion
-        Group by group. `UNKNOWN` is wrong for all but those about ``"invented"`` names.
+        Group by group. Only about ``"invented"`` names is `UNKNOWN` right.
     """
     taught, untaught = _split_facts(facts)
     groups = {
@@ -241,8 +241,8 @@ _TOOLS = ("tool", "function", "function_call", "function_response", "observation
 def load_conversations(path: str | Path) -> Dataset:
     """Load conversations of your own from a file of JSON lines, a JSON array, or parquet.
 
-    Its name ends in ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet``, perhaps with ``.gz`` or
-    ``.xz`` behind. A conversation has a field ``messages`` (a list of ``role`` and ``content``),
+    Its name ends in ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet``, perhaps followed by ``.gz``
+    or ``.xz``. A conversation has a field ``messages`` (a list of ``role`` and ``content``),
     ``conversations`` (the same, or ShareGPT's ``from`` and ``value``), or Alpaca's ``instruction``,
     ``input`` and ``output`` (and ``history``); a ``system`` beside them comes first.
 
@@ -330,7 +330,10 @@ def _read_turns(row: Any, place: str) -> list[dict[str, str]]:
     turns = fields.get("messages", fields.get("conversations"))
     if turns is None and {"instruction", "output"} <= set(fields):
         asked = "\n".join(str(fields[k]) for k in ("instruction", "input") if fields.get(k))
-        turns = _messages([*fields.get("history", []), (asked, fields["output"])])
+        try:
+            turns = _messages([*fields.get("history", []), (asked, fields["output"])])
+        except (TypeError, ValueError):
+            raise ValueError(f"{place}: 'history' is not a list of question and answer") from None
     if not isinstance(turns, list):
         raise ValueError(
             f"{place}: has no list 'messages' or 'conversations', nor 'instruction' and 'output'; "

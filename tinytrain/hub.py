@@ -91,7 +91,7 @@ def download_dataset(
 ) -> list[Path]:
     """Download a dataset's files of JSON lines, JSON and parquet, also packed as gz or xz.
 
-    The hub is asked each time which there are; what is there already is not fetched again.
+    The hub is asked each time which there are; a file that you have is not downloaded again.
 
     Parameters
     ----------

@@ -157,7 +157,7 @@ def trained_recipe(recipe: Recipe, asked: Collection[str] | None = None) -> Reci
         If the model is incomplete or damaged, or was made from something else.
     """
     folder = steps.run_folder(recipe) / "model"
-    again = f"`{_training_command(recipe)}`"
+    again = f"`{shell_command(recipe)}`"
     made = steps.read_inputs(folder)
     if made is None and not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -195,15 +195,15 @@ def check_held_out(recipe: Recipe, folder: Path) -> None:
                 )
 
 
-def _training_command(recipe: Recipe) -> str:
-    """Return the command that trains a recipe, with all that differs from the recipe's own."""
+def shell_command(recipe: Recipe, step: str = "train") -> str:
+    """Return the command of a step, with all in which the recipe differs from its original."""
     plain = RECIPES.get(recipe.name, recipe)
-    command = f"python -m tinytrain train --recipe {recipe.name}"
+    command = f"python -m tinytrain {step} --recipe {recipe.name}"
     if recipe.corpus != plain.corpus:
         command += f" --corpus {shlex.quote(recipe.corpus)}"
     changed = [n for n, value in asdict(recipe).items() if value != getattr(plain, n)]
     values = [f"{n}={getattr(recipe, n)}" for n in changed if n not in ("name", "corpus")]
-    command += f" --set {' '.join(values)}" if values else ""
+    command += f" --set {shlex.join(values)}" if values else ""
     if runs := os.environ.get("TINYTRAIN_RUNS"):
         command += f" --runs {shlex.quote(runs)}"
     return command
@@ -332,8 +332,8 @@ def export_run(
     made, target = (run / "chat", run / "export-chat") if chat else (run, run / "export")
     if chat and (damaged := steps.find_damage(made / "model")):
         raise FileNotFoundError(
-            f"{made / 'model' / damaged} is missing or damaged: `python -m tinytrain tune --recipe "
-            f"{recipe.name}` makes a model that answers"
+            f"{made / 'model' / damaged} is missing or damaged: `{shell_command(recipe, 'tune')}` "
+            "makes a model that answers"
         )
     model, tokenizer = load_trained(recipe, made / "model" if chat else None)
     facts = {**(_chat_facts(recipe) if chat else _run_facts(recipe)), **facts}

@@ -335,9 +335,9 @@ def get_questions(recipe: Recipe) -> list[encyclopedia.Question]:
 def get_conversations(recipe: Recipe) -> Dataset:
     """Return the conversations to tune a model on, in a column ``messages``.
 
-    They are those of ``recipe.chats``: a file, or of a hub ``modelscope:owner/name`` or
-    ``huggingface:owner/name``, perhaps with ``/file.jsonl``. By default they are written from the
-    table of facts, and have a column ``kind`` too.
+    ``recipe.chats`` names a file, or a dataset on a hub: ``modelscope:owner/name`` or
+    ``huggingface:owner/name``, and ``/file.jsonl`` after it for one of its files. By default they
+    are written from the table of facts, and have a column ``kind`` too.
 
     Raises
     ------

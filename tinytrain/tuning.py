@@ -1,8 +1,7 @@
 """Tune a trained model on conversations, so that it answers; a run like that of `runs`.
 
-It learns from the assistant's turns alone, and from some text as before: without that it would soon
-have forgotten much of what it knew. What comes of it is measured with questions, and by what the
-held-out text costs before and after.
+It learns from the assistant's turns, and from some text of its training set: without that it would
+soon forget much of what it knows. Questions, and the held-out text, measure it before and after.
 
 This module joins the others, as `runs` does; copy from those, not from here.
 """
@@ -46,20 +45,20 @@ def chat_blocks(
     text: bool = True,
     mask: bool = True,
 ) -> DatasetDict:
-    """Return conversations packed into blocks: ``train`` with text beside, and held-out ``test``.
+    """Return conversations packed into blocks: ``train``, with text added, and held-out ``test``.
 
     Parameters
     ----------
     recipe : Recipe
-        Its ``chats`` and ``chat_text`` decide.
+        Its ``chats`` names the conversations, its ``chat_text`` the share of text.
     tokenizer : transformers.PreTrainedTokenizerBase
         From `tinytrain.chat.add_chat_template`.
     context_length : int, optional
         Tokens of a block; by default the recipe's.
     text : bool
-        Whether to add blocks of the run's training set, ``recipe.chat_text`` of all.
+        Whether to add blocks of text, from the run's training set.
     mask : bool
-        False learns from what the user says, too, to see what that is worse for.
+        False lets the model learn from the user's turns too, to see what that spoils.
 
     Returns
     -------
@@ -95,14 +94,15 @@ def chat_blocks(
         known = steps.get_blocks(recipe)["train"].shuffle(recipe.split_seed)
         ids = np.array(known.select(range(min(number, len(known))))["input_ids"], dtype=np.int32)
         positions = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
-        columns = {"input_ids": ids, "labels": ids, "position_ids": positions}
-        beside = Dataset.from_dict({name: list(column) for name, column in columns.items()})
-        blocks["train"] = concatenate_datasets([blocks["train"], beside])
+        added = Dataset.from_dict({"input_ids": ids, "labels": ids, "position_ids": positions})
+        blocks["train"] = concatenate_datasets([blocks["train"], added])
     return blocks
 
 
 def tuning_recipe(recipe: Recipe, blocks: int) -> Recipe:
-    """Return the recipe of the tuning: that of the run, with its ``chat_`` fields in place.
+    """Return the recipe of a tuning on so many blocks: its ``chat_`` fields take effect.
+
+    A run's ``max_steps`` limits its tuning too; to tune for less, lower ``chat_epochs``.
 
     Examples
     --------
@@ -135,7 +135,7 @@ def tuning_recipe(recipe: Recipe, blocks: int) -> Recipe:
 
 
 def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -> dict[str, Any]:
-    """Tune a model on conversations as notebook 08 does, in one process or in several.
+    """Tune a model on conversations, in one process or in several, and measure what it has learned.
 
     A tuning that was stopped goes on; one of another model, template or conversations is moved
     aside. Everything is kept in `chat_folder`.
@@ -143,10 +143,10 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     Parameters
     ----------
     recipe : Recipe
-        The run; its fields under "tuning on conversations" decide.
+        The run; see its fields under "tuning on conversations".
     base : Path, optional
-        The folder of another model, in Hugging Face's format, whose tokenizer knows ChatML's
-        tokens; then no text is mixed in. By default the run's own, trained first if need be.
+        A folder with another model, in Hugging Face's format, whose tokenizer has ChatML's tokens;
+        then no text is mixed in. By default the run's own model, trained first if need be.
     fresh : bool
         Start over; an earlier tuning is kept aside.
 
@@ -154,8 +154,8 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     -------
     dict
         ``finished``. If true, the first process adds ``chat_before`` and ``chat_after`` (of
-        `measure_chat`), ``bits_before`` and ``bits_after`` (of `bits_per_character`), all of them
-        as `tinytrain.evaluation.Interval`; ``summary.json`` has them too.
+        `measure_chat`), ``bits_before`` and ``bits_after`` (of `bits_per_character`);
+        ``summary.json`` has them too.
     """
     from tinytrain.checkpoints import train
 
@@ -174,10 +174,8 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     tuned = tuning_recipe(recipe, len(blocks["train"]))
     mine = runs.share_recipe(tuned, world_size())
     tokens = mine.batch_size * mine.gradient_accumulation * length * world_size()
-    write = partial(_write_answers, tokenizer=tokenizer)
-    questions = _questions(recipe)
-    size = model.config.vocab_size
-    watching = runs.watch(tuned, run, tokenizer, size, tokens, write, questions)
+    watched = tuned, run, tokenizer, model.config.vocab_size, tokens
+    watching = runs.watch(*watched, partial(_write_answers, tokenizer), _questions(recipe))
     trainer = runs.assemble(
         mine, run / "checkpoints", precision, watching, steps.prepare(model, recipe), blocks
     )
@@ -200,7 +198,7 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
 
 
 def tune_steps(recipe: Recipe, number: int, mask: bool = True) -> PreTrainedModel:
-    """Tune the run's trained model for so many steps, to compare recipes; nothing is kept."""
+    """Return the run's model after so many steps of tuning, to compare recipes; keep nothing."""
     from tinytrain.callbacks import LossGuard
 
     base = _base(recipe, None)
@@ -219,9 +217,9 @@ def tune_steps(recipe: Recipe, number: int, mask: bool = True) -> PreTrainedMode
 
 
 def average(model: PreTrainedModel, before: PreTrainedModel, share: float) -> None:
-    """Change a tuned model's weights to such a share of them and the rest of those before.
+    """Average a tuned model's weights, in place, with those before; theirs count ``1 - share``.
 
-    That takes back more of what the tuning has forgotten than of what it has taught.
+    The model gets back much of what it has forgotten, and loses little of what it has learned.
 
     References
     ----------
@@ -235,10 +233,7 @@ def average(model: PreTrainedModel, before: PreTrainedModel, share: float) -> No
 
 
 def get_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the run's model as it was tuned on conversations, and its tokenizer.
-
-    It is tuned first if it was not yet, or from another model, template or other conversations.
-    """
+    """Return the run's model, tuned on its conversations, and the tokenizer; tune it if need be."""
     folder = chat_folder(recipe) / "model"
     made = steps.read_inputs(folder)
     inputs = _inputs(recipe, _base(recipe, None), own=True)
@@ -253,14 +248,14 @@ def load_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     Raises
     ------
     FileNotFoundError
-        If there is none, or it is damaged; the message says how to make it.
+        If there is none, or it is damaged; the message says how to make one.
     """
     folder = chat_folder(recipe) / "model"
-    command = f"`python -m tinytrain tune --recipe {recipe.name}` makes one"
-    if not (folder / "inputs.json").is_file():
-        raise FileNotFoundError(f"there is no model to talk to in {folder}: {command}")
     if damaged := steps.find_damage(folder):
-        raise FileNotFoundError(f"{folder / damaged} is missing or damaged: {command} again")
+        raise FileNotFoundError(
+            f"there is no model to talk to: {folder / damaged} is missing or damaged. "
+            f"`{results.shell_command(recipe, 'tune')}` makes one"
+        )
     return results.load_trained(recipe, folder)
 
 
@@ -283,7 +278,7 @@ def _prepared(recipe: Recipe, base: Path) -> PreTrainedModel:
 
 
 def _inputs(recipe: Recipe, base: Path, own: bool) -> dict[str, Any]:
-    """Return what decides the outcome of a tuning."""
+    """Return what decides the outcome of a tuning, for `tinytrain.checkpoints.train`."""
     digest = hashlib.sha256()
     for messages in steps.get_conversations(recipe)["messages"]:
         digest.update(json.dumps(messages, sort_keys=True).encode())
@@ -308,14 +303,14 @@ def measure_chat(
     recipe: Recipe,
     limit: int = _QUESTIONS,
 ) -> dict[str, Interval]:
-    """Return the shares of right answers by group, and of real subjects that it says not to know.
+    """Return the shares of right answers by group, and of real subjects it claims not to know.
 
     Parameters
     ----------
     model, tokenizer
         A model and its tokenizer, with the chat template.
     recipe : Recipe
-        With conversations of your own there are no questions, and the result is empty.
+        With conversations of your own (``chats``) there are no questions, and the result is empty.
     limit : int
         Questions of each group at most.
 
@@ -339,7 +334,7 @@ def measure_chat(
 def bits_per_character(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, limit: int = 200
 ) -> Interval:
-    """Return what the first held-out documents of the run cost: more than before is forgotten."""
+    """Return the bits per character of the run's first held-out documents: forgetting adds some."""
     texts = steps.get_split(recipe)["test"]["text"][:limit]
     length = min(recipe.context_length, context_of(model))
     losses = evaluation.document_losses(model, tokenizer, texts, length)
@@ -351,7 +346,7 @@ def _measure(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
     return {"chat": shares, "bits": bits_per_character(model, tokenizer, recipe)}
 
 
-def _write_answers(model: Any, prompts: list[str], tokenizer: Any) -> list[str]:
+def _write_answers(tokenizer: Any, model: Any, prompts: list[str]) -> list[str]:
     return chat.answer_each(model, tokenizer, prompts, max_new_tokens=24)
 
 
