@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+from test_chat_command import FRANCE, HELLO, taught_to_chat
 
 from tinytrain.callbacks import read_history
 
@@ -157,6 +158,10 @@ def wait_until(page, condition, seconds=120):
         page.wait_for_timeout(100)
 
 
+def wait_for_text(page, place, text):
+    wait_until(page, lambda: place.inner_text() == text)
+
+
 def widget(page, label):
     """Return the input with this label and the explorer that it is in."""
     control = page.locator(".jupyter-widgets.widget-inline-hbox").filter(
@@ -247,6 +252,56 @@ def test_06_writes_on_from_a_prompt(lab, page):
     wait_until(page, lambda: written.inner_text() not in (sampled, "", "法国的首都是"))
     wait_until(page, write.is_enabled)
     assert written.inner_text().startswith("法国的首都是")
+
+
+CHAT = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tinytrain import widgets
+
+kinds = AutoModelForCausalLM, AutoTokenizer
+widgets.chat_box(*(kind.from_pretrained(FOLDER) for kind in kinds), questions=["你好"])"""
+
+
+def test_the_chat_box_answers_what_is_typed_and_starts_over(lab, page):
+    hostile = ("<img src=x onerror=alert(1)>", "<b onclick=alert(2)>\n&lt;")
+    for each in taught_to_chat(more=[hostile]):
+        each.save_pretrained(lab.runs / "tuned")
+    cell = nbformat.v4.new_code_cell(CHAT.replace("FOLDER", repr(str(lab.runs / "tuned"))))
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)"}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernel})
+    nbformat.write(notebook, lab.runs / "notebooks" / "chat_box.ipynb")
+    open_notebook(page, lab, "chat_box")
+    menu(page, "Run", "Run All Cells")
+    send = page.get_by_role("button", name="Send")
+    send.wait_for()
+    box = page.locator(".widget-vbox").filter(has=send)
+    field, shown = box.locator("input[type=text]"), box.locator(".widget-html-content").first
+    watch = """element => {
+        window.seen = []
+        const look = () => window.seen.push(element.innerText)
+        new MutationObserver(look).observe(element, {childList: true, subtree: true})
+    }"""
+    shown.evaluate(watch)
+
+    said = []
+    for question, answer in (FRANCE, HELLO, hostile):
+        field.press_sequentially(question)
+        field.press("Enter")
+        said += [question, answer]
+        wait_for_text(page, shown, "\n".join(said))
+        wait_until(page, send.is_enabled)
+        assert field.input_value() == ""
+    seen = page.evaluate("window.seen")
+    parts = [text for text in seen if text.startswith(f"{FRANCE[0]}\n") and "你好" not in text]
+    assert len(set(parts)) > 1  # it was written while one watched
+    assert shown.locator("img, b").count() == 0
+    shoot(page, "chat_box", box)
+
+    box.get_by_role("button", name="Start over").click()
+    wait_for_text(page, shown, "")
+    box.get_by_role("button", name=HELLO[0]).click()
+    wait_for_text(page, shown, "\n".join(HELLO))
 
 
 def test_the_chinese_edition_runs_and_leads_to_the_english_one(lab, page):
