@@ -26,7 +26,7 @@ from torch.testing import assert_close
 from tinytrain.__main__ import main
 from tinytrain.callbacks import read_history
 from tinytrain.recipes import RECIPES
-from tinytrain.runs import _share_recipe
+from tinytrain.runs import share_recipe
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
@@ -287,11 +287,11 @@ def test_a_killed_process_ends_the_run_and_what_goes_on_is_said(launcher, runs):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_step_is_shared_out(name, number):
     recipe = RECIPES[name]
-    mine = _share_recipe(recipe, number)
+    mine = share_recipe(recipe, number)
     tokens = mine.tokens_per_step * number
     assert mine.batch_size <= recipe.batch_size
     if recipe.tokens_per_step % (number * recipe.context_length) == 0:
         assert tokens == recipe.tokens_per_step
     else:
         assert 0 < (tokens - recipe.tokens_per_step) // recipe.context_length < number
-    assert _share_recipe(recipe, 1) == recipe
+    assert share_recipe(recipe, 1) == recipe
