@@ -84,8 +84,8 @@ def encode_conversation(
     """Return the token ids of a conversation, and labels that count where the assistant speaks.
 
     They are those of ``apply_chat_template(messages, return_assistant_tokens_mask=True)``, but each
-    content is tokenized by itself. So an ``<|im_end|>`` that a user typed stays text, and a line end
-    at the beginning of an answer is not merged with the prompt's, which comes first in talking too.
+    content is tokenized by itself. So an ``<|im_end|>`` that a user typed stays text, and a line
+    end that begins an answer is not merged with the prompt's, which comes first in talking too.
 
     Parameters
     ----------
