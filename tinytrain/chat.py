@@ -83,11 +83,9 @@ def encode_conversation(
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of a conversation, and labels that count where the assistant speaks.
 
-    They are those of ``apply_chat_template(messages, return_assistant_tokens_mask=True)``, with two
-    differences. A template makes one text of a conversation, in which an ``<|im_end|>`` that a user
-    typed looks like its own; here each content is tokenized by itself, and what is typed stays
-    text. And a line end at the beginning of an answer is not merged with the prompt's into one
-    token: in talking, the prompt comes first.
+    They are those of ``apply_chat_template(messages, return_assistant_tokens_mask=True)``, but each
+    content is tokenized by itself. So an ``<|im_end|>`` that a user typed stays text, and a line
+    end that begins an answer is not merged with the prompt's, which comes first in talking too.
 
     Parameters
     ----------
@@ -230,7 +228,7 @@ def pack_conversations(rows: Dataset, context_length: int, pad_token_id: int) ->
 def colour_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str:
     """Return a conversation as HTML: green where the model learns to write it, grey elsewhere.
 
-    Show it with ``IPython.display.HTML``. Text in the conversation is escaped.
+    Show it with ``IPython.display.HTML``; the conversation's text is escaped.
     """
     ids, labels = encode_conversation(tokenizer, messages)
     pairs = zip(ids, labels, strict=True)

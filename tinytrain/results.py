@@ -286,15 +286,14 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
 
 
 def _chat_facts(recipe: Recipe) -> dict[str, Any]:
-    """Return what is known of a run's model that was tuned on conversations."""
+    """Return what the folder of a run tells about its tuned model, for the model card."""
     run = steps.run_folder(recipe)
     made, base = (steps.read_inputs(folder / "model") for folder in (run / "chat", run))
     facts: dict[str, Any] = {"name": f"tinytrain-{run.name}"}
     if base and made["inputs"]["base"] == weights_hash(run / "model"):  # not another model
         facts = _run_facts(trained_recipe(recipe, ()))
-        for name in ("held_out_loss", "bits_per_character", "interval", "cloze_after"):
-            facts.pop(name, None)  # measured before it was tuned
-        facts.pop("completions", None)
+        measured = "held_out_loss", "bits_per_character", "interval", "cloze_after", "completions"
+        facts = {name: facts[name] for name in facts if name not in measured}  # before the tuning
     facts["name"] += "-chat"
     with suppress(OSError, ValueError):
         summary = json.loads((run / "chat" / "summary.json").read_text(encoding="utf-8"))

@@ -154,8 +154,7 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     -------
     dict
         ``finished``. If true, the first process adds ``chat_before`` and ``chat_after`` (of
-        `measure_chat`), ``bits_before`` and ``bits_after`` (of `bits_per_character`);
-        ``summary.json`` has them too.
+        `measure_chat`), ``bits_before`` and ``bits_after`` (of `bits_per_character`).
     """
     from tinytrain.checkpoints import train
 
