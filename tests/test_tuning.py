@@ -157,8 +157,8 @@ def test_a_tuning_of_something_else_is_named_and_moved_aside(recipe, change, nam
     earlier = weights(recipe)
     recipe = change(recipe, monkeypatch)
     tuning.get_tuned(recipe)
-    log = next(tuning.chat_folder(recipe).parent.rglob("training.log")).read_text(encoding="utf-8")
-    [line] = [line for line in log.splitlines() if "kept in" in line or "moved" in line]
+    log = (tuning.chat_folder(recipe) / "training.log").read_text(encoding="utf-8")
+    [line] = [line for line in log.splitlines() if "is kept as" in line]
     assert name in line
     kept = list(tuning.chat_folder(recipe).rglob("model.safetensors"))
     assert any(
