@@ -107,9 +107,9 @@ class Recipe:
 
     # --- tuning on conversations, after the training -------------------------------------------
     chats: str | None = None  # your own: a file, or modelscope:owner/name; None: written
-    chat_learning_rate: float = 1e-3
+    chat_learning_rate: float = 1e-3  # of AdamW; goes down with the width, as below
     chat_batch_size: int = 4  # few blocks and many steps: the form takes steps to learn
-    chat_epochs: float = 1.7
+    chat_epochs: float = 1.7  # with less, questions about other subjects fail more often
     chat_text: float = 0.5  # share of the blocks that are text: without it, the model forgets it
     chat_average: float = 0.9  # of the tuned weights, the rest of those before: it forgets less
 
