@@ -468,11 +468,8 @@ def test_a_tuned_run_is_exported_with_its_facts(run, smoke, answering):
     model, tokenizer = answering
     for part in (model, tokenizer):
         part.save_pretrained(run / "chat" / "model")
-    files = steps.read_inputs(run / "model")["files"]
-    for base, words in (
-        ([files["model.safetensors"], files["tokenizer.json"]], "270 documents"),
-        (["another model's"], "not recorded"),
-    ):
+    known = results.weights_hash(run / "model")
+    for base, words in ((known, "270 documents"), ("another model's", "not recorded")):
         results._write_inputs(run / "chat" / "model", {"base": base}, 5, 5, {})
         summary = {"step": 5, "conversations": 77, "bits_before": [3.0] * 3}
         summary |= {"bits_after": [3.25] * 3, "chat_before": {}, "chat_after": {}, "chats": None}
