@@ -56,8 +56,11 @@ def taught_to_chat(context=192, more=()):
 def folder(tmp_path_factory):
     """A tuned model, as a folder in Hugging Face format."""
     path = tmp_path_factory.mktemp("tuned")
-    for each in taught_to_chat():
-        each.save_pretrained(path)
+    model, tokenizer = taught_to_chat()
+    for place, context in ((path, 192), (path / "long", 2048)):
+        model.config.max_position_embeddings = context
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
     return path
 
 
@@ -166,13 +169,13 @@ def test_a_conversation_in_a_terminal(terminal):
     assert child.exitstatus == 0
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(terminal):
-    child = terminal("--max-new-tokens", "1000")
+def test_ctrl_c_stops_the_answer_and_not_the_program(terminal, folder):
+    child = terminal("--max-new-tokens", "1500", "--model", str(folder / "long"))
     child.sendline(ENDLESS[0])
     child.expect_exact("啊啊")  # it writes
     child.sendintr()
     child.expect_exact("\r\n> ")
-    assert child.before.count("啊") < 80
+    assert child.before.count("啊") < 4000  # in 1,500 tokens would be 6,000
     assert ask(child, HELLO[0]) == "你好！\n"
     child.send("half a quest")
     child.expect_exact("half a quest")

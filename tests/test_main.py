@@ -197,7 +197,7 @@ def test_a_text_is_continued_on_stdout_alone(with_model, capsys):
     knobs = ["--max-new-tokens", "8", "--temperature", "0.8", "--top-k", "20", "--top-p", "0.9"]
     shown = shell("generate", "法国的首都是", "--recipe", "smoke", *knobs, "--seed", "2")
     assert shown.returncode == 0 and shown.stderr == ""
-    assert shown.stdout.startswith("法国的首都是") and len(shown.stdout) > 10
+    assert shown.stdout.startswith("法国的首都是") and len(shown.stdout) > 8
     assert run("generate", "法国的首都是", *knobs, "--seed", "2") == 0
     assert capsys.readouterr().out == shown.stdout
 
