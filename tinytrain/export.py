@@ -119,7 +119,8 @@ def export_model(
             finish(building)
         for file in building.glob("*.safetensors"):
             file.chmod(0o644)  # the library writes them for their owner alone
-    logger.info("exported to %s: %s", folder, ", ".join(sorted(os.listdir(folder))))
+    place = os.path.relpath(folder) if folder.drive == Path.cwd().drive else folder
+    logger.info("exported to %s: %s", place, ", ".join(sorted(os.listdir(folder))))
     return folder
 
 
