@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -51,6 +52,19 @@ def smoke(tmp_path_factory):
             blocks=steps.get_blocks(recipe),
             config=steps.get_config(recipe),
         )
+
+
+@pytest.fixture(scope="session")
+def trained(smoke, tmp_path_factory):
+    """The folder of runs after ``python -m tinytrain train --recipe smoke``."""
+    from tinytrain.__main__ import main
+
+    runs = tmp_path_factory.mktemp("trained") / "runs"
+    shutil.copytree(smoke.runs, runs, ignore=shutil.ignore_patterns("*.lock"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYTRAIN_RUNS", str(runs))
+        assert main(["train", "--recipe", "smoke"]) == 0
+    return runs
 
 
 @pytest.fixture

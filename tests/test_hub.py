@@ -11,13 +11,15 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 
 import pytest
 from hubs import TOKEN, Hub, sha256
 
-from tinytrain import export, hub
+from tinytrain import export, hub, steps
 from tinytrain.common import EXPORT_MARK, hash_files, write_json
 from tinytrain.hub import download_dataset, download_wikipedia, upload
+from tinytrain.recipes import RECIPES
 
 HUBS = ("modelscope", "huggingface")
 WIKIPEDIA = "wikipedia-cn-20230720-filtered"
@@ -206,6 +208,17 @@ def test_the_data_of_a_dataset_by_name(server, tmp_path, name):
     assert download_dataset("ann/talks", folder, name) == paths
     assert len(server.requests) == before
     assert not [path for path in (tmp_path / "home").rglob("*.jsonl")]
+
+
+@both_hubs
+def test_conversations_come_from_a_hub_by_name(server, tmp_path, name, monkeypatch):
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path / "runs"))
+    line = '{"instruction": "%s？", "output": "好。"}\n'
+    files = {"a.jsonl": (line % "一").encode(), "b.jsonl": (line % "二").encode()}
+    server.repositories["datasets/ann/talks"] = {"files": files}
+    for chats, asked in ((f"{name}:ann/talks", "一二"), (f"{name}:ann/talks/b.jsonl", "二")):
+        found = steps.get_conversations(replace(RECIPES["smoke"], chats=chats))["messages"]
+        assert [messages[0]["content"] for messages in found] == [f"{each}？" for each in asked]
 
 
 @both_hubs

@@ -26,17 +26,6 @@ def own_runs_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path / "runs"))
 
 
-@pytest.fixture(scope="module")
-def trained(smoke, tmp_path_factory):
-    """The folder of runs after ``train``."""
-    runs = tmp_path_factory.mktemp("trained") / "runs"
-    shutil.copytree(smoke.runs, runs, ignore=shutil.ignore_patterns("*.lock"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINYTRAIN_RUNS", str(runs))
-        assert command.main(["train", "--recipe", "smoke"]) == 0
-    return runs
-
-
 def run(*arguments):
     return command.main([*arguments, "--recipe", "smoke"])
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,31 +11,19 @@ import torch
 from safetensors.torch import load_file
 
 from tinytrain import chat, results, runs, steps, tuning
+from tinytrain.checkpoints import last_checkpoint
+from tinytrain.conversations import load_conversations
 from tinytrain.recipes import RECIPES
 from tinytrain.tokenization import load_tokenizer
 
 MASKED = -100
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def trained(folder):
-    """The folder of a small model that is trained and not tuned yet."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINYTRAIN_RUNS", str(folder))
-        runs.get_trained(RECIPES["smoke"])
-    return folder
-
-
 @pytest.fixture
 def recipe(trained, tmp_path, monkeypatch):
     """A recipe whose run is a copy of the trained one, with few conversations."""
     copied = tmp_path / "runs"
-    subprocess.run(["cp", "-r", trained, copied], check=True)
+    shutil.copytree(trained, copied, ignore=shutil.ignore_patterns("*.lock"))
     monkeypatch.setenv("TINYTRAIN_RUNS", str(copied))
     monkeypatch.setattr("tinytrain.tuning._QUESTIONS", 4)
     return replace(RECIPES["smoke"], chats=str(write_chats(tmp_path)), chat_epochs=4.0)
@@ -43,20 +32,14 @@ def recipe(trained, tmp_path, monkeypatch):
 def write_chats(folder, number=24, answer="二"):
     path = folder / "chats.jsonl"
     roles = "user", "assistant"
-    lines = [
-        {
-            "messages": [
-                {"role": r, "content": c} for r, c in zip(roles, (f"{n}？", answer), strict=True)
-            ]
-        }
-        for n in range(number)
-    ]
+    said = [zip(roles, (f"{n}？", answer), strict=True) for n in range(number)]
+    lines = [{"messages": [{"role": r, "content": c} for r, c in pairs]} for pairs in said]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
 
 def weights(recipe):
-    return load_file(tuning.chat_folder(recipe) / "model" / "model.safetensors")
+    return load_file(steps.chat_folder(recipe) / "model" / "model.safetensors")
 
 
 def test_a_model_is_tuned_measured_and_loaded(recipe, monkeypatch):
@@ -66,7 +49,7 @@ def test_a_model_is_tuned_measured_and_loaded(recipe, monkeypatch):
     groups = {"tuned", "reworded", "untaught", "invented", "refused"}
     assert set(result["chat_before"]) == set(result["chat_after"]) == groups
     assert result["bits_after"].value > 0
-    folder = tuning.chat_folder(recipe)
+    folder = steps.chat_folder(recipe)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["bits_after"] == list(result["bits_after"]) and summary["conversations"] > 1000
     for name in ("loss.png", "history.jsonl", "samples.jsonl"):
@@ -83,7 +66,7 @@ def test_a_model_is_tuned_measured_and_loaded(recipe, monkeypatch):
 
 def test_what_is_learned_from_are_answers_and_text(recipe):
     tokenizer = chat.add_chat_template(steps.get_tokenizer(recipe))
-    blocks = tuning.chat_blocks(recipe, tokenizer)
+    blocks = tuning.chat_blocks(recipe, steps.get_conversations(recipe), tokenizer)
     text = set(map(tuple, steps.get_blocks(recipe)["train"]["input_ids"]))
     rows = list(blocks["train"])
     from_text = [row for row in rows if tuple(row["input_ids"]) in text]
@@ -102,7 +85,8 @@ def test_what_is_learned_from_are_answers_and_text(recipe):
 
 def test_without_the_mask_questions_are_learned_too(recipe):
     tokenizer = chat.add_chat_template(steps.get_tokenizer(recipe))
-    blocks = tuning.chat_blocks(replace(recipe, chat_text=0.0), tokenizer, mask=False)
+    found = steps.get_conversations(recipe)
+    blocks = tuning.chat_blocks(replace(recipe, chat_text=0.0), found, tokenizer, mask=False)
     labels = sum(blocks["train"]["labels"], [])
     assert "23？" in tokenizer.decode([label for label in labels if label != MASKED])
     assert tokenizer.pad_token_id not in labels
@@ -112,23 +96,33 @@ def test_a_killed_tuning_goes_on_to_the_same_weights(recipe, tmp_path):
     recipe = replace(recipe, save_steps=2, logging_steps=1)
     tuning.tune_recipe(recipe)
     expected = weights(recipe)
-    tuning.chat_folder(recipe).rename(tmp_path / "expected")
+    steps.chat_folder(recipe).rename(tmp_path / "expected")
     program = f"from tinytrain import recipes, tuning\ntuning.tune_recipe(recipes.{recipe!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=os.environ.copy()
     )
-    checkpoints = tuning.chat_folder(recipe) / "checkpoints"
+    checkpoints = steps.chat_folder(recipe) / "checkpoints"
     for line in process.stdout:
         if "step 10: " in line:
             process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL and list(checkpoints.glob("checkpoint-*"))
-    assert not (tuning.chat_folder(recipe) / "model").exists()
+    assert not (steps.chat_folder(recipe) / "model").exists()
     tuning.tune_recipe(recipe)
-    log = (tuning.chat_folder(recipe) / "training.log").read_text(encoding="utf-8")
+    log = (steps.chat_folder(recipe) / "training.log").read_text(encoding="utf-8")
     assert "going on from checkpoint-" in log
     found = weights(recipe)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_weights_are_averaged_with_those_before(recipe):
+    recipe = replace(recipe, chat_average=0.75)
+    tuning.tune_recipe(recipe)
+    name, folder = "model.norm.weight", steps.chat_folder(recipe)
+    before = load_file(steps.run_folder(recipe) / "model" / "model.safetensors")[name]
+    after = load_file(last_checkpoint(folder / "checkpoints") / "model.safetensors")[name]
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(weights(recipe)[name], 0.25 * before + 0.75 * after)
 
 
 def other_chats(recipe, patch):
@@ -157,14 +151,14 @@ def test_a_tuning_of_something_else_is_named_and_moved_aside(recipe, change, nam
     earlier = weights(recipe)
     recipe = change(recipe, monkeypatch)
     tuning.get_tuned(recipe)
-    log = (tuning.chat_folder(recipe) / "training.log").read_text(encoding="utf-8")
+    log = (steps.chat_folder(recipe) / "training.log").read_text(encoding="utf-8")
     [line] = [line for line in log.splitlines() if "is kept as" in line]
     assert name in line
-    kept = list(tuning.chat_folder(recipe).rglob("model.safetensors"))
+    kept = list(steps.chat_folder(recipe).rglob("model.safetensors"))
     assert any(
         torch.equal(load_file(file)["model.norm.weight"], earlier["model.norm.weight"])
         for file in kept
-        if file.parent.parent != tuning.chat_folder(recipe)
+        if file.parent.parent != steps.chat_folder(recipe)
     )
 
 
@@ -175,22 +169,21 @@ def test_a_model_from_elsewhere_is_tuned_without_text(recipe, tmp_path):
     tokenizer.save_pretrained(base)
     (steps.run_folder(recipe) / "model" / "inputs.json").unlink()  # so that nothing else is used
     assert tuning.tune_recipe(recipe, base=base)["finished"]
-    history = (tuning.chat_folder(recipe) / "history.jsonl").read_text()
-    model, tokenizer = tuning.load_tuned(recipe)
+    model, tokenizer = results.load_tuned(recipe)
     assert chat.answer_each(model, tokenizer, ["0？"])
-    made = steps.read_inputs(tuning.chat_folder(recipe) / "model")
-    assert made["inputs"]["chat_text"] == 0 and history
+    made = steps.read_inputs(steps.chat_folder(recipe) / "model")
+    assert made["inputs"]["chat_text"] == 0
 
 
 def test_what_is_missing_is_said(recipe, tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m tinytrain tune --recipe smoke"):
-        tuning.load_tuned(recipe)
+        results.load_tuned(recipe)
     with pytest.raises(FileNotFoundError, match="no file of conversations"):
         steps.get_conversations(replace(recipe, chats="nowhere.jsonl"))
-    one = str(write_chats(tmp_path, number=1))
     tokenizer = chat.add_chat_template(steps.get_tokenizer(recipe))
+    one = load_conversations(write_chats(tmp_path, number=1))
     with pytest.raises(ValueError, match="two are needed"):
-        tuning.chat_blocks(replace(recipe, chats=one), tokenizer)
-    long = str(write_chats(tmp_path, answer="一" * 200))
+        tuning.chat_blocks(recipe, one, tokenizer)
+    long = load_conversations(write_chats(tmp_path, answer="一" * 200))
     with pytest.raises(ValueError, match="none of .* fits into 64 tokens"):
-        tuning.chat_blocks(replace(recipe, chats=long), tokenizer)
+        tuning.chat_blocks(recipe, long, tokenizer)

@@ -167,7 +167,7 @@ def tune(options: argparse.Namespace) -> int:
             print(f"{_GROUPS[group]:42} {result['chat_before'][group]!s:23} {after}")
         name = "bits per character of held-out text"
         print(f"{name:42} {result['bits_before']!s:23} {result['bits_after']}")
-        print(f"the model is in {_shown(tuning.chat_folder(recipe) / 'model')}")
+        print(f"the model is in {_shown(steps.chat_folder(recipe) / 'model')}")
     return 0 if result["finished"] else 130
 
 
@@ -182,7 +182,6 @@ _GROUPS = {
 
 def chat(options: argparse.Namespace) -> None:
     """Talk to a tuned model in the terminal, or pipe questions to it, one a line."""
-    from tinytrain import tuning
     from tinytrain.chat import Chat, add_chat_template
 
     _show_no_bars()
@@ -190,7 +189,7 @@ def chat(options: argparse.Namespace) -> None:
     if options.model:
         model, tokenizer = results.load_trained(options.recipe, options.model)
     else:
-        model, tokenizer = tuning.load_tuned(options.recipe)
+        model, tokenizer = results.load_tuned(options.recipe)
     _converse(Chat(model, add_chat_template(tokenizer), options.system), sampling)
 
 
@@ -398,8 +397,7 @@ def _add_tuning_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_chat_options(parser: argparse.ArgumentParser) -> None:
-    about = "a tuned model in Hugging Face format (default: the recipe's)"
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help=about)
+    _add_model_option(parser)
     parser.add_argument("--system", type=utf8, metavar="TEXT", help="a system turn to begin with")
     _add_sampling_options(parser, max_new_tokens=128, temperature=0.0)
 

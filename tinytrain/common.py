@@ -261,7 +261,10 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Read the history of a run, past or still going on, from its folder or ``history.jsonl``."""
+    """Read the history of a run, past or still going on, from its folder or ``history.jsonl``.
+
+    If there is none, it raises a FileNotFoundError.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "history.jsonl"
@@ -491,6 +494,8 @@ def sample(
     on_text: Callable[[str], None] | None = None,
 ) -> str:
     """Let a model write after these token ids, sampling each token, and return the new text.
+
+    A sampling parameter out of its range is a ValueError.
 
     Parameters
     ----------

@@ -233,6 +233,23 @@ def load_trained(
     return model, tokenization.load_tokenizer(folder)
 
 
+def load_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the run's model that was tuned on conversations, whatever it was tuned from.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none, or it is damaged; the message says how to make one.
+    """
+    folder = steps.chat_folder(recipe) / "model"
+    if damaged := steps.find_damage(folder):
+        raise FileNotFoundError(
+            f"there is no model to talk to: {folder / damaged} is missing or damaged. "
+            f"`{shell_command(recipe, 'tune')}` makes one"
+        )
+    return load_trained(recipe, folder)
+
+
 def save_summary(recipe: Recipe, **values: Any) -> None:
     """Write the results of a run, which JSON can hold, to ``summary.json`` in its folder."""
     from tinytrain.hardware import machine_name
@@ -287,8 +304,8 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
 
 def _chat_facts(recipe: Recipe) -> dict[str, Any]:
     """Return what the folder of a run tells about its tuned model, for the model card."""
-    run = steps.run_folder(recipe)
-    made, base = (steps.read_inputs(folder / "model") for folder in (run / "chat", run))
+    run, tuned = steps.run_folder(recipe), steps.chat_folder(recipe)
+    made, base = (steps.read_inputs(folder / "model") for folder in (tuned, run))
     facts: dict[str, Any] = {"name": f"tinytrain-{run.name}"}
     if base and made["inputs"]["base"] == weights_hash(run / "model"):  # not another model
         facts = _run_facts(trained_recipe(recipe, ()))
@@ -296,7 +313,7 @@ def _chat_facts(recipe: Recipe) -> dict[str, Any]:
         facts = {name: facts[name] for name in facts if name not in measured}  # before the tuning
     facts["name"] += "-chat"
     with suppress(OSError, ValueError):
-        summary = json.loads((run / "chat" / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((tuned / "summary.json").read_text(encoding="utf-8"))
         if summary.pop("step", None) == made["step"]:
             facts |= summary
     return facts
@@ -328,13 +345,7 @@ def export_run(
         If it was trained with another recipe.
     """
     run = steps.run_folder(recipe)
-    made, target = (run / "chat", run / "export-chat") if chat else (run, run / "export")
-    if chat and (damaged := steps.find_damage(made / "model")):
-        raise FileNotFoundError(
-            f"{made / 'model' / damaged} is missing or damaged: `{shell_command(recipe, 'tune')}` "
-            "makes a model that answers"
-        )
-    model, tokenizer = load_trained(recipe, made / "model" if chat else None)
+    model, tokenizer = load_tuned(recipe) if chat else load_trained(recipe)
     facts = {**(_chat_facts(recipe) if chat else _run_facts(recipe)), **facts}
     finish = None
     if gguf:
@@ -342,5 +353,7 @@ def export_run(
 
         facts["gguf"] = "model.gguf"
         finish = partial(write_gguf, name=facts["name"])
+    made = steps.chat_folder(recipe) if chat else run
     files = (made / "loss.png", made / "history.jsonl")
+    target = run / ("export-chat" if chat else "export")
     return export.export_model(model, tokenizer, target, facts, dtype, files, finish)

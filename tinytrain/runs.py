@@ -90,8 +90,8 @@ def watch(
     """Return the callbacks of notebook 05.
 
     The run's folder gets ``history.jsonl``, ``samples.jsonl`` and ``loss.png``; a file ``STOP`` in
-    it ends the run. ``tokens_per_step`` counts all processes; by default it is the recipe's. What
-    the samples are, ``write`` and ``prompts`` decide; by default two completions.
+    it ends the run. ``tokens_per_step`` counts all processes; by default it is the recipe's.
+    ``write`` and ``prompts`` make the samples; by default they are two completions.
     """
     from tinytrain import callbacks
     from tinytrain.checkpoints import last_checkpoint

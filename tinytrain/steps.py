@@ -88,6 +88,11 @@ def run_folder(recipe: Recipe) -> Path:
     return folder
 
 
+def chat_folder(recipe: Recipe) -> Path:
+    """Return where the tuning of a run's model is kept: ``chat`` in the run's folder."""
+    return run_folder(recipe) / "chat"
+
+
 def get_text(recipe: Recipe, source: str = "modelscope") -> Path:
     """Return the file with the text of a recipe: written, downloaded, or your own.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -22,24 +21,18 @@ from tinytrain.common import context_of, rank, setup_logging, world_size, write_
 from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tinytrain.evaluation import Interval
-
-logger = logging.getLogger(__name__)
 
 _HELD_OUT = 64  # conversations at most, to measure the loss on while training
 _QUESTIONS = 150  # of each group, to measure a model with
 
 
-def chat_folder(recipe: Recipe) -> Path:
-    """Return where the tuning of a run's model is kept: ``chat`` in the run's folder."""
-    return steps.run_folder(recipe) / "chat"
-
-
 def chat_blocks(
     recipe: Recipe,
+    found: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     context_length: int | None = None,
     text: bool = True,
@@ -50,7 +43,9 @@ def chat_blocks(
     Parameters
     ----------
     recipe : Recipe
-        Its ``chats`` names the conversations, its ``chat_text`` the share of text.
+        Its ``chat_text`` is the share of text.
+    found : datasets.Dataset
+        The conversations, from `tinytrain.steps.get_conversations`.
     tokenizer : transformers.PreTrainedTokenizerBase
         From `tinytrain.chat.add_chat_template`.
     context_length : int, optional
@@ -74,7 +69,6 @@ def chat_blocks(
     from datasets import Dataset, DatasetDict, concatenate_datasets
 
     length = context_length or recipe.context_length
-    found = steps.get_conversations(recipe)
     if len(found) < 2:
         raise ValueError("there is one conversation; two are needed, to learn from and to hold out")
     held_out = min(_HELD_OUT, max(1, len(found) // 20))
@@ -138,7 +132,7 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     """Tune a model on conversations, in one process or in several, and measure what it has learned.
 
     A tuning that was stopped goes on; one of another model, template or conversations is moved
-    aside. Everything is kept in `chat_folder`.
+    aside. Everything is kept in `tinytrain.steps.chat_folder`.
 
     Parameters
     ----------
@@ -158,7 +152,7 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     """
     from tinytrain.checkpoints import train
 
-    run = chat_folder(recipe)
+    run = steps.chat_folder(recipe)
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         setup_logging(run / "training.log")
@@ -168,21 +162,22 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     before = _measure(model, tokenizer, recipe) if rank() == 0 else None
 
     length = min(recipe.context_length, context_of(model))
-    blocks = chat_blocks(recipe, tokenizer, length, text=own)
+    found = steps.get_conversations(recipe)
+    blocks = chat_blocks(recipe, found, tokenizer, length, text=own)
     precision = runs.agree_on_precision(recipe, fresh)
     tuned = tuning_recipe(recipe, len(blocks["train"]))
     mine = runs.share_recipe(tuned, world_size())
     tokens = mine.batch_size * mine.gradient_accumulation * length * world_size()
     watched = tuned, run, tokenizer, model.config.vocab_size, tokens
-    watching = runs.watch(*watched, partial(_write_answers, tokenizer), _questions(recipe))
+    watching = runs.watch(*watched, partial(_write_answers, tokenizer), _questions(recipe, found))
     trainer = runs.assemble(
         mine, run / "checkpoints", precision, watching, steps.prepare(model, recipe), blocks
     )
-    inputs = _inputs(recipe, base, own) | {"precision": precision}
-    again = partial(_prepared, recipe, base)
+    inputs = _inputs(recipe, found, base, own) | {"precision": precision}
+    untrained = partial(_prepared, recipe, base)
     files = [run / "model", run / "summary.json"]
-    train(trainer, inputs, fresh, recipe.halve_batch, again, files)
-    average(trainer.model, again(), recipe.chat_average)
+    train(trainer, inputs, fresh, recipe.halve_batch, untrained, files)
+    average(trainer.model, _load(recipe, base)[0], recipe.chat_average)
     results.save_trained(recipe, trainer, tokenizer, inputs, run)
     if trainer.state.global_step < trainer.state.max_steps:
         return {"finished": False}
@@ -191,7 +186,7 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     after = _measure(*results.load_trained(recipe, run / "model"), recipe)
     values = {f"{name}_before": value for name, value in before.items()}
     values |= {f"{name}_after": value for name, value in after.items()}
-    facts = {"chats": recipe.chats, "conversations": len(steps.get_conversations(recipe))}
+    facts = {"chats": recipe.chats, "conversations": len(found)}
     write_json(run / "summary.json", {"step": trainer.state.global_step, **facts, **values})
     return {"finished": True, **values}
 
@@ -202,7 +197,7 @@ def tune_steps(recipe: Recipe, number: int, mask: bool = True) -> PreTrainedMode
 
     base = _base(recipe, None)
     model, tokenizer = _load(recipe, base)
-    blocks = chat_blocks(recipe, tokenizer, mask=mask)
+    blocks = chat_blocks(recipe, steps.get_conversations(recipe), tokenizer, mask=mask)
     tuned = tuning_recipe(replace(recipe, max_steps=number), len(blocks["train"]) * 10**6)
     quiet = {"save_strategy": "no", "eval_strategy": "no"}
     precision = runs.choose_precision(recipe).name
@@ -233,28 +228,11 @@ def average(model: PreTrainedModel, before: PreTrainedModel, share: float) -> No
 
 def get_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the run's model, tuned on its conversations, and the tokenizer; tune it if need be."""
-    folder = chat_folder(recipe) / "model"
-    made = steps.read_inputs(folder)
-    inputs = _inputs(recipe, _base(recipe, None), own=True)
+    folder = steps.chat_folder(recipe) / "model"
+    made, found = steps.read_inputs(folder), steps.get_conversations(recipe)
+    inputs = _inputs(recipe, found, _base(recipe, None), own=True)
     if made is None or steps.find_damage(folder) or results.differences(made, inputs):
         tune_recipe(recipe)
-    return results.load_trained(recipe, folder)
-
-
-def load_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the model in `chat_folder` and its tokenizer, whatever it was tuned from.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none, or it is damaged; the message says how to make one.
-    """
-    folder = chat_folder(recipe) / "model"
-    if damaged := steps.find_damage(folder):
-        raise FileNotFoundError(
-            f"there is no model to talk to: {folder / damaged} is missing or damaged. "
-            f"`{results.shell_command(recipe, 'tune')}` makes one"
-        )
     return results.load_trained(recipe, folder)
 
 
@@ -276,10 +254,10 @@ def _prepared(recipe: Recipe, base: Path) -> PreTrainedModel:
     return steps.prepare(_load(recipe, base)[0], recipe)
 
 
-def _inputs(recipe: Recipe, base: Path, own: bool) -> dict[str, Any]:
+def _inputs(recipe: Recipe, found: Dataset, base: Path, own: bool) -> dict[str, Any]:
     """Return what decides the outcome of a tuning, for `tinytrain.checkpoints.train`."""
     digest = hashlib.sha256()
-    for messages in steps.get_conversations(recipe)["messages"]:
+    for messages in found["messages"]:
         digest.update(json.dumps(messages, sort_keys=True).encode())
     values = results.recipe_inputs(tuning_recipe(recipe, 1))
     values |= {"max_steps": recipe.max_steps, "warmup_steps": recipe.warmup_steps}
@@ -349,11 +327,11 @@ def _write_answers(tokenizer: Any, model: Any, prompts: list[str]) -> list[str]:
     return chat.answer_each(model, tokenizer, prompts, max_new_tokens=24)
 
 
-def _questions(recipe: Recipe) -> list[str]:
+def _questions(recipe: Recipe, found: Dataset) -> list[str]:
     """Return two questions to ask while training."""
     if recipe.chats is None:
         return ["法国的首都是哪里？", "你好！"]
-    some = steps.get_conversations(recipe).select(range(2))["messages"]
+    some = found.select(range(2))["messages"]
     return [
         next(turn["content"] for turn in messages if turn["role"] == "user") for messages in some
     ]

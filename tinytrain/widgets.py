@@ -181,8 +181,8 @@ def chat_box(
         show(("user", text))
         try:
             chat.reply(text, on_text)
-            kept = set(map(id, chat.messages))
-            faded.extend((t["role"], t["content"]) for t in before if id(t) not in kept)
+            oldest = before[bool(system) :][: chat.dropped]
+            faded.extend((turn["role"], turn["content"]) for turn in oldest)
             if faded:
                 note.value = "The conversation is too long for the model: faded turns are dropped"
             show()
