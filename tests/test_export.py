@@ -604,7 +604,7 @@ def test_the_card_of_a_chat_model(talking):
         "ollama create",
         "tuned on 4,000 conversations that tinytrain writes",
         "before and after the tuning | 3.100 → 3.200 |",
-        "the same in other words, before and after | 2% → 96% |",
+        "the same facts in other wordings, before and after | 2% → 96% |",
         "must not be used to inform, advise or decide about people",
     ):
         assert words in card, words
