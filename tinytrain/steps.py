@@ -202,7 +202,7 @@ def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         return qwen.qwen_tokenizer()
 
     def build(folder: Path, inputs: dict[str, Any]) -> None:
-        texts = get_split(recipe)["train"]["text"]
+        texts = _first_characters(get_split(recipe)["train"], recipe.max_characters)["text"]
         if recipe.tokenizer == "own":
             tokenizer = tokenization.train_tokenizer(texts, recipe.vocab_size)
         else:
@@ -213,10 +213,23 @@ def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         "split": _split_inputs(recipe, get_text(recipe)),
         "tokenizer": recipe.tokenizer,
         "vocab_size": recipe.vocab_size,
+        "max_characters": recipe.max_characters,
         "code": _code_hash(tokenization.train_tokenizer, qwen.reduce_tokenizer),
     }
     folder = run_folder(recipe) / "tokenizer"
     return _build_once(folder, inputs, build, tokenization.load_tokenizer)
+
+
+def _first_characters(documents: Dataset, number: int | None) -> Dataset:
+    """Return the first documents, of so many characters together; None takes all."""
+    if number is None:
+        return documents
+    kept = 0
+    for text in documents["text"]:
+        if number <= 0:
+            break
+        kept, number = kept + 1, number - len(text)
+    return documents.select(range(kept))
 
 
 def is_reduced(recipe: Recipe) -> bool:
@@ -239,6 +252,8 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
     def build(folder: Path, inputs: dict[str, Any]) -> None:
         blocks = DatasetDict()
         for name, documents in get_split(recipe).items():
+            if name == "train":
+                documents = _first_characters(documents, recipe.max_characters)
             part = folder / "parts" / name
             blocks[name] = make_blocks(documents, tokenizer, recipe.context_length, folder=part)
             if not len(blocks[name]):
@@ -252,6 +267,7 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
         "tokenizer": tokenization.fingerprint(tokenizer),
         "context_length": recipe.context_length,
         "packing": recipe.packing,
+        "max_characters": recipe.max_characters,
         "code": _code_hash(make_blocks, encode_each),
     }
     folder = run_folder(recipe) / "blocks"
