@@ -88,7 +88,7 @@ def base_recipe(point: Point, corpus: str):
         RECIPES["pocket"],
         name="text",
         corpus=corpus,
-        test_size=0.1 if point.text == "encyclopedia" else 0.01,
+        test_size=0.01 if point.text == "prose" else 0.1,
         vocab_size=point.vocabulary,
         hidden_size=point.hidden,
         intermediate_size=3 * point.hidden,

@@ -157,7 +157,7 @@ def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:
     return make
 
 
-def probe(recipe: Recipe, precision: str, steps: int = 6) -> tuple[float, int]:
+def probe(recipe: Recipe, precision: str, number: int = 6, real: bool = True) -> tuple[float, int]:
     """Train for a few real steps, to correct `tinytrain.costs.estimate`; keep nothing.
 
     Parameters
@@ -166,8 +166,10 @@ def probe(recipe: Recipe, precision: str, steps: int = 6) -> tuple[float, int]:
         The recipe of the run.
     precision : {"float32", "bf16", "fp16"}
         What it will be trained in.
-    steps : int
+    number : int
         Steps to make, three at least: the first two are slower and not counted.
+    real : bool
+        Whether on the run's text, which has to be tokenized for it, or on random tokens.
 
     Returns
     -------
@@ -178,11 +180,19 @@ def probe(recipe: Recipe, precision: str, steps: int = 6) -> tuple[float, int]:
     """
     import tempfile
 
-    from tinytrain import hardware, training
+    import numpy as np
+
+    from tinytrain import hardware, modeling, training
 
     clock = training.StepClock()
     with tempfile.TemporaryDirectory() as folder:
-        short = {"max_steps": steps, "save_strategy": "no", "eval_strategy": "no"}
+        short = {"max_steps": number, "save_strategy": "no", "eval_strategy": "no"}
+        if not real:
+            shape = number * recipe.tokens_per_step // recipe.context_length, recipe.context_length
+            rows = np.random.default_rng(0).integers(recipe.vocab_size, size=shape)
+            blocks = [{"input_ids": row} for row in rows]
+            short["blocks"] = {"train": blocks, "test": blocks}
+            short["model"] = steps.get_model(recipe, modeling.recipe_config(recipe))
         trainer = assemble(recipe, folder, precision, [clock], **short)
         hardware.peak_memory(reset=True)
         trainer.train()
