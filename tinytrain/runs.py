@@ -128,7 +128,7 @@ def time_limit(recipe: Recipe, spent: float = 0.0) -> list[TrainerCallback]:
         return []
     blocks = len(steps.get_blocks(recipe)["test"])
     measuring = blocks / 3 / (recipe.batch_size * recipe.gradient_accumulation)
-    seconds, expected = 3600 * recipe.hours, max(1, recipe.max_steps)
+    seconds, expected = 3600 * recipe.hours, max(2, recipe.max_steps)
     return [TimeLimit(seconds, recipe.warmup_steps, spent, measuring, expected)]
 
 

@@ -26,7 +26,7 @@ class TimeLimit(TrainerCallback):
     seconds : float
         How long to train, evaluations and checkpoints included.
     warmup_steps : int
-        Steps in which the rate rises; at most a tenth of the time.
+        Steps in which the rate rises.
     spent : float
         Seconds of it that are gone before the training begins.
     reserve : float
@@ -47,7 +47,7 @@ class TimeLimit(TrainerCallback):
         warmup_steps: int = 0,
         spent: float = 0.0,
         reserve: float = 0.0,
-        expected_steps: int = 1,
+        expected_steps: int = 10**9,
     ):
         # All numbers: a scheduler stores the attributes of what it calls, and reads them back.
         self.seconds, self.warmup_steps, self.reserve = seconds, warmup_steps, reserve
@@ -56,8 +56,7 @@ class TimeLimit(TrainerCallback):
     def __call__(self, step: int) -> float:
         """Return the learning rate of a step, as a share of the highest."""
         end = self._end()
-        warmup = min(1.0, max((step + 1) / (self.warmup_steps + 1), self.used / (0.1 * end)))
-        return warmup * max(0.0, 1 - self.used / end)
+        return min(1.0, (step + 1) / (self.warmup_steps + 1)) * max(0.0, 1 - self.used / end)
 
     def _end(self) -> float:
         return max(self.seconds - self.reserve * self.step_seconds, 0.5 * self.seconds, 1e-9)
@@ -68,6 +67,7 @@ class TimeLimit(TrainerCallback):
         batches = len(train_dataloader) if train_dataloader is not None else 0
         self._epoch = max(1, batches // args.gradient_accumulation_steps)
         state.max_steps = self.max_steps
+        self._first = state.global_step + 1
 
     def on_step_end(self, args, state, control, **kwargs):
         """Look at the clock; end the run with its last step."""
@@ -75,12 +75,17 @@ class TimeLimit(TrainerCallback):
         if args.world_size > 1:  # all processes go by the clock of the first
             now = float(broadcast(torch.tensor(now, device=args.device, dtype=torch.float32)))
         last, self.used = now - self.used, now
-        # Of some ten steps, so that an evaluation among them or a slow moment counts for little.
-        usual = self.step_seconds or last
-        self.step_seconds = 0.9 * usual + 0.1 * min(last, 3 * usual)
-        left = (self._end() - now) / max(self.step_seconds, 1e-9)
-        done = left < 0.5
-        self.max_steps = state.global_step + (0 if done else max(1, math.ceil(left)))
+        # Of some ten steps, so that an evaluation or a slow moment counts for little; the very first
+        # step is slow.
+        if state.global_step > self._first:
+            usual = self.step_seconds or last
+            self.step_seconds = 0.9 * usual + 0.1 * min(last, 3 * usual)
+        left = self.max_steps - state.global_step  # as expected, before the speed is known
+        if self.step_seconds:
+            left = (self._end() - now) / self.step_seconds
+        done = left < 0.5 or now > self._end()
+        # One more than the next, or the Trainer would end the run there by itself.
+        self.max_steps = state.global_step + (0 if done else max(2, math.ceil(left)))
         state.max_steps = self.max_steps
         state.num_train_epochs = math.ceil(self.max_steps / self._epoch)
         if done:
