@@ -17,7 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from scipy.optimize import least_squares
+
 from benchmarks import ROOT, machine
+from tinytrain import planning
 
 RESULT = ROOT / "benchmarks" / "results" / "scaling.json"
 FOLDER = ROOT / "build" / "scaling"
@@ -117,14 +121,13 @@ def run(point: Point, corpus: str) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     recipe = base_recipe(point, corpus)
+    if point.characters:
+        recipe = replace(recipe, max_characters=round(point.characters * 1e6))
     tokenizer = steps.get_tokenizer(recipe)
     blocks = steps.get_blocks(recipe, tokenizer)
     held_out = steps.get_split(recipe)["test"]["text"]
     per_character = tokens_per_character(tokenizer, held_out)
     training = blocks["train"]
-    if point.characters:
-        few = round(point.characters * 1e6 * per_character / recipe.context_length)
-        training = training.select(range(min(few, len(training))))
     test = blocks["test"].select(range(min(EVAL_BLOCKS, len(blocks["test"]))))
     steps_ = round(point.tokens * 1e6 / recipe.tokens_per_step)
     recipe = replace(
@@ -159,6 +162,8 @@ def run(point: Point, corpus: str) -> dict[str, Any]:
         "embeddings": counts["embeddings"],
         "steps": steps_,
         "tokens_per_character": per_character,
+        "pair_bits": planning.measure_text(recipe).pair_bits,
+        "text_tokens": len(training) * recipe.context_length,
         "passes": steps_ * recipe.tokens_per_step / (len(training) * recipe.context_length),
         "train_loss": sum(line["loss"] for line in seen[-5:]) / len(seen[-5:]),
         "loss": loss,
@@ -177,6 +182,54 @@ def results() -> list[dict[str, Any]]:
     return json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else []
 
 
+def law(constants, rows) -> np.ndarray:
+    """Return the bits per character of runs, as `tinytrain.planning.expected_bits` has them."""
+    values = [dict(zip(planning.LAW, constants, strict=True))] * len(rows)
+    return np.array([_expected(row, law) for row, law in zip(rows, values, strict=True)])
+
+
+def _expected(row: dict[str, Any], law: dict[str, float]) -> float:
+    tokens = row["tokens"] * 1e6
+    return planning.expected_bits(
+        row["pair_bits"], row["parameters"], tokens, row["text_tokens"], law
+    )
+
+
+def fit(rows: list[dict[str, Any]], start) -> np.ndarray:
+    """Return the constants that come nearest, by the logarithm, with little weight on outliers."""
+    real = np.log([row["bits_per_character"] for row in rows])
+
+    def errors(logarithms):
+        return np.log(law(np.exp(logarithms), rows)) - real
+
+    found = least_squares(errors, np.log(start), loss="soft_l1", f_scale=0.02)
+    return np.exp(found.x)
+
+
+def report() -> None:
+    """Fit the law, and predict each run from the others."""
+    # One batch, rate and vocabulary, on real text: what a plan can choose from.
+    rows = [
+        r for r in results() if r["text"] != "encyclopedia" and r["rate"] == 1 and r["batch"] == 8
+    ]
+    start = list(planning.LAW.values())
+    constants = fit(rows, start)
+    print(f"{len(rows)} runs:", {k: round(float(c), 4) for k, c in zip(planning.LAW, constants)})
+    errors = []
+    for number, (row, near) in enumerate(zip(rows, law(constants, rows), strict=True)):
+        others = rows[:number] + rows[number + 1 :]
+        [without] = law(fit(others, constants), [row])
+        real = row["bits_per_character"]
+        errors.append(without / real - 1)
+        print(
+            f"{row['name']:42} {real:.3f}, fitted {near / real - 1:+.1%}, left out {errors[-1]:+.1%}"
+        )
+    print(
+        f"left out: {np.sqrt(np.mean(np.square(errors))):.1%} root mean square, "
+        f"{np.abs(errors).max():.1%} at most"
+    )
+
+
 def main() -> None:
     """Train what is missing, or fit the law."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -184,6 +237,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--fit", action="store_true", help="only fit what is there")
     options = parser.parse_args()
+    if options.fit:
+        return report()
     named = dict(text.split("=", 1) for text in options.text)
     texts = {name: str(Path(path).resolve()) for name, path in named.items()}
     texts["encyclopedia"] = "encyclopedia"

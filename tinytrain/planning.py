@@ -13,16 +13,21 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tinytrain import corpus, costs, evaluation, hardware, recipes, runs, steps, tokenization
-from tinytrain.common import format_seconds, world_size, write_json
+from tinytrain.common import format_seconds, new_axes, world_size, write_json
 from tinytrain.recipes import POCKET, Recipe
 
-EXPECTED_ERROR = 0.04
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The constants of the law, fitted to the runs of the study; see `expected_bits`.
+LAW = {"rest": 0.45, "size": 0.3, "size_power": 0.3, "read": 0.06, "read_power": 0.4, "again": 15.0}
+EXPECTED_ERROR = 0.04  # of runs left out of the fit
 LARGEST_MEASURED = 10e6  # parameters of the largest model that the law was fitted to
 _WIDTHS = (*range(64, 577, 64), *range(640, 1537, 128))
 _COUNTED_TOKENS = 500_000  # of the training set, to see how hard a text is to predict
@@ -32,9 +37,18 @@ _OWN_FIELDS = ("corpus", "text_field", "chats", "seed")
 
 
 def expected_bits(
-    pair_bits: float, parameters: float, tokens: float, text_tokens: float = math.inf
+    pair_bits: float,
+    parameters: float,
+    tokens: float,
+    text_tokens: float = math.inf,
+    law: Mapping[str, float] = LAW,
 ) -> float:
     """Return the bits per character that a model will need for held-out text, by the measured law.
+
+    ``pair_bits * (rest + ((size / N) ** (size_power / read_power) + read / D) ** read_power)``, for
+    N million parameters and D million tokens: a small model gains little from more text, and a
+    little text little from a larger model (the form of Kaplan et al., 2020, arXiv:2001.08361). Text
+    that is read again counts for less each time (Muennighoff et al., 2023, arXiv:2305.16264).
 
     Parameters
     ----------
@@ -45,12 +59,15 @@ def expected_bits(
     tokens : float
         Tokens trained on.
     text_tokens : float
-        Different tokens there are; beyond them the text is read again, which teaches less.
+        Different tokens there are; beyond them the text is read again.
+    law : mapping
+        The constants.
     """
     again = max(tokens / text_tokens - 1, 0.0)
     if again:
-        tokens = text_tokens * (1 + 15.0 * (1 - math.exp(-again / 15.0)))
-    return pair_bits * (0.5 + 0.22 * (parameters / 1e6) ** -0.25 + 0.22 * (tokens / 1e6) ** -0.35)
+        tokens = text_tokens * (1 + law["again"] * (1 - math.exp(-again / law["again"])))
+    size = (law["size"] / (parameters / 1e6)) ** (law["size_power"] / law["read_power"])
+    return pair_bits * (law["rest"] + (size + law["read"] / (tokens / 1e6)) ** law["read_power"])
 
 
 class Text(NamedTuple):
@@ -80,7 +97,8 @@ def measure_text(recipe: Recipe) -> Text:
     split, tokenizer = steps.get_split(recipe), steps.get_tokenizer(recipe)
     held_out = list(split["test"]["text"])
     rate = tokenization.tokens_per_character(tokenizer, held_out)
-    some = steps.first_characters(split["train"], round(_COUNTED_TOKENS / rate))["text"]
+    number = min(round(_COUNTED_TOKENS / rate), recipe.max_characters or _SAMPLE)
+    some = steps.first_characters(split["train"], number)["text"]
     losses = evaluation.count_losses(tokenizer, some, held_out)
     bits = sum(loss.nats for loss in losses) / math.log(2) / sum(map(len, held_out))
     return Text(sum(map(len, split["train"]["text"])), rate, bits)
@@ -134,6 +152,32 @@ def make_plans(
 def best_plan(plans: Sequence[Plan]) -> Plan:
     """Return the plan with the fewest bits."""
     return min(plans, key=lambda plan: plan.bits)
+
+
+def plot_plans(plans: Mapping[str, Sequence[Plan]]) -> Figure:
+    """Draw the expected bits over the size of the model, a curve and its best size for each time.
+
+    The dotted line leads through the sizes with twenty tokens a parameter, which Hoffmann et al.
+    (2022, arXiv:2203.15556) found best for large models. On grey are models larger than any that
+    the law was fitted to.
+    """
+    figure, axes = new_axes(8, 4.2)
+    twenty = []
+    for name, some in plans.items():
+        best = best_plan(some)
+        label = f"{name}: {best.parameters / 1e6:,.1f}M, {best.tokens / 1e6:,.1f}M tokens"
+        [line] = axes.plot([p.parameters for p in some], [p.bits for p in some], label=label)
+        axes.plot(best.parameters, best.bits, "o", color=line.get_color())
+        near = min(some, key=lambda plan: abs(math.log(plan.tokens / plan.parameters / 20)))
+        twenty.append((near.parameters, near.bits))
+    axes.plot(*zip(*twenty, strict=True), ":", color="0.3", label="20 tokens a parameter")
+    largest = max(plan.parameters for some in plans.values() for plan in some)
+    if largest > LARGEST_MEASURED:
+        label = "larger than measured"
+        axes.axvspan(LARGEST_MEASURED, largest, color="0.93", zorder=0, label=label)
+    axes.set(xscale="log", xlabel="parameters", ylabel="expected bits per character")
+    axes.legend(edgecolor="none", framealpha=1)
+    return figure
 
 
 class Speed:
