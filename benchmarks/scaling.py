@@ -214,16 +214,16 @@ def report() -> None:
     ]
     start = list(planning.LAW.values())
     constants = fit(rows, start)
-    print(f"{len(rows)} runs:", {k: round(float(c), 4) for k, c in zip(planning.LAW, constants)})
+    named = zip(planning.LAW, constants, strict=True)
+    print(f"{len(rows)} runs:", {name: round(float(value), 4) for name, value in named})
     errors = []
     for number, (row, near) in enumerate(zip(rows, law(constants, rows), strict=True)):
         others = rows[:number] + rows[number + 1 :]
         [without] = law(fit(others, constants), [row])
         real = row["bits_per_character"]
         errors.append(without / real - 1)
-        print(
-            f"{row['name']:42} {real:.3f}, fitted {near / real - 1:+.1%}, left out {errors[-1]:+.1%}"
-        )
+        both = f"fitted {near / real - 1:+.1%}, left out {errors[-1]:+.1%}"
+        print(f"{row['name']:42} {real:.3f}, {both}")
     print(
         f"left out: {np.sqrt(np.mean(np.square(errors))):.1%} root mean square, "
         f"{np.abs(errors).max():.1%} at most"

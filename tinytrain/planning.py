@@ -277,37 +277,37 @@ def _make_plan(base: Recipe) -> dict[str, Any]:
     begun, end = time.monotonic(), datetime.now() + timedelta(hours=base.hours)
     here = hardware.this_hardware(steps.runs_folder())
     size = sum(file.stat().st_size for file in corpus.text_files(steps.get_text(base)))
-    base = replace(
-        base, test_size=float(f"{min(0.1, _HELD_OUT / size):.2g}"), max_characters=_SAMPLE
-    )
+    test_size = float(f"{min(0.1, _HELD_OUT / size):.2g}")
+    base = replace(base, test_size=test_size, max_characters=_SAMPLE)
+    base = replace(base, vocab_size=len(steps.get_tokenizer(base)))  # of a small text fewer
     text = measure_text(base)
     speed = Speed(costs.USUAL_SHARE * here.tflops * world_size())
     sizes = [sized_recipe(base, width, here.is_gpu) for width in _WIDTHS]
     sizes = [size for size in sizes if costs.estimate(size, here).memory["total"] <= here.memory]
     while True:
         seconds = 3600 * base.hours - (time.monotonic() - begun)
-        plans = make_plans(seconds, text, sizes, speed)
-        best = best_plan(plans)
+        best = best_plan(make_plans(seconds, text, sizes, speed))
         if best.recipe.hidden_size in speed.measured:
             break
         speed.measure(best.recipe)
-    recipe = _with_rhythm(best, text)
+    recipe = _with_rhythm(best, text, best.recipe.tokens_per_step / speed(best.recipe))
     return {"recipe": asdict(recipe), "expected": _in_words(best, text, speed.peak_memory, end)}
 
 
-def _with_rhythm(best: Plan, text: Text) -> Recipe:
-    """Return the recipe of a plan with its length, and as many messages as one likes to read."""
+def _with_rhythm(best: Plan, text: Text, step_seconds: float) -> Recipe:
+    """Return the recipe of a plan with its length, and as many messages as you like to read."""
     number = max(1, round(best.tokens / best.recipe.tokens_per_step))
     needed = 1.3 * best.tokens / text.tokens_per_character  # the machine may become faster
+    eighth, half_a_minute = max(1, number // 8), max(1, round(30 / step_seconds))
     return replace(
         best.recipe,
         max_steps=number,
-        max_characters=None if needed > text.characters else max(_SAMPLE, round(needed)),
+        max_characters=max(_SAMPLE, min(round(needed), text.characters)),
         warmup_steps=min(best.recipe.warmup_steps, number // 10),
         logging_steps=max(1, number // 200),
-        eval_steps=max(1, number // 8),
-        save_steps=max(1, number // 16),
-        sample_steps=max(1, number // 8),
+        eval_steps=eighth,
+        save_steps=max(half_a_minute, number // 50),
+        sample_steps=eighth,
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinytrain import evaluation, generation, results, steps, tokenization
-from tinytrain.common import rank, setup_logging, world_size
+from tinytrain.common import format_seconds, rank, setup_logging, world_size
 from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -129,6 +129,11 @@ def time_limit(recipe: Recipe, spent: float = 0.0) -> list[TrainerCallback]:
     blocks = len(steps.get_blocks(recipe)["test"])
     measuring = blocks / 3 / (recipe.batch_size * recipe.gradient_accumulation)
     seconds, expected = 3600 * recipe.hours, max(2, recipe.max_steps)
+    if spent > 0.9 * seconds:
+        raise ValueError(
+            f"{format_seconds(seconds)} are too short: to start, and to prepare the text, takes "
+            f"{format_seconds(spent)} here; name more hours or take less text"
+        )
     return [TimeLimit(seconds, recipe.warmup_steps, spent, measuring, expected)]
 
 

@@ -66,7 +66,7 @@ class TimeLimit(TrainerCallback):
         self._start = time.monotonic() - self.used
         batches = len(train_dataloader) if train_dataloader is not None else 0
         self._epoch = max(1, batches // args.gradient_accumulation_steps)
-        state.max_steps = self.max_steps
+        self._show(state)
         self._first = state.global_step + 1
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -75,8 +75,7 @@ class TimeLimit(TrainerCallback):
         if args.world_size > 1:  # all processes go by the clock of the first
             now = float(broadcast(torch.tensor(now, device=args.device, dtype=torch.float32)))
         last, self.used = now - self.used, now
-        # Of some ten steps, so that an evaluation or a slow moment counts for little; the very first
-        # step is slow.
+        # Of some ten steps, so that a slow moment counts for little; the very first is always slow.
         if state.global_step > self._first:
             usual = self.step_seconds or last
             self.step_seconds = 0.9 * usual + 0.1 * min(last, 3 * usual)
@@ -86,8 +85,11 @@ class TimeLimit(TrainerCallback):
         done = left < 0.5 or now > self._end()
         # One more than the next, or the Trainer would end the run there by itself.
         self.max_steps = state.global_step + (0 if done else max(2, math.ceil(left)))
-        state.max_steps = self.max_steps
-        state.num_train_epochs = math.ceil(self.max_steps / self._epoch)
+        self._show(state)
         if done:
             control.should_training_stop = control.should_log = control.should_save = True
             control.should_evaluate = args.eval_strategy != "no"
+
+    def _show(self, state) -> None:
+        state.max_steps = self.max_steps
+        state.num_train_epochs = math.ceil(self.max_steps / self._epoch)
