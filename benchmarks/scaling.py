@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
-from benchmarks import ROOT, machine
+from benchmarks import ROOT, machine, results
 from tinytrain import planning
 
 RESULT = ROOT / "benchmarks" / "results" / "scaling.json"
@@ -69,6 +69,8 @@ PLAN += [
     Point("prose", *SIZES["S"], 2, vocabulary=1024),
     Point("prose", *SIZES["S"], 2, vocabulary=2048),
     Point("prose", *SIZES["S"], 2, vocabulary=8192),
+    Point("prose", *SIZES["S"], 4),
+    Point("prose", *SIZES["S"], 0.5, batch=4),
     Point("prose", *SIZES["S"], 2, batch=16),
     Point("prose", *SIZES["S"], 2, rate=0.5),
     Point("prose", *SIZES["S"], 2, rate=2),
@@ -177,11 +179,6 @@ def _run(task: tuple[Point, str]) -> tuple[Point, dict[str, Any]]:
     return task[0], run(*task)
 
 
-def results() -> list[dict[str, Any]]:
-    """Return the rows that are kept."""
-    return json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else []
-
-
 def law(constants, rows) -> np.ndarray:
     """Return the bits per character of runs, as `tinytrain.planning.expected_bits` has them."""
     values = [dict(zip(planning.LAW, constants, strict=True))] * len(rows)
@@ -210,7 +207,9 @@ def report() -> None:
     """Fit the law, and predict each run from the others."""
     # One batch, rate and vocabulary, on real text: what a plan can choose from.
     rows = [
-        r for r in results() if r["text"] != "encyclopedia" and r["rate"] == 1 and r["batch"] == 8
+        r
+        for r in results("scaling")
+        if r["text"] != "encyclopedia" and r["rate"] == 1 and r["batch"] == 8
     ]
     start = list(planning.LAW.values())
     constants = fit(rows, start)
@@ -242,13 +241,13 @@ def main() -> None:
     named = dict(text.split("=", 1) for text in options.text)
     texts = {name: str(Path(path).resolve()) for name, path in named.items()}
     texts["encyclopedia"] = "encyclopedia"
-    done = {row["name"] for row in results()}
+    done = {row["name"] for row in results("scaling")}
     tasks = [(p, texts[p.text]) for p in PLAN if p.text in texts and p.name not in done]
     print(f"{len(done)} runs are done, {len(tasks)} of {len(PLAN)} can be made", flush=True)
     context = multiprocessing.get_context("spawn")  # each loads torch itself, with one thread
     with context.Pool(options.workers, maxtasksperchild=1) as pool:
         for point, row in pool.imap_unordered(_run, tasks):
-            rows = [*results(), {"name": point.name, **row}]
+            rows = [*results("scaling"), {"name": point.name, **row}]
             RESULT.write_text(
                 "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8"
             )

@@ -291,7 +291,9 @@ def _make_plan(base: Recipe) -> dict[str, Any]:
             break
         speed.measure(best.recipe)
     recipe = _with_rhythm(best, text, best.recipe.tokens_per_step / speed(best.recipe))
-    return {"recipe": asdict(recipe), "expected": _in_words(best, text, speed.peak_memory, end)}
+    words = _in_words(best, text, speed.peak_memory, end)
+    known = {"recipe": asdict(recipe), "bits": best.bits, "memory": speed.peak_memory}
+    return known | {"expected": words}
 
 
 def _with_rhythm(best: Plan, text: Text, step_seconds: float) -> Recipe:
