@@ -119,7 +119,8 @@ def sized_recipe(base: Recipe, width: int, on_gpu: bool = False) -> Recipe:
         num_hidden_layers=max(2, width // 64),
         num_attention_heads=heads,
         num_key_value_heads=math.gcd(heads, 2),
-        learning_rate=float(f"{8e-3 * 256 / width:.2g}"),
+        learning_rate=float(f"{POCKET.learning_rate * 256 / width:.2g}"),
+        chat_learning_rate=float(f"{POCKET.chat_learning_rate * 256 / width:.2g}"),
         lr_scheduler="linear",
         **(on_gpu_only if on_gpu else {}),
     )
@@ -317,6 +318,9 @@ def _in_words(best: Plan, text: Text, memory: int, end: datetime) -> dict[str, s
     """Return what a plan comes to, line by line."""
     recipe, passes = best.recipe, best.tokens / text.tokens
     low, high = (best.bits * (1 + sign * EXPECTED_ERROR) for sign in (-1, 1))
+    bits = f"{best.bits:.2f} per character expected, {low:.2f} to {high:.2f}"
+    if recipe.corpus == "encyclopedia":
+        bits = "not known ahead for the built-in text, whose sentences follow few patterns"
     shape = f"{recipe.num_hidden_layers} layers of width {recipe.hidden_size}"
     return {
         "text": f"{text.characters:,} characters to learn from",
@@ -325,6 +329,6 @@ def _in_words(best: Plan, text: Text, memory: int, end: datetime) -> dict[str, s
         "context": f"{recipe.context_length} tokens",
         "tokens": f"about {best.tokens / 1e6:,.1f}M, {passes:.2g} passes over the text",
         "memory": f"{memory / 1e9:.1f} GB",
-        "bits": f"{best.bits:.2f} per character expected, {low:.2f} to {high:.2f}",
+        "bits": bits,
         "done at": f"{end:%Y-%m-%d %H:%M}",
     }
