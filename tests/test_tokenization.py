@@ -169,26 +169,12 @@ def test_chunks_are_windows_of_each_document_and_packing_loses_no_token(small, t
     assert len(joined) - len(kept) < length
 
 
-@pytest.mark.parametrize("kind", ["bytes", "unigram", "words"])
-def test_no_typed_text_becomes_a_control_token_in_any_family(kind, small, tmp_path):
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def test_no_typed_text_becomes_a_control_token(small, tmp_path):
+    from tokenizers import AddedToken
 
     signs = ["<|endoftext|>", "</s>", "[PAD]"]
-    letters = sorted(set("".join(signs) + "▁北京是<tool_call>"))
-    if kind == "unigram":  # as those made by sentencepiece: control tokens are the likeliest of all
-        vocab = [(sign, 0.0) for sign in signs] + [(letter, -3.0) for letter in letters]
-        backend = Tokenizer(models.Unigram(vocab, unk_id=1))
-        backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    else:
-        vocab = {word: id_ for id_, word in enumerate([*signs, *letters])}
-        backend = Tokenizer(models.WordLevel(vocab, unk_token="是"))
-    if kind == "bytes":
-        tokenizer = copy.deepcopy(small)
-        tokenizer.add_special_tokens({"additional_special_tokens": signs[1:]})
-    else:
-        backend.add_special_tokens(signs)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer = copy.deepcopy(small)
+    tokenizer.add_special_tokens({"additional_special_tokens": signs[1:]})
     # Added tokens that are no text, and two that are.
     tokenizer.add_tokens([AddedToken("<tool_call>", special=False), "大熊猫", "    "])
     tokenizer.save_pretrained(tmp_path)
@@ -200,8 +186,7 @@ def test_no_typed_text_becomes_a_control_token_in_any_family(kind, small, tmp_pa
             [ids] = encode_text(tokenizer, [text])
             assert id_ in tokenizer(text)["input_ids"] and id_ not in ids
             assert [i for i in ids if i in words] == [words[0], words[1], words[0]] * ("大" in text)
-            if kind == "bytes":
-                assert tokenizer.decode(ids, skip_special_tokens=True) == text
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_only_packing_places_the_end_of_text(small):
