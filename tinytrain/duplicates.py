@@ -3,8 +3,7 @@
 A model is marked too kindly on texts that it has seen. Comparing all pairs would take days, so
 locality-sensitive hashing proposes pairs that are probably alike, and each is then compared for
 real: what is reported is true, while a near duplicate just above the threshold may, rarely, be
-missed. A text without any such duplicate may still say again, sentence by sentence, what the
-training set says: `find_seen_sentences` measures that.
+missed.
 """
 
 from __future__ import annotations
@@ -177,10 +176,7 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def drop_duplicates(split: DatasetDict, duplicates: list[Duplicate]) -> DatasetDict:
-    """Remove the held-out documents that are in the training set too.
-
-    The training set stays as it is, so that runs with and without this step learn from the same
-    text.
+    """Remove the held-out documents that are in the training set too, which stays as it is.
 
     Parameters
     ----------
@@ -188,11 +184,6 @@ def drop_duplicates(split: DatasetDict, duplicates: list[Duplicate]) -> DatasetD
         With ``"train"`` and ``"test"``.
     duplicates : list of Duplicate
         From `find_duplicates` on the same split.
-
-    Returns
-    -------
-    datasets.DatasetDict
-        The same training set, and what is left of the held-out set.
     """
     from datasets import DatasetDict
 
@@ -202,8 +193,7 @@ def drop_duplicates(split: DatasetDict, duplicates: list[Duplicate]) -> DatasetD
         raise ValueError(
             f"all {len(split['test']):,} held-out documents are in the training set too, so "
             "nothing would be left to measure with; hold out more (test_size), remove the "
-            "repetitions from the text, or keep them: --set drop_duplicates=false. Then the model "
-            "is measured on what it has learned from"
+            "repetitions from the text, or keep them: --set drop_duplicates=false"
         )
     logger.info(f"removed {len(copies):,} held-out documents, {len(kept):,} are left")
     return DatasetDict({"train": split["train"], "test": split["test"].select(kept)})
@@ -236,18 +226,14 @@ class SeenSentences(NamedTuple):
 
     def spans(self, row: int) -> list[tuple[int, int]]:
         """Return start and end of the seen sentences of one held-out document, in its order."""
-        part = slice(*self.test.searchsorted([row, row + 1]))
-        seen = self.train[part] >= 0
-        return list(
-            zip(self.start[part][seen].tolist(), self.end[part][seen].tolist(), strict=True)
-        )
+        seen = (self.test == row) & (self.train >= 0)
+        return list(zip(self.start[seen].tolist(), self.end[seen].tolist(), strict=True))
 
 
 def find_seen_sentences(split: DatasetDict) -> SeenSentences:
     """Find the sentences of held-out documents that are in the training set too.
 
-    Sentences are the same if they differ in white space only. The documents may be on disk: some
-    50 bytes are kept for each held-out sentence, and nothing for those of the training set.
+    Sentences are the same if they differ in white space only.
 
     Parameters
     ----------
@@ -268,33 +254,25 @@ def find_seen_sentences(split: DatasetDict) -> SeenSentences:
 
     train, found = split["train"], []
     for row, text in enumerate(_texts(split["test"])):
-        spans, hashes = _sentences(text)
-        rows = np.full((len(spans), 1), row)
-        found.append(np.hstack([rows, spans, hashes.view(np.int64)[:, None]]))
-    test, start, end, keys = np.concatenate([np.zeros((0, 4), np.int64), *found]).T
-    keys, place = np.unique(keys, return_inverse=True)
-    first = np.full(len(keys) + 1, -1)  # what is not among the keys is marked at the end
-    keys = np.append(keys, np.iinfo(np.int64).max)
+        found += [(row, *sentence) for sentence in _sentences(text)]
+    first = dict.fromkeys((hash_ for *_, hash_ in found), -1)
     texts = tqdm(_texts(train), "sentences", len(train), delay=5, mininterval=1, leave=False)
     for row, text in enumerate(texts):
-        hashes = _sentences(text)[1].view(np.int64)
-        where = keys.searchsorted(hashes)
-        where = where[keys[where] == hashes]
-        first[where[first[where] < 0]] = row
-    seen = SeenSentences(test, start, end, first[place])
+        for *_, hash_ in _sentences(text):
+            if first.get(hash_) == -1:
+                first[hash_] = row
+    rows = [(row, start, end, first[hash_]) for row, start, end, hash_ in found]
+    seen = SeenSentences(*np.array(rows, np.int64).reshape(-1, 4).T)
     logger.info(f"{seen.shares()[0]:.0%} of the held-out sentences are in the training set too")
     return seen
 
 
-def _sentences(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return start and end of each sentence of a text, and its hash, without white space around."""
-    import numpy as np
+def _sentences(text: str) -> Iterator[tuple[int, int, int]]:
+    """Yield start, end and hash of each sentence of a text, without white space around it."""
     from xxhash import xxh64_intdigest
 
-    spans, hashes = [], []
     for match in _SENTENCE.finditer(text):
         if sentence := match[0].strip():
             start = match.start() + match[0].index(sentence[0])
-            spans.append((start, start + len(sentence)))
-            hashes.append(xxh64_intdigest(" ".join(sentence.split()).encode()))
-    return np.array(spans, np.int64).reshape(-1, 2), np.array(hashes, np.uint64)
+            hash_ = xxh64_intdigest(" ".join(sentence.split()).encode())
+            yield start, start + len(sentence), hash_
