@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 _TIMEOUT = 20.0  # seconds for a hub's first answer
 _WIKIPEDIA_FILE = "wikipedia-cn-20230720-filtered.json"
 # Of conversations, as `tinytrain.conversations.load_conversations` reads them.
-_DATA_FILES = ["*.jsonl", "*.jsonl.gz", "*.jsonl.xz", "*.json", "*.json.gz", "*.json.xz"]
-_DATA_FILES += ["*.parquet"]
+_DATA_FILES = [
+    f"*.{kind}{packed}" for kind in ("jsonl", "json", "parquet") for packed in ("", ".gz", ".xz")
+]
 _COMMIT = {"commit_message": "Upload of tinytrain"}
 
 
@@ -74,7 +75,7 @@ def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
 def download_dataset(
     name: str, folder: str | Path, source: str = "modelscope", file: str = ""
 ) -> list[Path]:
-    """Download a dataset's files of JSON lines and JSON, also packed as gz or xz, and parquet.
+    """Download a dataset's files of JSON lines, JSON and parquet, also packed as gz or xz.
 
     The hub is asked each time which there are; a file that you have is not downloaded again.
 
