@@ -223,7 +223,7 @@ def _wrong_encoding(path: Path) -> ValueError:
     with _open(path) as file:
         lines = enumerate(file, 1)
         number, line = next(p for p in lines if p[1].decode(errors="ignore").encode() != p[1])
-    likely = "utf-16" if b"\0" in line else "gb18030"
+        likely = "utf-16" if b"\0" in line + file.read(1000) else "gb18030"
     opener = {".gz": "gzip.open", ".xz": "lzma.open"}.get(path.suffix.lower(), "open")
     plain = _uncompressed(path)
     new = str(plain.with_name(f"{plain.stem}-utf8{plain.suffix}"))
