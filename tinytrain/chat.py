@@ -15,14 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinytrain.common import (
-    context_of,
-    continue_rows,
-    encode_each,
-    encode_text,
-    safe_text,
-    sample,
-)
+from tinytrain.common import context_of, continue_rows, encode_each, encode_text, safe_text, sample
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,12 +50,8 @@ def add_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     """Return a copy of a tokenizer with `CHAT_TEMPLATE`, whatever template it had.
 
     Its padding is ``<|endoftext|>``, not the ``<|im_end|>`` that ends an answer: what hides the
-    padding from the loss would hide the end of the answer too.
-
-    Raises
-    ------
-    ValueError
-        If the tokenizer has no such tokens. A new one would need a row in a trained embedding.
+    padding from the loss would hide the end of the answer too. A tokenizer without such tokens is
+    a ValueError: a new one would need a row in a trained embedding.
     """
     tokenizer = copy.deepcopy(tokenizer)
     added = tokenizer.get_added_vocab()
@@ -84,8 +73,7 @@ def encode_conversation(
     """Return the token ids of a conversation, and labels that count where the assistant speaks.
 
     They are those of ``apply_chat_template(messages, return_assistant_tokens_mask=True)``, but each
-    content is tokenized by itself. So an ``<|im_end|>`` that a user typed stays text, and a line
-    end that begins an answer is not merged with the prompt's, which comes first in talking too.
+    content is tokenized by itself, so that an ``<|im_end|>`` that a user typed stays text.
 
     Parameters
     ----------
@@ -154,22 +142,13 @@ def chat_rows(
 ) -> Dataset:
     """Return conversations as rows to train on, and log how many are cut or left out.
 
-    Parameters
-    ----------
-    conversations, tokenizer, context_length
-        A sequence of what `encode_conversation` takes, and the rest as there.
-
-    Returns
-    -------
-    datasets.Dataset
-        Columns ``input_ids`` and ``labels``, int32, of different lengths. A conversation without an
-        answer, or whose last turns alone do not fit, is left out: no row is without labels.
+    The columns ``input_ids`` and ``labels`` are int32, as of `encode_conversation`. A conversation
+    without an answer, or whose last turns alone do not fit, is left out: no row is without labels.
     """
     import numpy as np
     from datasets import Dataset
 
-    rows: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
-    cut = 0
+    rows, cut = {"input_ids": [], "labels": []}, 0
     encoded = _encode(tokenizer, conversations, context_length)
     for messages, (ids, labels, kept) in zip(conversations, encoded, strict=True):
         if any(label != _IGNORED_LABEL for label in labels):
@@ -211,8 +190,7 @@ def pack_conversations(rows: Dataset, context_length: int, pad_token_id: int) ->
 
     empty = [[pad_token_id] * context_length, [_IGNORED_LABEL] * context_length]
     empty = np.array([*empty, range(context_length)], dtype=np.int32)
-    packed = []
-    used = context_length
+    packed, used = [], context_length
     for row in rows:
         length = len(row["input_ids"])
         if used + length > context_length:
@@ -249,17 +227,7 @@ def answer_each(
     questions: Sequence[str],
     max_new_tokens: int = 40,
 ) -> list[str]:
-    """Return the likeliest answer to each question, asked by itself in a new conversation.
-
-    Parameters
-    ----------
-    model, tokenizer
-        As for `Chat`.
-    questions : sequence of str
-        What the user says.
-    max_new_tokens : int
-        Where to stop if the model does not end its turn.
-    """
+    """Return the likeliest answer to each question, asked by itself in a new conversation."""
     asked = [[{"role": "user", "content": question}] for question in questions]
     room = context_of(model) - 1
     prompt, stops = _prompt(tokenizer)
@@ -315,9 +283,8 @@ class Chat:
     ) -> str:
         """Return the model's answer, and add both turns to the conversation.
 
-        An interrupt (Ctrl-C) ends the answer too: what was written until then counts, and if
-        nothing was, the question is forgotten. If the conversation becomes too long for the
-        context, its oldest turns are dropped, which is logged.
+        Ctrl-C ends the answer too: what was written until then counts, and if nothing was, the
+        question is forgotten. Turns that no longer fit the context are dropped, which is logged.
 
         Parameters
         ----------
@@ -337,8 +304,7 @@ class Chat:
         if not text.strip():
             raise ValueError("the message is empty: write something to answer")
         asked = [*self.messages, {"role": "user", "content": text}]
-        header, stops = _prompt(self.tokenizer)
-        context = context_of(self.model)
+        (header, stops), context = _prompt(self.tokenizer), context_of(self.model)
         room = context - min(max_new_tokens, context // 4) - len(header)
         [(ids, _, kept)] = _encode(self.tokenizer, [asked], room)
         if not kept:
