@@ -21,10 +21,7 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#dbe5f3", "#fbe3d2", "#dcefdd", "#ececec"
 def draw_model(model: nn.Module) -> Figure:
     """Draw the parts of a model from input (below) to output (above), with their parameters.
 
-    Parameters
-    ----------
-    model : tinytrain.inside.Qwen2
-        Only the shapes of its weights are looked at.
+    It is a `tinytrain.inside.Qwen2`; only the shapes of its weights are looked at.
     """
     config, layer, layers = model.config, model.layers[0], len(model.layers)
     width, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size

@@ -1,10 +1,8 @@
 """Sliders and boxes over functions of the other modules: move one, and see what changes.
 
-Nothing is computed here. Each explorer shows what one plain call returns; its docstring names that
-call, for readers without a browser and for programs. Pictures are replaced in place, since a
-drawing that comes and goes flickers, and a slider reports its value when you let it go. Only what
-ipywidgets 7 (Colab) and 8 share is used. All text from outside, a model's too, is escaped before
-it becomes HTML.
+Each explorer shows what one plain call returns; its docstring names that call, for readers without
+a browser. Only what ipywidgets 7 (Colab) and 8 share is used. All text from outside, a model's too,
+is escaped before it becomes HTML.
 """
 
 from __future__ import annotations
@@ -30,14 +28,7 @@ def memory_explorer(recipe: Recipe, hardware: Hardware) -> ipw.VBox:
     """Show what a model's sizes cost: parameters, memory by component, and time on several cards.
 
     Without a browser: ``plot_memory(recipe, hardware)`` and ``estimate(recipe, hardware).row()``,
-    for a recipe changed with ``dataclasses.replace``.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        Where the sliders begin, and all that they do not change.
-    hardware : tinytrain.hardware.Hardware
-        This machine, from ``this_hardware()``.
+    for a recipe changed with ``dataclasses.replace``. The sliders begin at `recipe`.
     """
     import pandas as pd
 
@@ -142,14 +133,8 @@ def chat_box(
 ) -> ipw.VBox:
     """Talk to a model that was tuned on conversations; turns that it has dropped are faded.
 
-    Without a browser: ``Chat(model, tokenizer, system).reply(text)`` of `tinytrain.chat`.
-
-    Parameters
-    ----------
-    model, tokenizer, system
-        As for `tinytrain.chat.Chat`.
-    questions : iterable of str
-        Examples, to click instead of typing.
+    Without a browser: ``Chat(model, tokenizer, system).reply(text)`` of `tinytrain.chat`. The
+    questions are examples, to click instead of typing.
     """
     from tinytrain.chat import Chat
 
@@ -162,11 +147,13 @@ def chat_box(
     shown, note = ipw.HTML(), ipw.HTML()
 
     def show(*more: tuple[str, str]) -> None:
-        seen = [(turn["role"], turn["content"]) for turn in chat.messages]
-        shown.value = "".join(
-            [_bubble(*turn, "opacity:0.45") for turn in faded]
-            + [_bubble(*turn) for turn in (*seen, *more) if turn[0] != "system"]
-        )
+        seen = [(turn["role"], turn["content"]) for turn in chat.messages[bool(system) :]]
+        bubbles = [_bubble(*turn, "opacity:0.45") for turn in faded]
+        shown.value = "".join(bubbles + [_bubble(*turn) for turn in (*seen, *more)])
+
+    def disable(disabled: bool) -> None:
+        for button in (send, again, *examples):
+            button.disabled = disabled
 
     def ask(text: str) -> None:
         before, pieces = chat.messages, []
@@ -175,8 +162,7 @@ def chat_box(
             pieces.append(piece)
             show(("user", text), ("assistant", "".join(pieces)))
 
-        for button in (send, again, *examples):
-            button.disabled = True
+        disable(True)
         box.value = note.value = ""
         show(("user", text))
         try:
@@ -189,43 +175,19 @@ def chat_box(
         except Exception as error:  # a traceback would end in a log that nobody sees
             note.value = _error_line(error)  # the question is shown until the next one
         finally:
-            for button in (send, again, *examples):
-                button.disabled = False
+            disable(False)
 
     def start_over(_: Any) -> None:
         chat.reset()
         faded.clear()
-        note.value = ""
-        show()
+        note.value = shown.value = ""
 
-    _on_enter(box, ask)
-    send.on_click(lambda _: box.value and ask(box.value))
+    box.observe(lambda change: change["new"] and ask(change["new"]), names="value")
+    # A click on "Send" takes the focus from the box, which sends too.
     again.on_click(start_over)
     for button in examples:
         button.on_click(lambda clicked: ask(clicked.description))
     return ipw.VBox([shown, note, ipw.HBox([box, send, again]), _in_rows(examples)])
-
-
-def _on_enter(box: ipw.Text, call: Callable[[str], None]) -> None:
-    """Call with the text of a box when Enter is pressed there.
-
-    The browser reports the key first and then the text, unless it has done so before, when the
-    reader clicked elsewhere. (A box that reports each letter may be late with the last one.)
-    """
-    pressed = []
-
-    def on_key(_: Any, content: Mapping[str, Any], __: Any) -> None:
-        if content.get("event") == "submit":
-            pressed.append(True)
-            on_text()
-
-    def on_text(_: Any = None) -> None:
-        if pressed and box.value:
-            pressed.clear()
-            call(box.value)
-
-    box.on_msg(on_key)
-    box.observe(on_text, names="value")
 
 
 def _bubble(role: str, text: str, style: str = "") -> str:
