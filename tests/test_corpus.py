@@ -270,24 +270,12 @@ def test_folders_as_people_have_them(tmp_path, caplog):
     assert read("[书]/clone/**") == ["a", "b"]
 
 
-def test_what_datasets_has_saved_is_loaded(tmp_path):
-    documents = Dataset.from_dict({"text": ["a", "b", "c"], "source": ["x", "y", "z"]})
-    documents.shuffle(seed=1).save_to_disk(tmp_path / "one")
-    assert load_documents(tmp_path / "one").to_dict() == documents.shuffle(seed=1).to_dict()
-    DatasetDict(train=documents, test=documents).save_to_disk(tmp_path / "two")
-    with pytest.raises(FileNotFoundError, match="several folders: .*test, .*train;"):
-        load_documents(tmp_path / "two")
-    path = write(tmp_path / "a.arrow", b"nothing of the kind")
-    with pytest.raises(ValueError, match="cannot read it"):
-        load_documents(path)
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
 def test_too_little_memory_names_the_file(tmp_path, monkeypatch, name):
     def fail(*_):
         raise MemoryError
 
-    for reader in ("_read_text", "_json_lines", "_read_table"):
+    for reader in ("_read_text", "_json_lines", "_read_parquet"):
         monkeypatch.setattr(corpus, reader, fail)
     path = write(tmp_path / name, "{}")
     with pytest.raises(ValueError, match="does not fit in memory") as caught:

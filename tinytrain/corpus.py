@@ -40,13 +40,13 @@ _warn_once = cache(logger.warning)  # the files are asked for in each step
 _Rows = Iterator[tuple[object, object]]  # each text, and its source
 
 _TEXT_FIELDS = ("completion", "text", "content")
-_FORMATS = (".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".arrow")
+_FORMATS = (".json", ".jsonl", ".ndjson", ".txt", ".parquet")
 _COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
 _PIECE = 1 << 18  # characters or bytes read at once
 # What collections have beside their texts, under names like those of texts.
 _NO_TEXT = re.compile(
     r"(?i)(readme|licen[cs]e|copying|changelog|requirements)(?![a-z]).*\.txt"
-    r"|(config|configuration|dataset_(info|infos|dict)|state)\.json"
+    r"|(config|configuration|dataset_infos?)\.json"
 )
 _OTHER_FILES = {
     b"\x1f\x8b": "a gzip file; let its name end in .gz",
@@ -62,10 +62,10 @@ def load_documents(
 ) -> Dataset:
     """Load the documents of a file, or of all files of a folder, in their order.
 
-    Reads JSON arrays, JSON lines, plain text, parquet (``.json .jsonl .ndjson .txt .parquet``) and
-    what ``datasets`` saves, each also with ``.gz`` or ``.xz`` behind. In plain text, blank lines
-    separate the documents; without any, each line is one. Empty texts, and values that are not
-    text, are left out and counted in one warning.
+    Reads JSON arrays, JSON lines, plain text and parquet (``.json .jsonl .ndjson .txt .parquet``),
+    each also with ``.gz`` or ``.xz`` behind. In plain text, blank lines separate the documents;
+    without any, each line is one. Empty texts, and values that are not text, are left out and
+    counted in one warning.
 
     Parameters
     ----------
@@ -81,8 +81,7 @@ def load_documents(
     Returns
     -------
     datasets.Dataset
-        String columns ``text`` and ``source`` (by default the file's name). Its fingerprint
-        depends on the content alone, so that `datasets` finds cached results again.
+        String columns ``text`` and ``source`` (by default the file's name).
 
     Raises
     ------
@@ -189,8 +188,8 @@ def _read_file(path: Path, text_field: str | None) -> _Rows:
                 raise ValueError(f"{path}: is {kind}")
         if _format(path) == ".txt":
             rows = ((text, None) for text in _read_text(path))
-        elif _format(path) in (".parquet", ".arrow"):
-            rows = _read_table(path, text_field)
+        elif _format(path) == ".parquet":
+            rows = _read_parquet(path, text_field)
         else:
             rows = _read_json(path, text_field)
         for text, source in rows:
@@ -334,24 +333,18 @@ def _find_field(fields: Iterable[str], place: str, wanted: str | None) -> str:
     )
 
 
-def _read_table(path: Path, text_field: str | None) -> _Rows:
+def _read_parquet(path: Path, text_field: str | None) -> _Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with _open(path) as file:
-            if _format(path) == ".arrow":
-                batches = pa.ipc.open_stream(file)
-                names = batches.schema.names
-            else:
-                table = pq.ParquetFile(file, buffer_size=_PIECE, pre_buffer=False)
-                names = table.schema_arrow.names
+            table = pq.ParquetFile(file, buffer_size=_PIECE, pre_buffer=False)
+            names = table.schema_arrow.names
             text_field = _find_field(names, str(path), text_field)
             wanted = [name for name in names if name in (text_field, "source")]
-            if _format(path) == ".parquet":
-                batches = table.iter_batches(batch_size=100, columns=wanted)
-            for batch in batches:
-                for row in batch.select(wanted).to_pylist():
+            for batch in table.iter_batches(batch_size=100, columns=wanted):
+                for row in batch.to_pylist():
                     yield row[text_field], row.get("source")
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -367,14 +360,10 @@ def _write_documents(rows: Iterable[tuple[object, object]], target: Path, path: 
     kept, left_out = 0, Counter()
     schema = pa.schema({"text": pa.string(), "source": pa.string()})
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        batch, size = [], 0
-        for row in _usable(rows, left_out):
-            batch.append(row)
-            kept, size = kept + 1, size + len(row["text"])
-            if len(batch) == 1000 or size > _PIECE:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-                batch, size = [], 0
-        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+        usable = _usable(rows, left_out)
+        while batch := list(islice(usable, 100)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+            kept += len(batch)
 
     counts = ", ".join(f"{count:,} {problem}" for problem, count in left_out.most_common())
     if not kept:

@@ -36,24 +36,11 @@ _COMMIT = {"commit_message": "Upload of tinytrain"}
 def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
     """Download the guide's text: 254,547 articles of Chinese Wikipedia, 524 MB.
 
-    A file that is there already is used without asking the hub.
-
-    Parameters
-    ----------
-    folder : str or Path
-        Where to put the file; it is made if it does not exist.
-    source : {"modelscope", "huggingface"}
-        Which hub.
-
-    Returns
-    -------
-    Path
-        The file, ``wikipedia-cn-20230720-filtered.json`` in the folder.
+    A file that is in the folder already is used without asking the hub, which is "modelscope" or
+    "huggingface".
 
     Raises
     ------
-    ValueError
-        If there is no such hub.
     FileNotFoundError
         If the hub does not have the file.
     ConnectionError
@@ -84,20 +71,15 @@ def download_dataset(
     name : str
         Its owner and name: ``"owner/name"``.
     folder : str or Path
-        Where to put the files, in the dataset's own folders; nothing is deleted there.
+        Where to put the files, in the dataset's own folders.
     source : {"modelscope", "huggingface"}
         Which hub.
     file : str
         One file of the dataset, or a pattern; by default all.
 
-    Returns
-    -------
-    list of Path
-        The files, in the order of their names.
-
     Raises
     ------
-    ValueError, FileNotFoundError, ConnectionError
+    FileNotFoundError, ConnectionError
         As for `download_wikipedia`, and if the dataset has no such file.
     """
     other = _other_than(source)
@@ -150,8 +132,6 @@ def upload(
 
     Raises
     ------
-    ValueError
-        If there is no such hub, or the repository's name is not of that form.
     FileNotFoundError
         If the folder is not an export.
     PermissionError

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,14 +54,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     texts : iterable of str
         The training set, in random order: two million characters are read.
     vocab_size : int
-        Tokens wanted, including the 256 bytes and three that structure text: ``<|endoftext|>``,
-        ``<|im_start|>`` and ``<|im_end|>``. If the text has fewer pairs that occur twice, the
-        vocabulary is smaller, which is logged.
-
-    Returns
-    -------
-    transformers.PreTrainedTokenizerFast
-        With ``<|endoftext|>`` (id 0) as end-of-text and padding token.
+        Tokens wanted, including the 256 bytes and three that structure text: ``<|endoftext|>``
+        (id 0, also for padding), ``<|im_start|>`` and ``<|im_end|>``. If the text has fewer pairs
+        that occur twice, the vocabulary is smaller, which is logged.
 
     Raises
     ------
@@ -175,22 +170,6 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 # Blocks
 
 
-def tokenize(
-    element: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerFast, context_length: int
-) -> dict[str, list[list[int]]]:
-    """Cut each ``text`` of a batch of ``Dataset.map(..., batched=True)`` into full chunks.
-
-    Returns ``input_ids``, lists of `context_length` ids. A document's remainder is dropped, and so
-    is every document that is shorter than one chunk.
-    """
-    # Not `tokenizer(texts, return_overflowing_tokens=True)`: a text that spells out a special token
-    # would place it.
-    chunks = []
-    for ids in encode_text(tokenizer, element["text"]):
-        chunks += [ids[i : i + context_length] for i in range(0, len(ids), context_length)]
-    return {"input_ids": [ids for ids in chunks if len(ids) == context_length]}
-
-
 def chunk_documents(
     documents: Dataset,
     tokenizer: PreTrainedTokenizerFast,
@@ -214,14 +193,13 @@ def pack_documents(
     Parameters
     ----------
     documents : datasets.Dataset
-        One document a row, in the column ``text``. Where a text spells out ``<|endoftext|>``, it is
-        read as plain characters: only this function places the token.
+        One document a row, in the column ``text``. An ``<|endoftext|>`` in it is plain characters.
     tokenizer : transformers.PreTrainedTokenizerFast
     context_length : int
         Tokens a block.
     folder : path, optional
-        Where the ids are written, 4 bytes each, to be mapped into memory from there; files of an
-        earlier call are replaced. By default they are held in memory.
+        Where the ids are written, 4 bytes each, to be mapped into memory; by default they are held
+        in memory.
 
     Returns
     -------
