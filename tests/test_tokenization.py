@@ -222,7 +222,8 @@ def test_a_long_text_has_the_tokens_of_its_parts(small, text):
     whole = text_encoder(small).encode(text, add_special_tokens=False).ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "_PART", 20)
-        assert "".join(parts := list(cut_text(text))) == text
+        parts = [part for part, _ in cut_text(text)]
+        assert "".join(parts) == text
         assert max(map(len, parts)) <= 40
         patch.setattr(common, "_CALL", 50)
         if all(text_can_be_cut(a, b) for a, b in itertools.pairwise(parts)):
@@ -282,21 +283,16 @@ def test_tokens_are_counted_and_shown_as_text_and_lone_bytes_as_numbers(small):
     assert pieces == ["<0xF0>", "<0xA0>", "<0x80>", "<0xBF>"]
 
 
-def test_coloured_tokens_show_what_is_there_and_let_no_html_through(small):
+def test_coloured_tokens_show_what_is_there_and_let_no_html_through():
     text = '北京<b onclick="x">&amp;\'\n\n \t\u200b𠀿'
     tokenizer = train_tokenizer([text] * 2, 300)
     shown = tokenization.colour_tokens(tokenizer, text)
     spans = re.findall(r"<span [^>]*background:(#\w+)[^>]*>([^<]*)<small[^>]*>(\d+)</small>", shown)
     assert [int(id_) for _, _, id_ in spans] == tokenizer(text)["input_ids"]
     written = html.unescape("".join(piece for _, piece, _ in spans))
-    for sign, visible in {"\n": "⏎", " ": "·", "\t": "⇥", "\u200b": "<U+200B>"}.items():
+    for sign, visible in {"\n": "\\n", " ": "·", "\t": "\\t", "\u200b": "\\u200b"}.items():
         text = text.replace(sign, visible)
     assert written == text
-    assert shown.count("<br>") == 2
-    assert set(re.findall(r"<(\w+)", shown)) == {"div", "span", "small", "br"}
+    assert set(re.findall(r"<(\w+)", shown)) == {"div", "span", "small"}
     colors = [color for color, _, _ in spans]
     assert all(left != right for left, right in itertools.pairwise(colors))
-    # Of a long text the first thousand are shown.
-    tokens = len(small("北京" * 900)["input_ids"])
-    shown = tokenization.colour_tokens(small, "北京" * 900)
-    assert shown.count("<span") == 1000 and f"and {tokens - 1000:,} more tokens" in shown

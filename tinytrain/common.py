@@ -62,17 +62,11 @@ class _SafeFormatter(logging.Formatter):
         return safe_text(super().format(record))
 
 
-def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO) -> logging.Logger:
+def setup_logging(log_file: str | Path | None = None) -> logging.Logger:
     """Send what the logger ``tinytrain`` gets to stdout and to a file, and return the logger.
 
-    Calling this again replaces the earlier set-up, so no message is ever shown twice.
-
-    Parameters
-    ----------
-    log_file : str or Path, optional
-        Usually ``training.log``, to append to; its folder is made. Without it stdout is all.
-    level : int
-        The least severe level that is shown.
+    The file, usually ``training.log``, is appended to, and its folder is made. Calling this again
+    replaces the earlier set-up, so no message is ever shown twice.
     """
     print_any_character()
     logger = logging.getLogger("tinytrain")
@@ -88,7 +82,7 @@ def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO)
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     # Colab gives the root logger a handler of its own, which would repeat every line.
     logger.propagate = False
     return logger
@@ -126,8 +120,7 @@ def in_notebook() -> bool:
 class NotebookOutput:
     """One output of a notebook's cell, which each later one replaces."""
 
-    def __init__(self):
-        self._handle = None
+    _handle = None
 
     def show(self, text: str, png: bytes | None = None) -> None:
         """Show a picture, or the text where there is none or it cannot be shown."""
@@ -244,8 +237,7 @@ def append_json_line(path: str | Path, line: Any) -> None:
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines; one that is damaged or still being written is left out."""
-    lines = []
-    texts = Path(path).read_bytes().split(b"\n")
+    lines, texts = [], Path(path).read_bytes().split(b"\n")
     for number, text in enumerate(texts, 1):
         try:
             lines.append({**json.loads(text)})
@@ -323,27 +315,24 @@ def encode_each(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Ite
 def _calls(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
     """Yield what to encode in one call: parts of texts, each with whether it ends its text."""
     call, size = [], 0
-    for text in texts:
-        parts = list(cut_text(text))
-        for number, part in enumerate(parts, 1):
-            call.append((part, number == len(parts)))
-            size += len(part) + 1
-            if size > _CALL:
-                yield call
-                call, size = [], 0
-    if call:
-        yield call
+    for part, ends in (each for text in texts for each in cut_text(text)):
+        call.append((part, ends))
+        size += len(part) + 1
+        if size > _CALL:
+            yield call
+            call, size = [], 0
+    yield call
 
 
-def cut_text(text: str) -> Iterator[str]:
-    """Yield the parts of a text, which become the same tokens as the whole; see `encode_each`."""
+def cut_text(text: str) -> Iterator[tuple[str, bool]]:
+    """Yield the parts of a text, which become the same tokens, and whether each is the last."""
     start = 0
     while len(text) - start > 2 * _PART:
         found = _PLACE_TO_CUT.search(text, start + _PART, start + 2 * _PART)
         end = found.start() if found else start + 2 * _PART
-        yield text[start:end]
+        yield text[start:end], False
         start = end
-    yield text[start:]
+    yield text[start:], True
 
 
 def format_seconds(seconds: float) -> str:
@@ -481,34 +470,22 @@ def sample(
     ----------
     model, tokenizer
         A causal language model of transformers and its tokenizer.
-    ids : sequence of int
-        Fewer than the model's context.
-    stops : sequence of int
-        The tokens that end the text.
+    ids, stops : sequence of int
+        Fewer than the model's context, and the tokens that end the text.
     max_new_tokens : int
         Where to stop if the model does not; it also stops where its context is full.
     temperature : float
         Below 1, likely tokens become likelier; above 1, rare ones do. 0 is greedy.
-    top_k : int
-        Sample only from this many of the likeliest tokens; 0 samples from all.
-    top_p : float
-        Sample only from the likeliest tokens that together have this probability.
+    top_k, top_p
+        Sample only from so many of the likeliest tokens (0: from all), and only from those that
+        together have this probability (Holtzman et al., 2020, arXiv:1904.09751).
     repetition_penalty : float
-        Above 1, makes every token that is already in the text less likely.
+        Above 1, makes every token that is already in the text less likely (Keskar et al., 2019,
+        arXiv:1909.05858).
     seed : int, optional
         The same seed writes the same text; torch's random state is left as it was.
     on_text : callable, optional
         Receives each piece of text as it is written: ``partial(print, end="", flush=True)``.
-
-    Raises
-    ------
-    ValueError
-        If a sampling parameter is out of its range.
-
-    References
-    ----------
-    Holtzman et al., "The curious case of neural text degeneration", 2020, arXiv:1904.09751
-    (top-p); Keskar et al., "CTRL", 2019, arXiv:1909.05858 (repetition penalty).
     """
     import torch
     from transformers import TextStreamer

@@ -34,8 +34,7 @@ class ChatQuestion(NamedTuple):
 
     The ``group`` says what the conversations have of it: ``"tuned"`` the question, word for word;
     ``"reworded"`` the fact, but nothing in this wording; ``"untaught"`` the wording, but nothing
-    about this subject; ``"invented"`` the wording, but not this name, nor its first half. A few of
-    the tuned questions are not learned from: `tinytrain.tuning` holds 64 conversations out.
+    about this subject; ``"invented"`` the wording, but not this name, nor its first half.
     """
 
     question: str
@@ -138,13 +137,8 @@ def _invented(which: str) -> list[_Fact]:
 def write_conversations(facts: _Table, seed: int = 2222) -> list[dict[str, Any]]:
     """Write conversations that tell the facts of half of the subjects, each in four wordings.
 
-    Parameters
-    ----------
-    facts : dict of list of dict
-        What `tinytrain.encyclopedia.read_facts` returns.
-    seed : int
-        Chooses longer conversations and the order, not which facts are told. The same seed gives
-        the same conversations on every platform.
+    The facts are those of `tinytrain.encyclopedia.read_facts`. The seed chooses what goes on for
+    several turns and the order, the same on every platform, not which facts are told.
 
     Returns
     -------
@@ -201,17 +195,8 @@ def _several_turns(
 def chat_questions(facts: _Table, limit: int | None = None) -> list[ChatQuestion]:
     """Return questions to ask a model before and after it is tuned on `write_conversations`.
 
-    Parameters
-    ----------
-    facts : dict of list of dict
-        What `tinytrain.encyclopedia.read_facts` returns.
-    limit : int, optional
-        At most so many of each group, a mixture of its domains.
-
-    Returns
-    -------
-    list of ChatQuestion
-        Group by group. Only about ``"invented"`` names is `UNKNOWN` right.
+    They come group by group; with a limit, so many of each, a mixture of its domains. Only about
+    ``"invented"`` names is `UNKNOWN` right.
     """
     taught, untaught = _split_facts(facts)
     groups = {
@@ -239,13 +224,8 @@ def load_conversations(path: str | Path) -> Dataset:
     Its name ends in ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet``, perhaps followed by ``.gz``
     or ``.xz``. A conversation has a field ``messages`` (a list of ``role`` and ``content``),
     ``conversations`` (the same, or ShareGPT's ``from`` and ``value``), or Alpaca's ``instruction``,
-    ``input`` and ``output`` (and ``history``); a ``system`` beside them comes first.
-
-    Returns
-    -------
-    datasets.Dataset
-        In memory, with one column ``messages``: lists of ``{"role": ..., "content": ...}``, where
-        user and assistant take turns, perhaps after a system turn.
+    ``input`` and ``output`` (and ``history``); a ``system`` beside them comes first. What you get
+    has one column ``messages``, in which user and assistant take turns, perhaps after a system.
 
     Raises
     ------

@@ -114,12 +114,9 @@ def load_documents(
 def text_files(path: str | Path) -> list[Path]:
     """Return the files that `load_documents` reads for a path, in the order of their names.
 
-    Parameters
-    ----------
-    path : str or Path
-        A file, a folder, or a pattern with ``*``, ``?`` or ``**``. Of the last two, the files count
-        whose names end like a format that can be read; licences, metadata, and a text's second
-        copy do not. A folder without a text is searched two levels down.
+    The path is a file, a folder, or a pattern with ``*``, ``?`` or ``**``. Of the last two, the
+    files count whose names end like a format that can be read; licences, metadata, and a text's
+    second copy do not. A folder without a text is searched two levels down.
     """
     path = Path(path)
     if path.is_file():
@@ -358,9 +355,9 @@ def _write_documents(rows: Iterable[tuple[object, object]], target: Path, path: 
     import pyarrow as pa
 
     kept, left_out = 0, Counter()
+    usable = _usable(rows, left_out)
     schema = pa.schema({"text": pa.string(), "source": pa.string()})
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        usable = _usable(rows, left_out)
         while batch := list(islice(usable, 100)):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
             kept += len(batch)
@@ -398,13 +395,7 @@ def _usable(
 def split_documents(documents: Dataset, test_size: float = 0.1, seed: int = 2222) -> DatasetDict:
     """Split the documents at random into a training set, ``train``, and a held-out set, ``test``.
 
-    Parameters
-    ----------
-    documents : datasets.Dataset
-    test_size : float
-        Share that is held out, between 0 and 1.
-    seed : int
-        The same seed gives the same split.
+    The latter has the share `test_size` of the documents; the same seed gives the same split.
     """
     if len(documents) < 2:
         raise ValueError(
@@ -431,10 +422,7 @@ def document_lengths(documents: Dataset) -> np.ndarray:
 
 
 def plot_lengths(split: DatasetDict, mark: float | None = None, mark_label: str = "") -> Figure:
-    """Draw how long the documents of the training set and of the held-out set are.
-
-    A line with a label may mark a length in characters, for example that of one context.
-    """
+    """Draw how long the documents of both sets are; a line may mark a length in characters."""
     import numpy as np
     from matplotlib.ticker import LogLocator
 
@@ -451,14 +439,9 @@ def plot_lengths(split: DatasetDict, mark: float | None = None, mark_label: str 
         style = {"facecolor": color + "33", "edgecolor": color, "linewidth": 1.5}
         axes.hist(values, bins, weights=weights, histtype="stepfilled", label=label, **style)
     if mark is not None:
-        axes.axvline(mark, color="0.3", linestyle="--", linewidth=1)
-        at_top = {"va": "top", "transform": axes.get_xaxis_transform()}
-        side = "left" if mark < everything.max() else "right"  # of the text that meets the line
-        axes.text(mark, 0.98, f" {mark_label} ", ha=side, color="0.3", parse_math=False, **at_top)
-    axes.margins(y=0.15)
+        axes.axvline(mark, color="0.3", linestyle="--", linewidth=1, label=mark_label)
     axes.set(xscale="log", xlabel="characters in a document", ylabel="documents (%)")
-    wide = everything.max() > 20 * max(everything.min(), 1)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else range(1, 10)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_minor_formatter("")
     axes.legend(frameon=False)

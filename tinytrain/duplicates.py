@@ -32,29 +32,19 @@ _SENTENCE = re.compile(r"[^。！？；\n]+(?:[。！？；]+[”’」』）]*)
 
 
 class Duplicate(NamedTuple):
-    """A held-out document that is in the training set too.
+    """A held-out document that is in the training set too."""
 
-    Attributes
-    ----------
-    test, train : int
-        Row in the held-out set, and row of its most similar document in the training set.
-    similarity : float
-        Share of the two documents' character 5-grams that they have in common, 0 to 1.
-    kind : str
-        ``"exact"`` (the same characters) or ``"near"``.
-    """
-
-    test: int
-    train: int
-    similarity: float
-    kind: str
+    test: int  # its row in the held-out set
+    train: int  # row of its most similar document in the training set
+    similarity: float  # share of the character 5-grams that they have in common, 0 to 1
+    kind: str  # "exact" (the same characters) or "near"
 
 
 def find_duplicates(split: DatasetDict, threshold: float = 0.8) -> list[Duplicate]:
     """Find the held-out documents that are in the training set too, exactly or nearly.
 
-    Spaces, punctuation and case do not count. The documents may be on disk: the index takes some
-    500 bytes for each held-out one.
+    Spaces, punctuation and case do not count. Each held-out document that has duplicates is named
+    once, with its most similar one. The index takes some 500 bytes for each held-out document.
 
     Parameters
     ----------
@@ -62,12 +52,6 @@ def find_duplicates(split: DatasetDict, threshold: float = 0.8) -> list[Duplicat
         With ``"train"`` and ``"test"``, each with a column ``text``.
     threshold : float
         Least Jaccard similarity of a near duplicate, above 0 and at most 1.
-
-    Returns
-    -------
-    list of Duplicate
-        One for each held-out document that has a duplicate, with its most similar one, in the
-        order of the held-out set.
 
     References
     ----------
@@ -176,15 +160,7 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def drop_duplicates(split: DatasetDict, duplicates: list[Duplicate]) -> DatasetDict:
-    """Remove the held-out documents that are in the training set too, which stays as it is.
-
-    Parameters
-    ----------
-    split : datasets.DatasetDict
-        With ``"train"`` and ``"test"``.
-    duplicates : list of Duplicate
-        From `find_duplicates` on the same split.
-    """
+    """Remove what `find_duplicates` found from the held-out set, and not from the training set."""
     from datasets import DatasetDict
 
     copies = {duplicate.test for duplicate in duplicates}
@@ -200,22 +176,12 @@ def drop_duplicates(split: DatasetDict, duplicates: list[Duplicate]) -> DatasetD
 
 
 class SeenSentences(NamedTuple):
-    """Every sentence of the held-out documents, and whether the training set has it too.
+    """Every sentence of the held-out documents, and whether the training set has it too."""
 
-    Attributes
-    ----------
-    test : numpy.ndarray, shape (sentences,)
-        Row of its document in the held-out set.
-    start, end : numpy.ndarray, shape (sentences,)
-        Its first character in the document, and the one after its last.
-    train : numpy.ndarray, shape (sentences,)
-        Row of the first training document that has the same sentence; -1 if none has.
-    """
-
-    test: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-    train: np.ndarray
+    test: np.ndarray  # the row of its document in the held-out set
+    start: np.ndarray  # its first character there
+    end: np.ndarray  # the one after its last
+    train: np.ndarray  # the row of the first training document that has it; -1 if none has
 
     def shares(self) -> tuple[float, float]:
         """Return the share of sentences that are in the training set, and of their characters."""
@@ -234,20 +200,6 @@ def find_seen_sentences(split: DatasetDict) -> SeenSentences:
     """Find the sentences of held-out documents that are in the training set too.
 
     Sentences are the same if they differ in white space only.
-
-    Parameters
-    ----------
-    split : datasets.DatasetDict
-        With ``"train"`` and ``"test"``, each with a column ``text``.
-
-    Examples
-    --------
-    >>> from datasets import Dataset, DatasetDict
-    >>> texts = {"train": ["水是液体。冰是固体。"], "test": ["冰是固体。汽是气体。"]}
-    >>> split = DatasetDict({k: Dataset.from_dict({"text": v}) for k, v in texts.items()})
-    >>> seen = find_seen_sentences(split)
-    >>> seen.shares(), seen.spans(0)
-    ((0.5, 0.5), [(0, 5)])
     """
     import numpy as np
     from tqdm.auto import tqdm

@@ -349,11 +349,6 @@ def cloze_questions() -> list[Question]:
 
     The prompt ends right before the answer, does not contain it, and is continued by nothing else
     anywhere in the text. No question is on arithmetic.
-
-    Examples
-    --------
-    >>> cloze_questions()[0]
-    Question(prompt='中国的首都是', answer='北京', domain='countries', kind='told')
     """
     questions, facts = [], _load("encyclopedia.json")
     for name, domain in _domains(_load("phrases.json")).items():

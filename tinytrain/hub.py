@@ -50,10 +50,11 @@ def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
     if path.is_file():
         logger.info("%s: nothing to download", folder)
         return path
+    (other,) = {*_HUBS} - {source}
     advice = (
-        f' Another source is "{_other_than(source)}", a mirror can be named in '
-        f"{hub.endpoint_variable}. Without a network, take the built-in text (recipe "
-        '"pocket") or a file of your own (TINYTRAIN_CORPUS=path).'
+        f' Another source is "{other}", a mirror can be named in {hub.endpoint_variable}. Without '
+        'a network, take the built-in text (recipe "pocket") or a file of your own '
+        "(TINYTRAIN_CORPUS=path)."
     )
     _download(source, hub.wikipedia, Path(folder), [_WIKIPEDIA_FILE], advice)
     return path
@@ -64,26 +65,15 @@ def download_dataset(
 ) -> list[Path]:
     """Download a dataset's files of JSON lines, JSON and parquet, also packed as gz or xz.
 
-    The hub is asked each time which there are; a file that you have is not downloaded again.
-
-    Parameters
-    ----------
-    name : str
-        Its owner and name: ``"owner/name"``.
-    folder : str or Path
-        Where to put the files, in the dataset's own folders.
-    source : {"modelscope", "huggingface"}
-        Which hub.
-    file : str
-        One file of the dataset, or a pattern; by default all.
+    The name is ``"owner/name"``; `file` may be one file of the dataset, or a pattern. The dataset's
+    own folders come below `folder`; a file that you have is not downloaded again.
 
     Raises
     ------
     FileNotFoundError, ConnectionError
         As for `download_wikipedia`, and if the dataset has no such file.
     """
-    other = _other_than(source)
-    advice = f' Check the name; another source is "{other}", or a file of your own.'
+    advice = f" Check the name; another source is {' or '.join({*_HUBS} - {source})}."
     return _download(source, name, Path(folder), [file] if file else _DATA_FILES, advice)
 
 
@@ -106,7 +96,7 @@ def upload(
     token: str | None = None,
     private: bool = True,
 ) -> str:
-    """Upload an exported model to ModelScope or Hugging Face.
+    """Upload an exported model to ModelScope or Hugging Face, and return its address there.
 
     A repository that is there already gets the files as a new version. Only files of the export
     are sent, as you edited them; notes, keys and other files of yours in the folder are not.
@@ -124,11 +114,6 @@ def upload(
         log-in. It is never shown.
     private : bool
         Whether a new repository is for you alone. Read the card before you change that.
-
-    Returns
-    -------
-    str
-        The address at which the model can be seen.
 
     Raises
     ------
@@ -211,8 +196,9 @@ class _HuggingFace:
         self.dataset_url = f"{self.endpoint}/api/datasets/{repo_id}"
 
     def download(self, folder: Path, wanted: list[str]) -> None:
-        places = {"repo_type": "dataset", "local_dir": folder}
-        self.api.snapshot_download(self.repo_id, allow_patterns=wanted, **places)
+        self.api.snapshot_download(
+            self.repo_id, repo_type="dataset", local_dir=folder, allow_patterns=wanted
+        )
 
     def upload(self, folder: Path, files: list[str], private: bool) -> str:
         self.api.create_repo(self.repo_id, private=private, exist_ok=True)
@@ -229,10 +215,6 @@ def _find_hub(name: str) -> type[_ModelScope] | type[_HuggingFace]:
     if name not in _HUBS:
         raise ValueError(f"unknown hub {name!r}; choose one of {', '.join(_HUBS)}")
     return _HUBS[name]
-
-
-def _other_than(source: str) -> str:
-    return "huggingface" if source == "modelscope" else "modelscope"
 
 
 def _transfer(

