@@ -138,7 +138,7 @@ def text_files(path: str | Path) -> list[Path]:
         nearest = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
         names = [file.name for file in _readable(nearest.iterdir())]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        there = f"there are: {', '.join(names[:5])}{more}" if names else "is none"
+        there = f"there are: {', '.join(names[:5])}{more}" if names else "there are none"
         raise FileNotFoundError(f"{problem}; give the path of one; in {nearest} {there}")
     return files
 

@@ -169,12 +169,9 @@ class _ModelScope:
         from modelscope.hub.api import HubApi
 
         api = HubApi(endpoint=self.endpoint, token=self.token)
-        api.create_repo(
-            self.repo_id,
-            visibility="private" if private else "public",
-            license=ModelCard.load(folder / "README.md").data.license,
-            exist_ok=True,
-        )
+        facts = {"license": ModelCard.load(folder / "README.md").data.license}
+        facts["visibility"] = "private" if private else "public"
+        api.create_repo(self.repo_id, exist_ok=True, **facts)
         # Without its cache: that would be a file among those to upload.
         api.upload_folder(self.repo_id, folder, allow_patterns=files, use_cache=False, **_COMMIT)
         return f"{self.endpoint}/models/{self.repo_id}"

@@ -18,7 +18,6 @@ import ipywidgets as ipw
 from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     from tinytrain.hardware import Hardware
@@ -53,7 +52,9 @@ def memory_explorer(recipe: Recipe, hardware: Hardware) -> ipw.VBox:
     def show(hidden_size: int, loss_rows: bool, **sizes: Any) -> None:
         sizes["loss_rows"] = (recipe.loss_rows or 512) if loss_rows else None
         changed = replace(with_width(recipe, hidden_size), **sizes)
-        picture.value = _png(plot_memory(changed, hardware))
+        buffer = io.BytesIO()
+        plot_memory(changed, hardware).savefig(buffer, format="png")
+        picture.value = buffer.getvalue()
         costs = [estimate(changed, card).row() for card in (hardware, *KNOWN_GPUS)]
         rows = pd.DataFrame(costs)[["on", "memory", "fits", "time"]]
         table.value = rows.to_html(index=False, border=0, justify="left", col_space=110)
@@ -79,7 +80,7 @@ def token_explorer(
             for name, tokenizer in tokenizers.items()
         )
 
-    return _explorer({"text": _text_box("text", text)}, show, shown)
+    return _explorer({"text": ipw.Textarea(text, description="text", **_WIDE)}, show, shown)
 
 
 def playground(
@@ -91,7 +92,7 @@ def playground(
     """
     from tinytrain.generation import generate
 
-    box = _text_box("prompt", prompt)
+    box = ipw.Textarea(prompt, description="prompt", **_WIDE)
     controls = {
         "temperature": _slider("temperature", 0.8, min=0, max=2, step=0.05),
         "top_k": _slider("top-k (0: all)", 0, min=0, max=200),
@@ -199,6 +200,7 @@ def _bubble(role: str, text: str, style: str = "") -> str:
 
 
 # Two controls fit in a row even beside the open side bar of a small screen.
+_WIDE = {"rows": 3, "layout": {"width": "98%"}}
 _LOOK = {"style": {"description_width": "120px"}, "layout": {"width": "325px"}}
 
 
@@ -215,10 +217,6 @@ def _choice(description: str, value: int, options: Iterable[int]) -> ipw.Widget:
     return ipw.SelectionSlider(
         description=description, options=numbers, value=value, continuous_update=False, **_LOOK
     )
-
-
-def _text_box(description: str, text: str) -> ipw.Widget:
-    return ipw.Textarea(description=description, value=text, rows=3, layout={"width": "98%"})
 
 
 def _in_rows(controls: Iterable[ipw.Widget]) -> ipw.Widget:
@@ -243,12 +241,6 @@ def _explorer(
         control.observe(update, names="value")
     update()
     return ipw.VBox([_in_rows(controls.values()), problem, *outputs])
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _error_line(error: Exception) -> str:
