@@ -212,7 +212,9 @@ def test_a_missing_path_names_what_could_be_meant(tmp_path):
         assert "notes.md," not in str(caught.value)
     write(tmp_path / "LICENSE.txt", "")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty is a folder without a text.* there are none"):
+    with pytest.raises(
+        FileNotFoundError, match="empty is a folder without a text.* there are none"
+    ):
         load_documents(tmp_path / "empty")
     with pytest.raises(FileNotFoundError):
         load_documents(tmp_path / "no" / "where" / "a.json")

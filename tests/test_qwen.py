@@ -162,7 +162,8 @@ def test_a_saved_tokenizer_is_the_same_again(kind, request, tmp_path):
 def test_a_reduced_tokenizer_writes_its_text_with_the_same_tokens_and_any_other(qwen, reduced):
     assert len(reduced) <= 450
     kept = sorted(reduced.get_vocab().items(), key=lambda item: item[1])
-    original = [qwen.get_vocab()[token] for token, _ in kept]
+    vocab = qwen.get_vocab()
+    original = [vocab[token] for token, _ in kept]
     assert original == sorted(original) and len(original) == len(reduced)
     for text in SENTENCES:
         assert [original[i] for i in reduced(text)["input_ids"]] == qwen(text)["input_ids"]

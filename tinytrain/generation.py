@@ -55,12 +55,7 @@ def generate(
     """Continue one prompt, sampling each token, and return the continuation.
 
     Of a prompt longer than the model's context, the last part is used. The parameters are those of
-    `tinytrain.common.sample`.
-
-    Raises
-    ------
-    ValueError
-        If the prompt is empty or a sampling parameter is out of its range.
+    `tinytrain.common.sample`; one out of its range, or an empty prompt, is a ValueError.
     """
     [ids] = _prompt_ids(model, tokenizer, [prompt])
     options = temperature, top_k, top_p, repetition_penalty, seed, on_text

@@ -66,12 +66,8 @@ def download_dataset(
     """Download a dataset's files of JSON lines, JSON and parquet, also packed as gz or xz.
 
     The name is ``"owner/name"``; `file` may be one file of the dataset, or a pattern. The dataset's
-    own folders come below `folder`; a file that you have is not downloaded again.
-
-    Raises
-    ------
-    FileNotFoundError, ConnectionError
-        As for `download_wikipedia`, and if the dataset has no such file.
+    own folders come below `folder`; a file that you have is not downloaded again. It raises what
+    `download_wikipedia` does.
     """
     advice = f" Check the name; another source is {' or '.join({*_HUBS} - {source})}."
     return _download(source, name, Path(folder), [file] if file else _DATA_FILES, advice)
