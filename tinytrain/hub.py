@@ -251,9 +251,10 @@ def _explained(error: Exception, begun: bool, place: str, advice: str, token: st
             f"{place}: the token must not write there (HTTP {status}). Either it only reads, or "
             "the name is someone else's: take one of your own, and a token that may write."
         )
-    said = getattr(error, "server_message", None) or getattr(error, "message", None) or ""
-    # Not an upload's last cause: it may quote a part of the token, in a header.
-    said = said.replace(token, "***") if token else said or causes[-1]
+    said = causes[-1]
+    if token:  # not an upload's last cause: it may quote a part of the token, in a header
+        said = getattr(error, "server_message", None) or getattr(error, "message", None) or ""
+        said = said.replace(token, "***")
     said, kind = one_line(said)[:150], type(causes[-1]).__name__
     if status is not None:
         problem = f"the hub has an error (HTTP {status}: {said}). Try again later."
