@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 import ipywidgets as ipw
 import pytest
 from test_chat_command import FRANCE, HELLO, taught_to_chat
-from transformers import PreTrainedTokenizerFast
 
 from tinytrain import widgets
 from tinytrain.chat import Chat
@@ -132,18 +131,9 @@ def test_the_tokens_of_a_typed_text_appear_for_each_tokenizer_and_never_as_html(
         assert "".join(f"{p}{i}" for p, i in show_tokens(tokenizer, "日本的首都")) in shown
     move(explorer, {"text": hostile})
     for piece, _ in show_tokens(smoke.tokenizer, hostile):
-        assert piece.replace(" ", "·").replace("\n", "⏎") in page(explorer)
+        assert repr(piece)[1:-1].replace(" ", "·") in page(explorer)
     move(explorer, {"text": ""})
     assert f"{hostile}: 0 tokens" in page(explorer)
-
-
-def test_a_tokenizer_that_cannot_be_shown_is_a_line():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    backend = Tokenizer(WordLevel({"<法>": 0}, unk_token="<法>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert "not byte-level" in page(widgets.token_explorer({"words": tokenizer}, "法国"))
 
 
 # Playground
@@ -238,29 +228,23 @@ def text_box(box):
 
 
 def press_enter(box, text):
-    """Do what a browser does, in its order: what was typed comes after the key."""
-    field = text_box(box)
-    field._handle_custom_msg({"event": "submit"}, [])
-    field.set_state({"value": text})
+    """Do what a browser does: it tells what was typed when Enter is pressed."""
+    text_box(box).set_state({"value": text})
 
 
-def test_enter_sends_and_so_do_the_button_and_the_examples(tuned):
+def test_enter_sends_and_so_do_the_examples(tuned):
     box = widgets.chat_box(*tuned, questions=[HELLO[0], HOSTILE[0]])
     plain = Chat(*tuned)
     press_enter(box, FRANCE[0])
     assert turns(box) == answered((FRANCE[0], plain.reply(FRANCE[0]))) == answered(FRANCE)
     assert text_box(box).value == ""
-    text_box(box).set_state({"value": HELLO[0]})
-    assert len(turns(box)) == 2  # one has only clicked elsewhere
-    control(box, "Send").click()
-    assert turns(box) == answered(FRANCE, HELLO)
     control(box, HELLO[0]).click()
-    assert turns(box) == answered(FRANCE, HELLO, HELLO)
-    text_box(box).set_state({"value": FRANCE[0]})
-    text_box(box)._handle_custom_msg({"event": "submit"}, [])  # nothing has changed since
-    assert turns(box) == answered(FRANCE, HELLO, HELLO, FRANCE)
+    assert turns(box) == answered(FRANCE, HELLO)
+    press_enter(box, FRANCE[0])
+    press_enter(box, FRANCE[0])
+    assert turns(box) == answered(FRANCE, HELLO, FRANCE, FRANCE)
     control(box, "Send").click()  # nothing is there
-    assert turns(box) == answered(FRANCE, HELLO, HELLO, FRANCE) and page(box).count("\n") == 1
+    assert turns(box) == answered(FRANCE, HELLO, FRANCE, FRANCE) and page(box).count("\n") == 1
     control(box, "Start over").click()
     assert turns(box) == []
     press_enter(box, HELLO[0])
