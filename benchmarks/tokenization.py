@@ -15,9 +15,8 @@ from datasets import Dataset, disable_caching, disable_progress_bars
 
 from benchmarks import save
 from tinytrain import corpus, encyclopedia
-from tinytrain.common import encode_text
 from tinytrain.qwen import qwen_tokenizer
-from tinytrain.tokenization import pack_documents
+from tinytrain.tokenization import pack_documents, tokenize
 
 CHARACTERS, ROUNDS, CONTEXT = 7_000_000, 3, 512
 
@@ -39,13 +38,8 @@ def some_text(path: str | None, characters: int) -> list[str]:
 
 def guide(documents: Dataset, tokenizer) -> None:
     """Tokenize by ``map`` with its defaults, as the guide does, and keep the full chunks."""
-
-    def tokenize(element: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        rows = encode_text(tokenizer, element["text"])
-        chunks = [ids[i : i + CONTEXT] for ids in rows for i in range(0, len(ids), CONTEXT)]
-        return {"input_ids": [ids for ids in chunks if len(ids) == CONTEXT]}
-
-    documents.map(tokenize, batched=True, remove_columns=["text"])
+    arguments = {"tokenizer": tokenizer, "context_length": CONTEXT}
+    documents.map(tokenize, batched=True, remove_columns=["text"], fn_kwargs=arguments)
 
 
 def ours(documents: Dataset, tokenizer) -> None:

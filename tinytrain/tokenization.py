@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,6 +161,33 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     parts = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor")
     deciding = {part: state[part] for part in parts} | {"eos": tokenizer.eos_token_id}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def tokenize(
+    element: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerFast, context_length: int
+) -> dict[str, list[list[int]]]:
+    """Cut each text of a batch into chunks and keep the full ones.
+
+    Parameters
+    ----------
+    element : mapping of str to list of str
+        A batch with the column ``text``, as from ``Dataset.map(..., batched=True)``.
+    tokenizer : transformers.PreTrainedTokenizerFast
+    context_length : int
+        Tokens a chunk.
+
+    Returns
+    -------
+    dict
+        ``input_ids``: chunks of exactly ``context_length`` ids. A document's remainder is dropped,
+        and so is every document that is shorter than one chunk.
+    """
+    # Not `tokenizer(texts, return_overflowing_tokens=True)`: a text that spells out a special token
+    # would place it.
+    chunks = []
+    for ids in encode_text(tokenizer, element["text"]):
+        chunks += [ids[i : i + context_length] for i in range(0, len(ids), context_length)]
+    return {"input_ids": [ids for ids in chunks if len(ids) == context_length]}
 
 
 def chunk_documents(

@@ -183,8 +183,8 @@ def chat_box(
         faded.clear()
         note.value = shown.value = ""
 
-    box.observe(lambda change: change["new"] and ask(change["new"]), names="value")
-    # A click on "Send" takes the focus from the box, which sends too.
+    _on_enter(box, ask)
+    send.on_click(lambda _: box.value and ask(box.value))
     again.on_click(start_over)
     for button in examples:
         button.on_click(lambda clicked: ask(clicked.description))
@@ -248,3 +248,25 @@ def _error_line(error: Exception) -> str:
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     message = html.escape(f"{kind}{error}")
     return f'<span style="color:var(--jp-error-color1, #d32f2f)">{message}</span>'
+
+
+def _on_enter(box: ipw.Text, call: Callable[[str], None]) -> None:
+    """Call with the text of a box when Enter is pressed there.
+
+    The browser reports the key first and then the text, unless it has done so before, when the
+    reader clicked elsewhere. (A box that reports each letter may be late with the last one.)
+    """
+    pressed = []
+
+    def on_key(_: Any, content: Mapping[str, Any], __: Any) -> None:
+        if content.get("event") == "submit":
+            pressed.append(True)
+            on_text()
+
+    def on_text(_: Any = None) -> None:
+        if pressed and box.value:
+            pressed.clear()
+            call(box.value)
+
+    box.on_msg(on_key)
+    box.observe(on_text, names="value")
