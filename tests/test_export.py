@@ -205,10 +205,6 @@ def test_a_failure_leaves_what_was_there(patched, smoke, tmp_path, monkeypatch):
                     write(tmp_path / "out", "second")
                 finally:
                     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda path, mode: False)
-        with pytest.raises(OSError, match="cannot write to .*Permission denied"):
-            write(tmp_path / "out", "second")
     assert content() == before and os.listdir(tmp_path) == ["out"]
     write(tmp_path / "out", "second")
     assert b"# second" in content()["README.md"] and os.listdir(tmp_path) == ["out"]
@@ -216,7 +212,7 @@ def test_a_failure_leaves_what_was_there(patched, smoke, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["beside", "inside", "through a link"])
 def test_only_what_an_export_wrote_is_replaced(patched, smoke, tmp_path, monkeypatch, where):
-    """Also with the working folder inside, and without the step that only Linux has."""
+    """Also with the working folder inside."""
     real = tmp_path / "我的 model [1]"
 
     def write(name, **options):
@@ -242,7 +238,7 @@ def test_only_what_an_export_wrote_is_replaced(patched, smoke, tmp_path, monkeyp
         (real / name).parent.mkdir(parents=True, exist_ok=True)
         (real / name).write_bytes(content)
     (real / "empty").mkdir()
-    leftover, theirs = real.with_name(f"{real.name}.ab.tinytrain-export"), real.with_name("other")
+    leftover, theirs = real.with_name(f"{real.name}.tinytrain-export"), real.with_name("other")
     for path in (leftover, theirs):
         path.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half a model")
@@ -285,7 +281,7 @@ left = None
 
 def count(event, arguments):
     global left
-    changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "ctypes.dlsym")
+    changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
     if left is not None and (changes or event == "open" and arguments[2] & os.O_ACCMODE):
         left -= 1
         if left == 0:
@@ -295,11 +291,14 @@ def write(number):
     export_model(models[number], tokenizer(), folder, {"name": f"number {number}"})
 
 def found():
+    """Return which model is there, or None if none is: then nothing passes for one."""
+    assert (folder / ".git" / "HEAD").read_text() == "ref" and (folder / "notes").is_file()
+    if not (folder / "config.json").is_file():
+        return None
     weight = load_file(folder / "model.safetensors")["model.norm.weight"]
-    assert (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
+    assert (folder / "tokenizer.json").is_file()
     (number,) = (n for n in (0, 1) if torch.equal(weight, models[n].model.norm.weight))
     assert f"# number {number}" in (folder / "README.md").read_text()
-    assert (folder / ".git" / "HEAD").read_text() == "ref" and (folder / "notes").is_file()
     return number
 
 write(0)
@@ -310,26 +309,23 @@ write(0)
 sys.addaudithook(count)
 seen, moment, status = [], 1, -1
 while status:
-    before = found()
+    write(0)  # whatever the last one has left
     child = os.fork()
     if not child:
         left = moment
-        write(1 - before)
+        write(1)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    seen.append(found() != before)
-    assert len(os.listdir()) <= 2, os.listdir()
-    moment += 4
-assert seen.count(False) > 7 and seen.count(True) > 1, seen
-left = None
-write(0)
+    seen.append(found())
+    moment += 3
+assert seen == sorted(seen, key=[0, None, 1].index) and {*seen} == {0, None, 1}, seen
 assert os.listdir() == ["out"]
 print("survived", len(seen))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes several steps")
-def test_killed_at_any_moment_it_leaves_the_old_export_or_the_new_one(tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
+def test_killed_at_any_moment_it_leaves_a_whole_export_or_none(tmp_path):
     paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(export.__file__))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-X", "utf8", "-c", KILLED]
