@@ -291,7 +291,7 @@ def write(number):
     export_model(models[number], tokenizer(), folder, {"name": f"number {number}"})
 
 def found():
-    """Return which model is there, or None if none is: then nothing passes for one."""
+    # Which model is there; None if none is, and nothing passes for one.
     assert (folder / ".git" / "HEAD").read_text() == "ref" and (folder / "notes").is_file()
     if not (folder / "config.json").is_file():
         return None
