@@ -1,9 +1,8 @@
 """How well a model predicts text, how sure that number is, and what to compare it with.
 
-Losses are measured document by document here, not on packed blocks as in training: every document
-begins after an end-of-text token and counts all its characters. So the numbers can be compared
-with those of any other model, whatever its tokenizer, and documents can be resampled to tell how
-sure a number is.
+Losses are measured document by document, not on packed blocks as in training: so they can be
+compared with those of any other model, whatever its tokenizer, and documents can be resampled to
+tell how sure a number is.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 _MOST_COUNTED_TOKENS = 20_000_000  # bounds the memory (16 bytes a token) and time of counting
 _MOST_COMPRESSED_CHARACTERS = 2_000_000  # bounds the time of xz: a minute on a slow core
-_FULL_RED = 8.0  # nats; a token that surprises more is not shown redder
 
 
 def bits_per_character(loss: float, tokens_per_character: float) -> float:
@@ -72,33 +70,15 @@ def share(right: int, total: int) -> Interval:
     return Interval(right / total, float(low), float(high))
 
 
-def by_domain(questions: Sequence[tuple[str, ...]], right: Sequence[bool]) -> dict[str, Interval]:
-    """Return the share of right answers in each domain, the best known first.
-
-    Parameters
-    ----------
-    questions : sequence of tuple
-        Prompt, expected answer and domain; what follows does not count.
-    right : sequence of bool
-        Whether each was answered correctly: ``[answer.right for answer in answers]``.
-    """
-    shares = _shares([question[2] for question in questions], right)
-    return dict(sorted(shares.items(), key=lambda item: -item[1].value))
-
-
 def by_kind(questions: Sequence[tuple[str, ...]], right: Sequence[bool]) -> dict[str, Interval]:
     """Return the share of right answers to each kind of question, the fourth field, as they come.
 
     See `tinytrain.encyclopedia.Question` for what "told", "reworded" and "reversed" mean.
     """
-    return _shares([question[3] for question in questions], right)
-
-
-def _shares(names: Sequence[str], right: Sequence[bool]) -> dict[str, Interval]:
     marks: dict[str, list[bool]] = defaultdict(list)
-    for name, mark in zip(names, right, strict=True):
-        marks[name].append(mark)
-    return {name: share(sum(some), len(some)) for name, some in marks.items()}
+    for question, mark in zip(questions, right, strict=True):
+        marks[question[3]].append(mark)
+    return {kind: share(sum(some), len(some)) for kind, some in marks.items()}
 
 
 class DocumentLoss(NamedTuple):
@@ -151,16 +131,9 @@ def split_losses(
     ----------
     model, tokenizer, context_length
         As for `document_losses`.
-    texts : sequence of str
-        Documents.
     spans : sequence of sequence of tuple
-        For each document, first and behind the last character of its spans. A token counts where
-        its last character is.
-
-    Returns
-    -------
-    inside, outside : list of DocumentLoss
-        One for each document.
+        For each text, first and behind the last character of its spans. A token counts where its
+        last character is.
     """
     encoder, start = text_encoder(tokenizer), _start(tokenizer)
     encoded = [encoder.encode(text, add_special_tokens=False) for text in texts]
@@ -174,8 +147,8 @@ def split_losses(
             within[begin:end] = True
         for part, mask in ((inside, within), (outside, ~within)):
             some = mask[last]
-            row = (mask.sum(), some.sum(), nats[some].sum(), right[some].sum())
-            part.append(DocumentLoss(int(row[0]), int(row[1]), float(row[2]), int(row[3])))
+            sums = int(some.sum()), float(nats[some].sum()), int(right[some].sum())
+            part.append(DocumentLoss(int(mask.sum()), *sums))
     return inside, outside
 
 
@@ -188,24 +161,15 @@ def token_losses(
 ) -> list[tuple[str, float]]:
     """Cut a text into its tokens, and return each with the nats it cost the model.
 
-    The pieces make up the text; tokens that are parts of one character are one piece.
-
-    Parameters
-    ----------
-    model, tokenizer, context_length
-        As for `document_losses`.
-    text : str
-        What to read.
-    before : str, optional
-        A document that the model reads before it, as in a packed block.
+    The pieces make up the text; tokens that are parts of one character are one piece. ``before``
+    is a document that the model reads first, as in a packed block; see also `document_losses`.
     """
     encoding = text_encoder(tokenizer).encode(text, add_special_tokens=False)
     first = _rows(tokenizer, [] if before is None else [before])
     row = np.concatenate([*first, [_start(tokenizer)], encoding.ids]).astype(np.int64)
     [(nats, _)] = _losses_of_rows(model, [row], context_length)
     nats = nats[len(nats) - len(encoding.ids) :]
-    pieces: list[tuple[str, float]] = []
-    done = 0
+    pieces, done = [], 0
     for (_, end), loss in zip(encoding.offsets, nats.tolist(), strict=True):
         if end > done or not pieces:
             pieces.append((text[done:end], loss))
@@ -287,10 +251,9 @@ class Measures(NamedTuple):
 def summarize(documents: Sequence[DocumentLoss]) -> Measures:
     """Turn what single documents cost into bits per character, perplexity and accuracy.
 
-    Perplexity is e to the mean nats of a token and depends on the tokenizer; accuracy is the share
-    of tokens that were the first guess. The intervals come from the bootstrap: documents are drawn
-    with replacement, a thousand times, and the middle 95% of the results are kept. Tokens of one
-    document resemble each other, so drawing tokens instead would promise too much.
+    Perplexity is e to the mean nats of a token; accuracy is the share of tokens that were the first
+    guess. The intervals come from the bootstrap: documents (tokens of one document resemble each
+    other) are drawn with replacement, a thousand times, and the middle 95% of results are kept.
 
     References
     ----------
@@ -306,18 +269,13 @@ def compare(losses_a: Sequence[DocumentLoss], losses_b: Sequence[DocumentLoss]) 
     """Return how many more bits per character model a needs than model b for the same documents.
 
     Where the interval does not contain 0, the two can be told apart, even if the intervals of
-    `summarize` overlap: these are wide because some documents are harder than others, for both
-    models alike. Here each resample holds the same documents for both (the paired bootstrap).
-
-    Parameters
-    ----------
-    losses_a, losses_b : sequence of DocumentLoss
-        Of the same documents in the same order; the tokenizers may differ.
+    `summarize` overlap: each resample holds the same documents for both (the paired bootstrap).
+    The tokenizers may differ.
 
     Raises
     ------
     ValueError
-        If the documents are not the same, or have no character.
+        If the documents are not the same in the same order, or have no character.
 
     References
     ----------
@@ -380,11 +338,6 @@ def count_losses(
 ) -> list[DocumentLoss]:
     """Measure what documents cost a model that only counts tokens, or pairs of tokens.
 
-    A model worth its training must do better. With ``order=1`` a token's probability is its share
-    of the training text (one is added to each count, so that none is 0); with ``order=2`` it is
-    how often it followed the token before, mixed with the former by Witten and Bell's rule: the
-    more different followers a token has had, the likelier is a new one.
-
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
@@ -394,7 +347,9 @@ def count_losses(
     texts : iterable of str
         What to predict.
     order : {1, 2}
-        Single tokens (unigrams), or pairs (bigrams).
+        1: a token's probability is its share of the training text (one is added to each count).
+        2: it is how often it followed the token before, mixed with the former by Witten and Bell's
+        rule: the more different followers a token has had, the likelier is a new one.
 
     References
     ----------
@@ -446,8 +401,8 @@ def count_losses(
 def xz_bits_per_character(texts: Iterable[str], train_texts: Iterable[str] = ()) -> float:
     """Return the bits that ``xz -9e`` spends on a character after it has seen the training text.
 
-    A compressor is a language model too: it spends few bits on what it expects. This one knows
-    repetitions, and nothing else. Of either, the first two million characters are used.
+    A compressor is a language model that knows repetitions, and nothing else. Of either text, the
+    first two million characters are used.
     """
     text, seen = (
         "".join(itertools.islice(itertools.chain.from_iterable(some), _MOST_COMPRESSED_CHARACTERS))
@@ -486,14 +441,10 @@ def plot_comparison(
 
 
 def colour_losses(pieces: Iterable[tuple[str, float]]) -> str:
-    """Write the pieces of `token_losses` as HTML, the redder the more they surprised the model.
-
-    The text is escaped. Point at a piece to see its loss and probability.
-    """
+    """Write the pieces of `token_losses` as HTML, the redder the more they surprised the model."""
     spans = []
     for piece, nats in pieces:
-        strength = min(max(nats / _FULL_RED, 0.0), 1.0)
-        others = round(255 - 190 * strength)
+        others = round(255 - 190 * min(max(nats / 8, 0), 1))  # 8 nats are all red
         title = f"{nats:.2f} nats, probability {math.exp(-nats):.1%}"
         # Its own text colour: a dark theme would write white on pink.
         style = f"background:rgb(255,{others},{others});color:#000"

@@ -1,9 +1,8 @@
 """Write an exported model as GGUF, the format of llama.cpp, Ollama and LM Studio.
 
-llama.cpp's own converter is in no package to depend on, and rejects a tokenizer that is trained
-here or reduced. So the file is written with GGML's package ``gguf``, which that converter uses too;
-`make gguf` compares both results value by value. The module is not called ``gguf``: copied into a
-folder, it would hide the package.
+llama.cpp's own converter is in no package, and rejects a tokenizer that is trained here or reduced.
+So GGML's package ``gguf`` is used, as that converter does; `make gguf` compares the results. (A
+module named ``gguf``, copied into a folder, would hide the package.)
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,14 +47,9 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
     Parameters
     ----------
     folder : str or Path
-        From `tinytrain.export.export_model`.
+        From `tinytrain.export.export_model`. Matrices keep its format, vectors become float32.
     name : str
         What programs show as the model's name.
-
-    Returns
-    -------
-    Path
-        The file: the folder's weights, vectors as float32, matrices in the folder's format.
 
     Raises
     ------
@@ -71,13 +64,11 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     folder = Path(folder)
-    path, mark = folder / "model.gguf", folder / EXPORT_MARK
+    path, temporary = folder / "model.gguf", folder / "model.gguf.tmp"
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type != "qwen2":
         raise ValueError(f"write_gguf is for Qwen2 models, and {folder} holds {config.model_type}")
     _check_pre_tokenizer(folder)
-
-    temporary = folder / f"model.gguf.{secrets.token_hex(4)}.tmp"
     writer = gguf.GGUFWriter(temporary, "qwen2")
     try:
         with contextlib.closing(writer):
@@ -101,12 +92,13 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
             writer.write_tensors_to_file()
         written = {path.name: hash_file(temporary)}
         if tokenizer.chat_template:
-            modelfile = _MODELFILE.replace("TEMPERATURE", str(generation.temperature))
-            atomic_write(folder / "Modelfile", modelfile.encode())
-            written["Modelfile"] = hash_file(folder / "Modelfile")
+            modelfile = folder / "Modelfile"
+            text = _MODELFILE.replace("TEMPERATURE", str(generation.temperature))
+            atomic_write(modelfile, text)
+            written[modelfile.name] = hash_file(modelfile)
+        mark = folder / EXPORT_MARK
         if mark.is_file():  # so that the next export may replace them
-            hashes = json.loads(mark.read_text(encoding="utf-8"))
-            write_json(mark, hashes | written)
+            write_json(mark, json.loads(mark.read_text(encoding="utf-8")) | written)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -116,8 +108,7 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
 def _plain_template(template: str) -> str:
     """Return a chat template without the tags that mark what is learned from.
 
-    Only training reads them, and to Jinja itself, with which llama-cpp-python renders, they are an
-    error. What is always true takes their place, and trims the blanks around as they do.
+    To Jinja itself they are an error. ``if true`` takes their place and trims blanks as they do.
     """
     tag = r"(\{%-?\s*)(end|)generation(?=\s*-?%\})"
     return re.sub(tag, lambda found: found[1] + (found[2] and "endif" or "if true"), template)
