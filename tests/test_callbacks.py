@@ -490,16 +490,16 @@ def test_a_second_interrupt_stops_a_plain_trainer_at_once(plain_trainer, heard):
     assert raise_both(heard)
 
 
-def test_any_thread_may_ask_and_train_outside_the_main_one(plain_trainer, tmp_path, heard, caplog):
+def test_a_file_stops_a_run_outside_the_main_thread(plain_trainer, tmp_path, heard, caplog):
     caplog.set_level("INFO", logger="tinytrain")
     (tmp_path / "STOP").touch()  # one from before does not stop the next run
     before = signal.getsignal(signal.SIGINT)
     stop = callbacks.StopCallback(tmp_path / "STOP")
-    trainer = plain_trainer([AtStep(lambda: stop.ask("a friend")), stop])
+    trainer = plain_trainer([AtStep((tmp_path / "STOP").touch), stop])
     thread = threading.Thread(target=trainer.train)
     thread.start()
     while thread.is_alive():
         assert signal.getsignal(signal.SIGINT) == before
         thread.join(0.1)
-    assert trainer.state.global_step == 2 and stop.reason == "a friend"
+    assert trainer.state.global_step == 2 and stop.reason == "the file STOP"
     assert "left from before" in caplog.text

@@ -21,21 +21,15 @@ if TYPE_CHECKING:
 
 
 class LossError(RuntimeError):
-    """The loss of a step is NaN or spikes.
+    """The loss of a step, in nats per token, is NaN or spikes; the step was not made.
 
-    Attributes
-    ----------
-    step : int
-        The step, which has not changed the weights.
-    loss : float
-        Its loss in nats per token.
-    documents : list of int
-        Indices of the batch's documents in the training set; empty if they are not known.
-    checkpoint : Path or None
-        The newest complete checkpoint, from before this step.
+    ``documents`` are the batch's documents in the training set, where they are known; ``checkpoint``
+    is the newest complete one, if there is one.
     """
 
-    def __init__(self, message: str, step: int, loss: float, documents: list[int], checkpoint):
+    def __init__(
+        self, message: str, step: int, loss: float, documents: list[int], checkpoint: Path | None
+    ):
         super().__init__(message)
         self.step, self.loss, self.documents = step, loss, documents
         self.checkpoint = checkpoint
@@ -46,9 +40,8 @@ class LossGuard(TrainerCallback):
 
     A loss spikes if it exceeds the mean of the last `window` steps by more than `spike` of their
     standard deviations, and by more than one nat: the model is suddenly e times less sure of every
-    token. While the loss falls steeply, the deviation is large and the guard patient. It sees the
-    ``loss`` that the model returns; where the Trainer computes another one (``compute_loss_func``,
-    label smoothing), it judges the gradients alone.
+    token. It sees the ``loss`` that the model returns; where the Trainer computes another one
+    (``compute_loss_func``, label smoothing), it judges the gradients alone.
 
     Parameters
     ----------
@@ -60,11 +53,6 @@ class LossGuard(TrainerCallback):
         To name the documents of the batch.
     find_checkpoint : callable, optional
         Takes the output folder and returns the newest complete checkpoint, or None.
-
-    Attributes
-    ----------
-    gradient_norm : torch.Tensor or None
-        Set it before a step, for example from clipping, and the guard does not measure it again.
     """
 
     def __init__(
@@ -74,11 +62,8 @@ class LossGuard(TrainerCallback):
         tokenizer: PreTrainedTokenizerBase | None = None,
         find_checkpoint: Callable[[str], str | Path | None] = get_last_checkpoint,
     ):
-        self.spike = spike
-        self.window = window
-        self.tokenizer = tokenizer
-        self.find_checkpoint = find_checkpoint
-        self.gradient_norm: torch.Tensor | None = None
+        self.spike, self.window = spike, window
+        self.tokenizer, self.find_checkpoint = tokenizer, find_checkpoint
         self._recent: deque[float] = deque(maxlen=window)
         self._hook: RemovableHandle | None = None
 
@@ -120,11 +105,9 @@ class LossGuard(TrainerCallback):
         loss = self._step_loss(args)
         trouble = self._trouble(loss) if loss is not None else ""
         # In fp16 gradients overflow now and then; the Trainer then leaves the step out by itself.
-        norm, self.gradient_norm = self.gradient_norm, None
         if not trouble and not args.fp16:
-            if norm is None:
-                gradients = [p.grad for p in model.parameters() if p.grad is not None]
-                norm = torch.nn.utils.get_total_norm(gradients)
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
             if not math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
                 trouble = "the gradient is not finite"
         if trouble:
@@ -188,8 +171,7 @@ class LossGuard(TrainerCallback):
     def _find(self, wanted: torch.Tensor) -> tuple[list[int], list[int]]:
         """Return the indices of blocks in the training set, and of the documents they come from.
 
-        Packed blocks follow each other as the documents do, so that the number of end-of-text
-        tokens before a block is the number of its first document.
+        The number of end-of-text tokens before a block is the number of its first document.
         """
         if not (hasattr(self._dataset, "with_format") and hasattr(self._dataset, "__len__")):
             return [], []  # not a datasets.Dataset, or one that is streamed

@@ -31,19 +31,13 @@ class VerboseTrainingCallback(TrainerCallback):
         Tokens that a whole optimiser step learns from; the last of an epoch may have fewer.
     seconds : float
         The shortest time between two messages about the loss; the first and the last always come.
-
-    Attributes
-    ----------
-    train_loss : list of float
-        The logged training losses in nats per token, each the mean since the last.
     """
 
     rank_zero_only = True
 
     def __init__(self, tokens_per_step: int, seconds: float = 10.0):
-        self.tokens_per_step = tokens_per_step
-        self.seconds = seconds
-        self.train_loss: list[float] = []
+        self.tokens_per_step, self.seconds = tokens_per_step, seconds
+        self.train_loss: list[float] = []  # in nats per token, each the mean since the last
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         """Log how large the model is, and how many steps there are."""
@@ -106,10 +100,9 @@ class HistoryCallback(TrainerCallback):
     Parameters
     ----------
     path : str or Path
-        Usually ``history.jsonl`` in the run's folder. A run that starts from nothing replaces the
-        file; a resumed run drops the lines after its checkpoint and goes on.
+        Usually ``history.jsonl``. A resumed run drops the lines after its checkpoint and goes on.
     tokens_per_step : int
-        Tokens that a whole optimiser step learns from; the last of an epoch may have fewer.
+        As for `VerboseTrainingCallback`.
     **metadata
         Kept in the first line, for example ``vocab_size=4096`` and ``name="pocket"``.
     """
@@ -117,9 +110,7 @@ class HistoryCallback(TrainerCallback):
     rank_zero_only = True
 
     def __init__(self, path: str | Path, tokens_per_step: int, **metadata: Any):
-        self.path = Path(path)
-        self.tokens_per_step = tokens_per_step
-        self.metadata = metadata
+        self.path, self.tokens_per_step, self.metadata = Path(path), tokens_per_step, metadata
         self._running = False
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):

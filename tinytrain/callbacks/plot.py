@@ -43,10 +43,9 @@ _HALF_WINDOW = 4  # logged losses on either side
 class LivePlotCallback(TrainerCallback):
     """Shows the run while it goes on: the loss plot, how far, how fast, how much memory.
 
-    In a notebook this is one picture that is replaced; elsewhere only the file is kept, and the
-    messages of `VerboseTrainingCallback` show the progress. Drawing stops the training, so it takes
-    no more than a hundredth of the run's time, more of it at the beginning, which you watch most.
-    The last state is always drawn.
+    In a notebook this is one picture that is replaced; elsewhere only the file is kept. Drawing
+    takes no more than a hundredth of the run's time, more of it at the beginning, which you watch
+    most. The last state is always drawn.
 
     Parameters
     ----------
@@ -62,11 +61,6 @@ class LivePlotCallback(TrainerCallback):
         The shortest time between two drawings.
     lines : mapping of str to float, optional
         Losses to compare with, drawn as horizontal lines, for example ``{"counting tokens": 5.1}``.
-
-    Attributes
-    ----------
-    drawing_seconds : float
-        The time that drawing has taken so far.
     """
 
     rank_zero_only = True
@@ -80,12 +74,9 @@ class LivePlotCallback(TrainerCallback):
         seconds: float = 1.5,
         lines: Mapping[str, float] | None = None,
     ):
-        self.path = Path(path)
-        self.vocab_size = vocab_size
-        self.tokens_per_step = tokens_per_step
-        self.reference = reference
-        self.seconds = seconds
-        self.lines = lines
+        self.path, self.vocab_size, self.tokens_per_step = Path(path), vocab_size, tokens_per_step
+        self.reference, self.seconds, self.lines = reference, seconds, lines
+        self.drawing_seconds = 0.0  # that drawing has taken
         self._state = None
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -117,11 +108,10 @@ class LivePlotCallback(TrainerCallback):
 
     def close(self) -> None:
         """Draw the last state if that has not been done: a training may end by an error."""
-        if self._state is None:
-            return
-        self._draw()
-        DISPLAYS.discard(self)
-        self._state = None
+        if self._state is not None:
+            self._draw()
+            DISPLAYS.discard(self)
+            self._state = None
 
     def _draw(self) -> None:
         start = time.monotonic()
@@ -195,10 +185,6 @@ def plot_runs(paths: Mapping[str, str | Path], x: str = "tokens") -> Figure:
         If ``x`` is none of the three.
     FileNotFoundError
         If a run has not written its history.
-
-    Examples
-    --------
-    >>> plot_runs({"guide": "runs/seed", "ours": "runs/wiki"}, x="seconds")  # doctest: +SKIP
     """
     labels = {"tokens": "tokens seen", "seconds": "seconds of training", "step": "step"}
     if x not in labels:
@@ -222,15 +208,8 @@ def plot_runs(paths: Mapping[str, str | Path], x: str = "tokens") -> Figure:
 def is_this_normal(history: Sequence[Mapping[str, Any]], reference: Mapping[str, Any]) -> str:
     """Compare the latest training losses with those of other seeds, in a sentence.
 
-    A loss counts as normal within their band, widened by as much again on either side: a few seeds
-    do not show the whole range.
-
-    Parameters
-    ----------
-    history : sequence of dict
-        What `tinytrain.callbacks.read_history` returns.
-    reference : dict
-        As for `LivePlotCallback`.
+    A loss counts as normal within their band (see `LivePlotCallback`), widened by as much again on
+    either side: a few seeds do not show the whole range.
     """
     lines = [line for line in history if "loss" in line]
     band = reference["train"]
@@ -241,19 +220,17 @@ def is_this_normal(history: Sequence[Mapping[str, Any]], reference: Mapping[str,
     loss = np.nanmean([line["loss"] for line in lines[-_HALF_WINDOW - 1 :]])
     latest = slice(max(0, at - _HALF_WINDOW), at + 1)
     low, high = np.mean(band["low"][latest]), np.mean(band["high"][latest])
-    margin = high - low
-    if loss < low - margin:
+    verdict = "normal"
+    if loss < low - (high - low):
         verdict = "lower than usual: a better recipe, or text that was seen before?"
-    elif loss > high + margin:
+    elif loss > high + (high - low):
         verdict = "higher than usual: was something changed?"
-    else:
-        verdict = "normal"
     seeds = len(reference["seeds"])
     return f"step {step:,}: loss {loss:.2f}, {seeds} other seeds {low:.2f} to {high:.2f}: {verdict}"
 
 
 class _LossPlot:
-    """Losses above, the learning rate below; lines that are kept and moved, so that it is fast."""
+    """Losses above, the learning rate below; its lines are kept and moved, which is fast."""
 
     def __init__(
         self,
@@ -329,7 +306,6 @@ class _LossPlot:
         self._held_out.set_data(*self._points["eval_loss"])
         steps, rates = self._points["learning_rate"]
         self._rate.set_data(steps, rates)
-        # Limits that seldom change, so that the background seldom does.
         loss, rate = self._axes
         loss.relim()
         loss.autoscale_view()
@@ -338,6 +314,7 @@ class _LossPlot:
         rate.set_ylim(0, 1.1 * max(rates, default=0) or 1)
         rate.set_xlim(0, max(max_steps, 1))
         self._headline.set_text(plot_label(headline))
+        self._details.set_text(plot_label(details))
         self._details.set_text(plot_label(details))
 
     def png(self) -> bytes:
@@ -384,10 +361,7 @@ def _plot_history(history: Sequence[Mapping[str, Any]]) -> _LossPlot:
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Return the mean of each value and its neighbours, as many before as behind; without NaN.
-
-    A mean of earlier values alone would lag behind a falling loss and lie above it.
-    """
+    """Return the mean of each value and as many before as behind it, so that it does not lag."""
     known = np.isfinite(values)
     sums, counts = (np.cumsum([0, *each]) for each in (np.where(known, values, 0), known))
     at = np.arange(len(values))

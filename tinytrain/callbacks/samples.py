@@ -26,7 +26,7 @@ _ROWS = 10  # the most samples shown per prompt; the file keeps all
 
 
 class SampleCallback(TrainerCallback):
-    """Lets the model complete the same few prompts again and again, so you see language appear.
+    """Lets the model complete the same few prompts again and again.
 
     Parameters
     ----------
@@ -50,10 +50,8 @@ class SampleCallback(TrainerCallback):
     ):
         if every < 1:
             raise ValueError(f"every={every} must be at least 1")
-        self.write = write
-        self.prompts = list(prompts)
-        self.every = every
-        self.path = Path(path)
+        self.write, self.prompts = write, list(prompts)
+        self.every, self.path = every, Path(path)
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Keep the samples of the steps already done."""
