@@ -1,14 +1,11 @@
 """The model: a Qwen2 configuration that fits together, the model it describes, and its first loss.
 
-The model itself is transformers' ``Qwen2ForCausalLM``: what is trained here loads everywhere. What
-this module adds is a configuration that survives its first checkpoint, weights that a seed decides,
-and layers that are compiled once.
+The model itself is transformers' ``Qwen2ForCausalLM``: what is trained here loads everywhere.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -69,8 +66,8 @@ def qwen2_config(
         Tokens of a training block, saved as ``max_position_embeddings`` (not as GPT-2's
         ``n_ctx``): tools that serve the model take it for the longest text it can read.
     eos_token_id : int
-        The end-of-text token, which separates documents and so also begins a text (bos). It is not
-        named as padding: Qwen2 would start its row of the embedding at zero and never train it.
+        The end-of-text token, which separates documents and so also begins a text (bos). It is no
+        padding token: Qwen2 would start its row of the embedding at zero and never train it.
     tie_word_embeddings : bool
         Whether input and output share one matrix.
 
@@ -138,20 +135,17 @@ def recipe_config(
     eos_token_id : int
         The end-of-text token; it has no influence on sizes.
     """
-    return qwen2_config(
-        vocab_size or recipe.vocab_size or 151_665,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_hidden_layers,
-        num_attention_heads=recipe.num_attention_heads,
-        num_key_value_heads=recipe.num_key_value_heads,
-        context_length=recipe.context_length,
-        eos_token_id=eos_token_id,
-    )
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    names += " num_key_value_heads context_length"
+    sizes = {name: getattr(recipe, name) for name in names.split()}
+    vocab_size = vocab_size or recipe.vocab_size or 151_665
+    return qwen2_config(vocab_size, eos_token_id=eos_token_id, **sizes)
 
 
 def build_model(config: Qwen2Config, seed: int = 0) -> Qwen2ForCausalLM:
     """Build a model with random weights in float32.
+
+    They stay float32 in mixed precision too, so that a small update is not rounded away.
 
     Parameters
     ----------
@@ -159,20 +153,13 @@ def build_model(config: Qwen2Config, seed: int = 0) -> Qwen2ForCausalLM:
         For example from `qwen2_config`.
     seed : int
         Decides the weights; the global random state stays as it was.
-
-    Returns
-    -------
-    transformers.Qwen2ForCausalLM
-        On the CPU, in training mode. Mixed precision casts on the fly: the weights stay float32,
-        in which a small update is not rounded away.
     """
     import torch
     from transformers import Qwen2ForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU alone; GPUs keep their state
-        # AutoModelForCausalLM.from_config would make the weights bfloat16 where the configuration
-        # says so, as the one published with Qwen2.5-0.5B does.
+        # AutoModelForCausalLM.from_config would make them bfloat16 where the configuration says so.
         model = Qwen2ForCausalLM(config)
     # Only for generating: texts that end earlier than others are filled up with end-of-text.
     model.generation_config.pad_token_id = config.eos_token_id
@@ -192,30 +179,19 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     ValueError
         If the weights are damaged or do not belong to the configuration.
     """
-    from safetensors import safe_open
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_log
 
     folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
+    if not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"no model in {folder}: it needs config.json, and the weights as safetensors (a .bin "
             "may be a pickle, which can run any code, and is not opened: ask for safetensors, or "
             "convert it where you trust it, by save_pretrained of transformers)"
         )
-    file = folder / "model.safetensors.index.json"
     level = transformers_log.get_verbosity()
     transformers_log.set_verbosity_error()  # else a table of what does not fit, however long
     try:
-        if file.is_file():
-            parts = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
-            if not {folder / part for part in parts} <= set(files):
-                raise ValueError("it names other files than the folder's .safetensors")
-        for file in files:
-            with safe_open(file, "pt"):  # finds a file that was cut off
-                pass
-        file = folder
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="float32",
@@ -230,7 +206,7 @@ def load_model(folder: str | Path) -> PreTrainedModel:
         if "trust_remote_code" in said:
             said = "it needs code of its own, which is never run here"
         raise ValueError(
-            f"{file} cannot be loaded ({said[:200]}): make or download it again"
+            f"{folder} cannot be loaded ({said[:200]}): make or download it again"
         ) from error
     finally:
         transformers_log.set_verbosity(level)
@@ -243,18 +219,17 @@ def load_model(folder: str | Path) -> PreTrainedModel:
 def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     """Let torch.compile fuse what happens inside each layer between the matrix products.
 
-    One compilation, a quarter of a minute on a laptop, serves all layers. Training steps become
-    faster and keep less for the backward pass; evaluation and generation, with their changing
-    lengths, run uncompiled. Weights and their names stay as they are. Where compiling fails, for
-    example without a C++ compiler, a warning says so and the layers run uncompiled.
+    One compilation, a quarter of a minute on a laptop, serves all layers. Training becomes faster
+    and keeps less for the backward pass; evaluation and generation, with their changing lengths,
+    run uncompiled, and so does all where compiling fails, for example without a C++ compiler.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
         One whose layers are ``model.model.layers``, such as Qwen2 or Llama. Changed in place.
     recompute : bool
-        Whether the backward pass computes a layer's results a second time, matrix products
-        included, instead of keeping them; only those of attention are kept.
+        Whether the backward pass computes a layer's results, except attention's, a second time
+        instead of keeping them.
     """
     import torch
     from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -274,8 +249,8 @@ def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     def forward(self, *args: Any, **kwargs: Any):
         if not self.training:
             return kind.forward(self, *args, **kwargs)
-        # Training never reads the cache of keys and values, which knows the layer's number: with
-        # it, each layer would be compiled by itself.
+        # With the cache of keys and values, which knows the layer's number and which training does
+        # not read, each layer would be compiled by itself.
         return compiled(self, *args, **kwargs | {"past_key_values": None})
 
     # A class of its own, as in tinytrain.loss: copies of the model keep their own parts.
@@ -299,10 +274,11 @@ def _tell_failure_in_a_line(record: logging.LogRecord) -> bool:
     """Warn in place of PyTorch, which prints some hundred lines for each part that fails."""
     error = record.exc_info[1] if record.exc_info else None
     if error is not None and record.levelno == logging.WARNING:
+        said = str(error).strip().split("\n")[0]
         _warn_once(
-            f"torch.compile fails here ({type(error).__name__}: {str(error).strip()}".split("\n")[0]
-            + "): the run goes on uncompiled, which is only slower. It needs a C++ compiler (g++, "
-            "or clang on macOS); compile=False tries no more"
+            f"torch.compile fails here ({type(error).__name__}: {said}): the run goes on "
+            "uncompiled, which is only slower. It needs a C++ compiler (g++, or clang on macOS); "
+            "compile=False tries no more"
         )
     return error is None
 
@@ -317,23 +293,11 @@ def expected_initial_loss(vocab_size: int) -> float:
 
 
 def initial_loss(model: PreTrainedModel, input_ids: Sequence[Sequence[int]]) -> float:
-    """Return the mean cross-entropy of a model on some blocks, without training on them.
+    """Return the mean cross-entropy of a model on some blocks, in nats per token.
 
     For an untrained model it should be a little above `expected_initial_loss`: random logits that
     vary by ``sigma`` add about ``sigma ** 2 / 2``. Much more points at a mistake in the initial
-    weights, much less at one in the labels.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        A causal language model; its mode (training or evaluation) is kept.
-    input_ids : torch.Tensor or sequence
-        Token ids of shape (blocks, context_length). A few blocks will do.
-
-    Returns
-    -------
-    float
-        In nats per token.
+    weights, much less at one in the labels. ``input_ids`` has the shape (blocks, context_length).
     """
     import torch
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class LossError(RuntimeError):
     """The loss of a step, in nats per token, is NaN or spikes; the step was not made.
 
-    ``documents`` are the batch's documents in the training set, where they are known; ``checkpoint``
-    is the newest complete one, if there is one.
+    ``documents`` are the numbers of the batch's documents in the training set, where they are known;
+    ``checkpoint`` is the newest complete one, or None.
     """
 
     def __init__(
