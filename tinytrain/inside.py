@@ -1,9 +1,8 @@
 """Qwen2 written out: the model of notebook 04 in plain PyTorch, to be read from top to bottom.
 
-transformers has the same arithmetic spread over several files, with kernels for many machines. Here
-it is without them, and slower. The parts that have weights are classes; the two that have none,
-`rotate` and `attend`, are functions, which you can replace by your own. Weights have the names of
-transformers, so `write_out` fills them from a trained model; the logits agree but for rounding.
+The parts that have weights are classes; the two that have none, `rotate` and `attend`, are functions,
+which you can replace by your own. Weights have the names of transformers, so `write_out` fills them
+from a trained model; the logits agree but for rounding.
 
 References: Vaswani et al., arXiv:1706.03762 (attention); Zhang and Sennrich, arXiv:1910.07467
 (RMSNorm); Su et al., arXiv:2104.09864 (rotary positions); Ainslie et al., arXiv:2305.13245 (shared
@@ -21,8 +20,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-Cache = dict[str, Tensor]
-"""The keys and values that a layer has computed so far; empty before the first token."""
+Cache = dict[str, Tensor]  # keys and values of a layer so far; empty before the first token
 
 
 @dataclass
@@ -170,15 +168,7 @@ class Layer(nn.Module):
 class Qwen2(nn.Module):
     """The whole model, from token ids to logits.
 
-    Parameters
-    ----------
-    config : transformers.Qwen2Config
-        Of any size, without sliding windows and without scaled rotary positions.
-
-    Raises
-    ------
-    ValueError
-        If the configuration asks for what is not written out here.
+    Sliding windows and scaled rotary positions are not written out here, and are a ValueError.
     """
 
     def __init__(self, config: Qwen2Config):
@@ -219,11 +209,6 @@ class Qwen2(nn.Module):
 
 def write_out(model: Qwen2ForCausalLM) -> Qwen2:
     """Return a model of transformers as a `Qwen2`, on the same device, with a copy of its weights.
-
-    Raises
-    ------
-    ValueError
-        If it is no Qwen2, or one of a kind that is not written out here.
 
     Examples
     --------

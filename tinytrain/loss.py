@@ -1,13 +1,9 @@
 """The loss of a language model, without ever holding all of its logits.
 
-A model has a logit for every token of its vocabulary at every position. With Qwen2.5's 151,665
-tokens the float32 logits of a batch of 16 x 512 positions take 5 GB, and the loss and its gradient
-as much again each: far more than the model. But the loss needs only one value a position, so here
-logits are computed for a few positions at a time, and turned into their gradient at once. The price
-is that the gradient of the output matrix exists while the rest of the backward pass runs.
-
-The idea is known from Liger Kernel (Hsu et al., 2024, arXiv:2410.10989); this is the same in plain
-PyTorch, for any device.
+With Qwen2.5's 151,665 tokens the float32 logits of a batch of 16 x 512 positions take 5 GB, and the
+loss and its gradient as much again each. So they are computed for a few positions at a time, and
+turned into their gradient at once, which then exists during the rest of the backward pass. The idea
+is Liger Kernel's (Hsu et al., 2024, arXiv:2410.10989), here in plain PyTorch, for any device.
 """
 
 from __future__ import annotations
@@ -23,9 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _IGNORED_LABEL = -100  # as everywhere in PyTorch
-# Logits that become gradients at once, in float32, where nothing is compiled: 16 MB, which may stay
-# in the cache of a processor or a GPU.
-_LOGITS_AT_ONCE = 2**22
+_LOGITS_AT_ONCE = 2**22  # in float32, uncompiled: 16 MB, which may stay in a processor's cache
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -78,9 +72,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _TiedEmbedding(torch.autograd.Function):
     """Looks up rows of a table that the loss uses too, and hands over one gradient for both.
 
-    PyTorch would make a second table for the few rows that were read, and a third one to add the
-    two. Here the loss defers its gradient, in the 16-bit type of the products, until the backward
-    pass ends here, and the rows are added in place.
+    PyTorch would make a second table for the rows that were read, and a third one for the sum. Here
+    the loss defers its gradient until the backward pass ends, and the rows are added in place.
     """
 
     @staticmethod
@@ -162,13 +155,11 @@ def linear_cross_entropy(
     labels : torch.Tensor
         The right token at each position, int64 of shape (positions,); -100 where none counts.
     total : torch.Tensor or float, optional
-        What the sum of all losses is divided by, at least 1; by default the number of labels that
-        count.
+        What the sum of all losses is divided by, at least 1; by default the labels that count.
     rows : int
         Positions at a time: fewer save memory, many more gain no speed.
     compiled : bool
-        Whether torch.compile fuses what happens between the matrix products. That takes some
-        seconds, once, and saves time in each step.
+        Whether torch.compile, once, fuses what happens between the matrix products.
 
     Returns
     -------
@@ -218,21 +209,16 @@ def _is_plain(table: torch.nn.Module) -> bool:
 def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = False) -> None:
     """Let a causal language model compute its training loss by `linear_cross_entropy`.
 
-    The model is changed in place; its weights, its configuration and what is saved stay as they
-    were. With labels its output holds the loss and no logits; without, for example in generation,
-    it works as before.
+    With labels its output then holds the loss and no logits; without, it works as before. What is
+    saved stays the same.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        One with the parts ``model`` and ``lm_head`` (without bias), such as Qwen2 or Llama.
+        One with the parts ``model`` and ``lm_head`` (without bias), such as Qwen2 or Llama; it is
+        changed in place. Another one is a ValueError.
     rows, compiled
         As for `linear_cross_entropy`.
-
-    Raises
-    ------
-    ValueError
-        If the model is not built like that.
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -262,9 +248,8 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = F
             input_ids, kwargs["inputs_embeds"] = None, embedded
         hidden = self.model(input_ids, *args, **kwargs).last_hidden_state
         hidden = hidden[:, :-1].flatten(0, 1)  # each position predicts the next token
-        labels = labels[:, 1:].flatten()
-        weight = self.lm_head.weight
-        loss = _apply(hidden, weight, labels, num_items_in_batch, rows, deferred, compiled)
+        labels, total = labels[:, 1:].flatten(), num_items_in_batch
+        loss = _apply(hidden, self.lm_head.weight, labels, total, rows, deferred, compiled)
         return CausalLMOutputWithPast(loss=loss)
 
     # The same name: it is written into the saved configuration.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class LossError(RuntimeError):
     """The loss of a step, in nats per token, is NaN or spikes; the step was not made.
 
-    ``documents`` are the numbers of the batch's documents in the training set, where they are known;
+    ``documents`` are the numbers of the batch's documents in the training set, as far as known;
     ``checkpoint`` is the newest complete one, or None.
     """
 
