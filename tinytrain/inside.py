@@ -1,8 +1,8 @@
 """Qwen2 written out: the model of notebook 04 in plain PyTorch, to be read from top to bottom.
 
-The parts that have weights are classes; the two that have none, `rotate` and `attend`, are functions,
-which you can replace by your own. Weights have the names of transformers, so `write_out` fills them
-from a trained model; the logits agree but for rounding.
+The parts that have weights are classes; the two that have none, `rotate` and `attend`, are
+functions, which you can replace by your own. Weights have the names of transformers, so `write_out`
+fills them from a trained model; the logits agree but for rounding.
 
 References: Vaswani et al., arXiv:1706.03762 (attention); Zhang and Sennrich, arXiv:1910.07467
 (RMSNorm); Su et al., arXiv:2104.09864 (rotary positions); Ainslie et al., arXiv:2305.13245 (shared
