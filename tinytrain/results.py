@@ -1,10 +1,7 @@
 """What a training leaves in its run's folder, and the use of it.
 
-A model is kept with what it was made from, in ``inputs.json`` beside the weights: the recipe, and
-hashes of the text, of the blocks and of the files. Whatever loads, measures or exports the model
-goes by that, and refuses to take it for another one.
-
-This module joins the others, as `steps` does; copy from those, not from here.
+A model is kept with what it was made from, in ``inputs.json`` beside the weights, and is not taken
+for another one. This module joins the others, as `steps` does; copy from those, not from here.
 """
 
 from __future__ import annotations
@@ -59,24 +56,8 @@ def save_trained(
 ) -> Path:
     """Save a trained model, its tokenizer, and what it was made from, to ``model`` in the run.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Whose folder is used.
-    trainer : transformers.Trainer
-        With the model, trained to its end or stopped.
-    tokenizer : transformers.PreTrainedTokenizerBase
-        The model's.
-    inputs : dict
-        What `run_inputs` returned before the training. They go into ``inputs.json``, with the step
-        that was reached and hashes of the files, and tell `load_trained` what the model is.
-    run : Path, optional
-        Another folder than the recipe's.
-
-    Returns
-    -------
-    Path
-        The folder.
+    ``inputs`` are what `run_inputs` returned before the training; they tell `load_trained` what the
+    model is. ``run`` is another folder than the recipe's. Returns the model's folder.
     """
     folder = (run or steps.run_folder(recipe)) / "model"
     if rank() == 0:
@@ -119,16 +100,12 @@ def is_trained(recipe: Recipe) -> bool:
     """Tell whether the run has an undamaged model, finished or stopped, of these inputs."""
     folder = steps.run_folder(recipe) / "model"
     made = steps.read_inputs(folder)
-    if made is None or steps.find_damage(folder):
-        return False
-    return not differences(made, run_inputs(recipe, ""))
+    damaged = made is None or steps.find_damage(folder)
+    return not damaged and not differences(made, run_inputs(recipe, ""))
 
 
 def differences(made: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
-    """Return the names of inputs that a model was not made from.
-
-    The precision is none of them: it depends on the machine, and a model may come from another.
-    """
+    """Return the names of inputs that a model was not made from; its precision may be any."""
     kept = made["inputs"]
     inputs = json.loads(json.dumps(inputs))  # as they were read back
     return [n for n in inputs if n != "precision" and kept.get(n) != inputs[n]]
@@ -144,10 +121,6 @@ def trained_recipe(recipe: Recipe, asked: Collection[str] | None = None) -> Reci
     asked : collection of str, optional
         The fields in which the model must agree with the recipe; by default all that decide an
         outcome. The others are taken from the model.
-
-    Returns
-    -------
-    Recipe
 
     Raises
     ------
@@ -214,14 +187,7 @@ def load_trained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a saved model, in float32 and on the GPU if there is one, and its tokenizer.
 
-    By default it is the one that notebook 05 or `train_recipe` has saved in the recipe's run.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    ValueError
-        If it is damaged or was trained with another recipe; see `trained_recipe`.
+    By default it is that of the recipe's run, as in `trained_recipe`, with the same errors.
     """
     import torch
 
@@ -239,7 +205,7 @@ def load_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     Raises
     ------
     FileNotFoundError
-        If there is none, or it is damaged; the message says how to make one.
+        If there is none, or it is damaged.
     """
     folder = steps.chat_folder(recipe) / "model"
     if damaged := steps.find_damage(folder):
@@ -261,45 +227,45 @@ def save_summary(recipe: Recipe, **values: Any) -> None:
 
 
 def _run_facts(recipe: Recipe) -> dict[str, Any]:
-    """Return what the folder of a run tells about it, for the model card.
-
-    A run without ``summary.json`` or ``history.jsonl`` has fewer facts.
-    """
+    """Return what the folder of a run tells about it, for the model card."""
     from importlib.metadata import version
 
     from tinytrain.callbacks import read_history
 
     folder = steps.run_folder(recipe)
     made = steps.read_inputs(folder / "model")
-    tokenizer, split = steps.get_tokenizer(recipe), steps.get_split(recipe)
-    if recipe.tokenizer == "own":
-        kind = "byte-level byte pairs, trained on the text"
-    else:
-        kind = "Qwen2.5's"
-        if steps.is_reduced(recipe):
-            kind += ", reduced to the tokens that the text uses most"
-    left_out = {"name", "corpus", *DISPLAY_AND_SPEED_FIELDS, *CHAT_FIELDS}
+    split = steps.get_split(recipe)
+    own = "byte-level byte pairs, trained on the text"
+    kind = own if recipe.tokenizer == "own" else "Qwen2.5's"
+    if steps.is_reduced(recipe):
+        kind += ", reduced to the tokens that the text uses most"
     facts: dict[str, Any] = {
+        **_summary(folder, made),
         "name": f"tinytrain-{folder.name}",
         "text": recipe.corpus,
         "documents": (len(split["train"]), len(split["test"])),
         "tokenizer": kind,
-        "vocab_size": len(tokenizer),
-        "recipe": {n: v for n, v in asdict(recipe).items() if n not in left_out}
-        | made["overrides"],
+        "vocab_size": len(steps.get_tokenizer(recipe)),
+        "recipe": {n: v for n, v in recipe_inputs(recipe).items() if n != "name"},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
+    facts["recipe"] |= made["overrides"]
     if made["step"] < made["max_steps"]:
         facts["stopped"] = f"{made['step']:,} of {made['max_steps']:,}"
     if (folder / "history.jsonl").is_file():
         for line in read_history(folder):
             if line.get("step", 0) <= made["step"]:  # it may have gone on since
                 facts |= {name: line[name] for name in ("seconds", "tokens") if name in line}
-    with suppress(OSError, ValueError):  # a summary that is missing or damaged
+    return facts
+
+
+def _summary(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """Return what was measured of this model; nothing if that is missing or of another step."""
+    with suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if summary.pop("step", None) == made["step"]:
-            facts |= {name: summary[name] for name in summary if name not in ("recipe", "corpus")}
-    return facts
+            return summary
+    return {}
 
 
 def _chat_facts(recipe: Recipe) -> dict[str, Any]:
@@ -309,14 +275,9 @@ def _chat_facts(recipe: Recipe) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": f"tinytrain-{run.name}"}
     if base and made["inputs"]["base"] == weights_hash(run / "model"):  # not another model
         facts = _run_facts(trained_recipe(recipe, ()))
-        measured = "held_out_loss", "bits_per_character", "interval", "cloze_after", "completions"
-        facts = {name: facts[name] for name in facts if name not in measured}  # before the tuning
-    facts["name"] += "-chat"
-    with suppress(OSError, ValueError):
-        summary = json.loads((tuned / "summary.json").read_text(encoding="utf-8"))
-        if summary.pop("step", None) == made["step"]:
-            facts |= summary
-    return facts
+        for name in ("held_out_loss", "bits_per_character", "cloze_after", "completions"):
+            facts.pop(name, None)  # before the tuning
+    return facts | _summary(tuned, made) | {"name": f"{facts['name']}-chat"}
 
 
 def export_run(
@@ -336,13 +297,6 @@ def export_run(
         Export the model that was tuned on conversations, to ``export-chat``.
     **facts
         For the card: what the run's folder does not hold, or holds wrongly.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no trained model.
-    ValueError
-        If it was trained with another recipe.
     """
     run = steps.run_folder(recipe)
     model, tokenizer = load_tuned(recipe) if chat else load_trained(recipe)

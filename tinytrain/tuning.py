@@ -1,8 +1,6 @@
 """Tune a trained model on conversations, so that it answers; a run like that of `runs`.
 
-It learns from the assistant's turns, and from some text of its training set: without that it would
-soon forget much of what it knows. Questions, and the held-out text, measure it before and after.
-
+It learns from the assistant's turns, and from some text of its training set, so as not to forget.
 This module joins the others, as `runs` does; copy from those, not from here.
 """
 
@@ -54,11 +52,6 @@ def chat_blocks(
         Whether to add blocks of text, from the run's training set.
     mask : bool
         False lets the model learn from the user's turns too, to see what that spoils.
-
-    Returns
-    -------
-    datasets.DatasetDict
-        The columns of `tinytrain.chat.pack_conversations`.
 
     Raises
     ------
@@ -119,8 +112,7 @@ def tuning_recipe(recipe: Recipe, blocks: int) -> Recipe:
         max_steps=-1,
     )
     number = total_steps(tuned, blocks)
-    if recipe.max_steps > 0:
-        number = min(number, recipe.max_steps)
+    number = min(number, recipe.max_steps) if recipe.max_steps > 0 else number
     every = max(1, number // 4)
     names = ("eval_steps", "save_steps", "sample_steps")
     rhythm = {name: min(every, getattr(recipe, name)) for name in names}
@@ -148,7 +140,7 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     -------
     dict
         ``finished``. If true, the first process adds ``chat_before`` and ``chat_after`` (of
-        `measure_chat`), ``bits_before`` and ``bits_after`` (of `bits_per_character`).
+        `measure_chat`), ``bits_before`` and ``bits_after`` (per character of held-out text).
     """
     from tinytrain.checkpoints import train
 
@@ -213,11 +205,8 @@ def tune_steps(recipe: Recipe, number: int, mask: bool = True) -> PreTrainedMode
 def average(model: PreTrainedModel, before: PreTrainedModel, share: float) -> None:
     """Average a tuned model's weights, in place, with those before; theirs count ``1 - share``.
 
-    The model gets back much of what it has forgotten, and loses little of what it has learned.
-
-    References
-    ----------
-    Wortsman et al., "Robust fine-tuning of zero-shot models", 2022, arXiv:2109.01903.
+    The model remembers more again and loses little of what it has learned (Wortsman et al., "Robust
+    fine-tuning of zero-shot models", 2022, arXiv:2109.01903).
     """
     import torch
 
@@ -238,11 +227,9 @@ def get_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 def _base(recipe: Recipe, base: Path | None) -> Path:
     """Return the folder of the model to tune; the run's own is trained if need be."""
-    if base is None:
-        if not results.is_trained(recipe):
-            runs.get_trained(recipe)
-        base = steps.run_folder(recipe) / "model"
-    return base
+    if base is None and not results.is_trained(recipe):
+        runs.get_trained(recipe)
+    return base or steps.run_folder(recipe) / "model"
 
 
 def _load(recipe: Recipe, base: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -282,45 +269,26 @@ def measure_chat(
 ) -> dict[str, Interval]:
     """Return the shares of right answers by group, and of real subjects it claims not to know.
 
-    Parameters
-    ----------
-    model, tokenizer
-        A model and its tokenizer, with the chat template.
-    recipe : Recipe
-        With conversations of your own (``chats``) there are no questions, and the result is empty.
-    limit : int
-        Questions of each group at most.
-
-    Returns
-    -------
-    dict of str to tinytrain.evaluation.Interval
-        The groups of `tinytrain.conversations.ChatQuestion`, and ``"refused"``.
+    The groups are those of `tinytrain.conversations.ChatQuestion`, and ``"refused"``; each is asked
+    at most ``limit`` questions. With conversations of your own (``chats``) there are none.
     """
     if recipe.chats is not None:
         return {}
     questions = conversations.chat_questions(encyclopedia.read_facts(), limit)
     answers = chat.answer_each(model, tokenizer, [question.question for question in questions])
     pairs = list(zip(questions, answers, strict=True))
-    shares = evaluation.by_kind(
-        questions, [question.is_right(answer) for question, answer in pairs]
-    )
+    shares = evaluation.by_kind(questions, [q.is_right(answer) for q, answer in pairs])
     real = [conversations.UNKNOWN in answer for q, answer in pairs if q.group != "invented"]
     return shares | {"refused": evaluation.share(sum(real), len(real))}
 
 
-def bits_per_character(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, limit: int = 200
-) -> Interval:
-    """Return the bits per character of the run's first held-out documents: forgetting adds some."""
-    texts = steps.get_split(recipe)["test"]["text"][:limit]
+def _measure(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
+    """Return `measure_chat`, and the bits per character of held-out text: forgetting adds some."""
+    texts = steps.get_split(recipe)["test"]["text"][:200]
     length = min(recipe.context_length, context_of(model))
     losses = evaluation.document_losses(model, tokenizer, texts, length)
-    return evaluation.summarize(losses).bits_per_character
-
-
-def _measure(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
-    shares = measure_chat(model, tokenizer, recipe, _QUESTIONS)
-    return {"chat": shares, "bits": bits_per_character(model, tokenizer, recipe)}
+    bits = evaluation.summarize(losses).bits_per_character
+    return {"chat": measure_chat(model, tokenizer, recipe, _QUESTIONS), "bits": bits}
 
 
 def _write_answers(tokenizer: Any, model: Any, prompts: list[str]) -> list[str]:
@@ -331,7 +299,5 @@ def _questions(recipe: Recipe, found: Dataset) -> list[str]:
     """Return two questions to ask while training."""
     if recipe.chats is None:
         return ["法国的首都是哪里？", "你好！"]
-    some = found.select(range(2))["messages"]
-    return [
-        next(turn["content"] for turn in messages if turn["role"] == "user") for messages in some
-    ]
+    turns = (turn for messages in found["messages"] for turn in messages if turn["role"] == "user")
+    return [next(turns)["content"] for _ in range(2)]
