@@ -9,13 +9,12 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from tinytrain.common import (
@@ -220,30 +219,15 @@ def _model_card(facts: Mapping[str, Any]) -> str:
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    facts = {
-        name: value
-        for name, value in facts.items()
-        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
-    }
+    facts = {n: v for n, v in facts.items() if v is not None and v == v}  # NaN is not itself
     text = facts.get("text", "")
-    prompt = facts["completions"][0][0] if facts.get("completions") else "北京是"
-    rows = {
-        "precision": facts.get("precision"),
-        "machine": facts.get("machine"),
-        "time": format_seconds(facts["seconds"]) if "seconds" in facts else None,
-        "stopped at step": facts.get("stopped"),
-        "tokens seen": f"{facts['tokens']:,}" if "tokens" in facts else None,
-        "weights saved in": facts.get("dtype"),
-        **{f"`{name}`": value for name, value in facts.get("recipe", {}).items()},
-        **facts.get("versions", {}),
-    }
+    [prompt, *_], *_ = facts.get("completions") or [["北京是"]]
     values = {
         **facts,
         "model_id": one_line(facts["name"]),  # as Hugging Face's own template calls it
-        "text_file": re.split(r"[\\/]", str(text))[-1],
-        "chats_file": re.split(r"[\\/]", str(facts.get("chats", "")))[-1],
+        "text_file": PureWindowsPath(text).name,  # either kind of slash
+        "chats_file": PureWindowsPath(facts.get("chats", "")).name,
         "prompt": repr(one_line(prompt)),
-        "settings": [(name, value) for name, value in rows.items() if value is not None],
     }
     data = ModelCardData(
         language="zh",
@@ -256,7 +240,8 @@ def _model_card(facts: Mapping[str, Any]) -> str:
         frameworks=["Pytorch"],
         tasks=["text-generation"],
     )
-    helpers = {"escape": _escape, "one_line": one_line, "format_count": format_count}
+    helpers = [one_line, format_count, format_seconds]
+    helpers = {"escape": _escape} | {helper.__name__: helper for helper in helpers}
     # Where this file was copied without its template: Hugging Face's own form, to be filled in.
     template = str(_CARD_TEMPLATE) if _CARD_TEMPLATE.is_file() else None
     return f"{ModelCard.from_template(data, template, **values, **helpers)}\n"

@@ -243,14 +243,12 @@ def _prepared(recipe: Recipe, base: Path) -> PreTrainedModel:
 
 def _inputs(recipe: Recipe, found: Dataset, base: Path, own: bool) -> dict[str, Any]:
     """Return what decides the outcome of a tuning, for `tinytrain.checkpoints.train`."""
-    digest = hashlib.sha256()
-    for messages in found["messages"]:
-        digest.update(json.dumps(messages, sort_keys=True).encode())
+    said = json.dumps([*found["messages"]], sort_keys=True)
     values = results.recipe_inputs(tuning_recipe(recipe, 1))
     values |= {"max_steps": recipe.max_steps, "warmup_steps": recipe.warmup_steps}
     return values | {
         "base": results.weights_hash(base),
-        "conversations": digest.hexdigest()[:16],
+        "conversations": hashlib.sha256(said.encode()).hexdigest()[:16],
         "template": hashlib.sha256(chat.CHAT_TEMPLATE.encode()).hexdigest()[:16],
         "chat_text": recipe.chat_text if own else 0,
         "chat_average": recipe.chat_average,
