@@ -158,16 +158,10 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def last_checkpoint(folder: str | Path, thorough: bool = False) -> Path | None:
-    """Return the newest complete checkpoint in a folder, or None.
+    """Return the newest complete checkpoint, a folder ``checkpoint-<step>``, or None.
 
-    One that was left half-written, or damaged since, is passed over with a warning.
-
-    Parameters
-    ----------
-    folder : str or Path
-        Holds folders ``checkpoint-<step>``; need not exist.
-    thorough : bool
-        Compare the hashes of all files too, and not only their sizes.
+    One that was left half-written, or damaged since, is passed over with a warning. If it is
+    ``thorough``, the hashes of all files are compared, and not only their sizes.
     """
     for path in _newest_first(Path(folder)):
         if not (problem := _why_incomplete(path, thorough)):
@@ -222,7 +216,7 @@ def train(
     ----------
     trainer : transformers.Trainer
         ``args.output_dir`` holds the checkpoints. What callbacks write to, if they name it in an
-        attribute ``path``, is moved aside together with them.
+        attribute ``path``, is moved aside with them, and so are the files and folders ``results``.
     inputs : dict, optional
         What else decides the outcome, as values that JSON can hold.
     fresh : bool
@@ -232,17 +226,13 @@ def train(
         accumulation: the same tokens a step, a little slower.
     make_model : callable, optional
         Returns the model as it was before: needed to start over once it has been trained.
-    results : sequence of Path
-        Files and folders with what came out of the run, moved aside as well.
 
     Raises
     ------
     LossError
         If a `tinytrain.callbacks.LossGuard` stops the run.
-    torch.OutOfMemoryError
-        If the GPU's memory is too small.
-    OSError
-        If the folder cannot be written to or the disk is full.
+    torch.OutOfMemoryError, OSError
+        If the GPU's memory is too small, the disk is full or the folder cannot be written to.
     RuntimeError
         If another run trains in the folder, or ``make_model`` is needed and missing.
     """

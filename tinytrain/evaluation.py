@@ -127,13 +127,8 @@ def split_losses(
 ) -> tuple[list[DocumentLoss], list[DocumentLoss]]:
     """Measure what some spans of each document cost a model that reads the whole, and the rest.
 
-    Parameters
-    ----------
-    model, tokenizer, context_length
-        As for `document_losses`.
-    spans : sequence of sequence of tuple
-        For each text, first and behind the last character of its spans. A token counts where its
-        last character is.
+    ``spans`` holds, for each text, first and behind the last character of its spans. A token counts
+    where its last character is. For the rest see `document_losses`.
     """
     encoder, start = text_encoder(tokenizer), _start(tokenizer)
     encoded = [encoder.encode(text, add_special_tokens=False) for text in texts]
@@ -253,11 +248,8 @@ def summarize(documents: Sequence[DocumentLoss]) -> Measures:
 
     Perplexity is e to the mean nats of a token; accuracy is the share of tokens that were the first
     guess. The intervals come from the bootstrap: documents (tokens of one document resemble each
-    other) are drawn with replacement, a thousand times, and the middle 95% of results are kept.
-
-    References
-    ----------
-    Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+    other) are drawn with replacement, a thousand times, and the middle 95% of results are kept
+    (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
     """
     columns = np.array([row for row in documents if row.tokens], dtype=float).reshape(-1, 4).T
     intervals = _bootstrap(_ratios, columns)
@@ -269,17 +261,9 @@ def compare(losses_a: Sequence[DocumentLoss], losses_b: Sequence[DocumentLoss]) 
     """Return how many more bits per character model a needs than model b for the same documents.
 
     Where the interval does not contain 0, the two can be told apart, even if the intervals of
-    `summarize` overlap: each resample holds the same documents for both (the paired bootstrap).
-    The tokenizers may differ.
-
-    Raises
-    ------
-    ValueError
-        If the documents are not the same in the same order, or have no character.
-
-    References
-    ----------
-    Koehn, "Statistical significance tests for machine translation evaluation", EMNLP 2004.
+    `summarize` overlap: each resample holds the same documents for both (the paired bootstrap:
+    Koehn, "Statistical significance tests for machine translation evaluation", EMNLP 2004). The
+    tokenizers may differ; other documents are a ValueError.
 
     Examples
     --------
@@ -342,18 +326,13 @@ def count_losses(
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
         A fast tokenizer.
-    train_texts : iterable of str
-        What to count in, up to 20 million tokens.
-    texts : iterable of str
-        What to predict.
+    train_texts, texts : iterable of str
+        What to count in, up to 20 million tokens, and what to predict.
     order : {1, 2}
         1: a token's probability is its share of the training text (one is added to each count).
         2: it is how often it followed the token before, mixed with the former by Witten and Bell's
-        rule: the more different followers a token has had, the likelier is a new one.
-
-    References
-    ----------
-    Witten and Bell, "The zero-frequency problem", IEEE Trans. on Information Theory 37, 1991.
+        rule ("The zero-frequency problem", IEEE Trans. on Information Theory 37, 1991): the more
+        different followers a token has had, the likelier is a new one.
     """
     if order not in (1, 2):
         raise ValueError(f"order {order} is neither 1 (tokens) nor 2 (pairs of tokens)")

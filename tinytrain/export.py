@@ -73,12 +73,8 @@ def export_model(
 
     Raises
     ------
-    ValueError
-        If ``dtype`` is something else.
-    FileExistsError
-        If something else than an unchanged, earlier export would be overwritten.
     OSError
-        If the folder cannot be written to.
+        If the folder cannot be written to, or would lose what is no unchanged, earlier export.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16'")

@@ -42,19 +42,9 @@ PARAMETER temperature TEMPERATURE
 def write_gguf(folder: str | Path, name: str = "") -> Path:
     """Write ``model.gguf`` into the folder of an exported Qwen2 model.
 
-    Beside the file of a chat model goes a ``Modelfile``, for ``ollama create``.
-
-    Parameters
-    ----------
-    folder : str or Path
-        From `tinytrain.export.export_model`. Matrices keep its format, vectors become float32.
-    name : str
-        What programs show as the model's name.
-
-    Raises
-    ------
-    ValueError
-        If it is not a Qwen2 model, or its tokenizer cuts texts differently from Qwen2's.
+    Matrices keep the format that they have there, vectors become float32. Beside the file of a chat
+    model goes a ``Modelfile``, for ``ollama create``. ``name`` is what programs show. Another kind
+    of model, and a tokenizer that cuts texts differently from Qwen2's, is a ValueError.
 
     Notes
     -----

@@ -148,10 +148,9 @@ def linear_cross_entropy(
 
     Parameters
     ----------
-    hidden : torch.Tensor
-        The last hidden state, of shape (positions, width).
-    weight : torch.Tensor
-        The output matrix, of shape (vocabulary size, width).
+    hidden, weight : torch.Tensor
+        The last hidden state, of shape (positions, width), and the output matrix, of shape
+        (vocabulary size, width). Other shapes are a ValueError.
     labels : torch.Tensor
         The right token at each position, int64 of shape (positions,); -100 where none counts.
     total : torch.Tensor or float, optional
@@ -165,11 +164,6 @@ def linear_cross_entropy(
     -------
     torch.Tensor
         A float32 scalar in nats; 0 if no label counts, where PyTorch's own is NaN.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit, or ``rows`` is not positive.
 
     Examples
     --------
@@ -209,16 +203,9 @@ def _is_plain(table: torch.nn.Module) -> bool:
 def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = False) -> None:
     """Let a causal language model compute its training loss by `linear_cross_entropy`.
 
-    With labels its output then holds the loss and no logits; without, it works as before. What is
-    saved stays the same.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        One with the parts ``model`` and ``lm_head`` (without bias), such as Qwen2 or Llama; it is
-        changed in place. Another one is a ValueError.
-    rows, compiled
-        As for `linear_cross_entropy`.
+    The model, with the parts ``model`` and ``lm_head`` (without bias) as Qwen2 and Llama have them,
+    is changed in place; another one is a ValueError. With labels its output then holds the loss and
+    no logits; without, it works as before. What is saved stays the same.
     """
     from transformers.modeling_outputs import CausalLMOutputWithPast
 

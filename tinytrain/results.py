@@ -114,20 +114,9 @@ def differences(made: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
 def trained_recipe(recipe: Recipe, asked: Collection[str] | None = None) -> Recipe:
     """Return the recipe that the model in a run's folder was trained with.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Tells the folder, and what must be true of the model.
-    asked : collection of str, optional
-        The fields in which the model must agree with the recipe; by default all that decide an
-        outcome. The others are taken from the model.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no model.
-    ValueError
-        If the model is incomplete or damaged, or was made from something else.
+    The model must agree with the given recipe in the fields ``asked``, by default all that decide
+    an outcome; the others are taken from the model. A FileNotFoundError says that there is no
+    model, a ValueError that it is damaged or was made from something else.
     """
     folder = steps.run_folder(recipe) / "model"
     again = f"`{shell_command(recipe)}`"
@@ -202,10 +191,7 @@ def load_trained(
 def load_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the run's model that was tuned on conversations, whatever it was tuned from.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is none, or it is damaged.
+    A FileNotFoundError says that there is none, or that it is damaged.
     """
     folder = steps.chat_folder(recipe) / "model"
     if damaged := steps.find_damage(folder):

@@ -43,7 +43,8 @@ def chat_blocks(
     recipe : Recipe
         Its ``chat_text`` is the share of text.
     found : datasets.Dataset
-        The conversations, from `tinytrain.steps.get_conversations`.
+        The conversations, from `tinytrain.steps.get_conversations`. Too few, or none that fits into
+        a block, are a ValueError.
     tokenizer : transformers.PreTrainedTokenizerBase
         From `tinytrain.chat.add_chat_template`.
     context_length : int, optional
@@ -52,11 +53,6 @@ def chat_blocks(
         Whether to add blocks of text, from the run's training set.
     mask : bool
         False lets the model learn from the user's turns too, to see what that spoils.
-
-    Raises
-    ------
-    ValueError
-        If there are too few conversations, or none that fits.
     """
     import numpy as np
     from datasets import Dataset, DatasetDict, concatenate_datasets

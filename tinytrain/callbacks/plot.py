@@ -142,17 +142,12 @@ def replay(path: str | Path, follow: bool = False, seconds: float = 2.0) -> Figu
     Parameters
     ----------
     path : str or Path
-        The run's folder, or its ``history.jsonl``.
+        The run's folder, or its ``history.jsonl``; without one, it is a FileNotFoundError.
     follow : bool
         In a notebook, draw again whenever something was added, until the run ends or you interrupt
         the cell: a run that was killed never says that it ends.
     seconds : float
         How often to look.
-
-    Raises
-    ------
-    FileNotFoundError
-        If no run has written a history there.
     """
     output = NotebookOutput() if follow and in_notebook() else None
     history: list[dict[str, Any]] = []
@@ -178,13 +173,6 @@ def plot_runs(paths: Mapping[str, str | Path], x: str = "tokens") -> Figure:
         What to call each run, and its folder or ``history.jsonl``.
     x : {"tokens", "seconds", "step"}
         The horizontal axis.
-
-    Raises
-    ------
-    ValueError
-        If ``x`` is none of the three.
-    FileNotFoundError
-        If a run has not written its history.
     """
     labels = {"tokens": "tokens seen", "seconds": "seconds of training", "step": "step"}
     if x not in labels:
