@@ -316,22 +316,19 @@ def test_replay_follows_a_run_until_its_end(tmp_path):
     assert list(figure.axes[0].lines[0].get_ydata()) == [8, 7, 6]
 
 
-@pytest.mark.parametrize(("x", "last"), [("tokens", 1024), ("seconds", 2.0), ("step", 2)])
-def test_runs_are_drawn_over_one_another(tmp_path, x, last):
+def test_runs_are_drawn_over_one_another(tmp_path):
     paths = {"seed": tmp_path / "seed.jsonl", "wiki": tmp_path / "wiki.jsonl"}
     write_json_lines(paths["seed"], HISTORY)
     halved = [line | {"loss": line["loss"] / 2} if "loss" in line else line for line in HISTORY]
     write_json_lines(paths["wiki"], halved)
-    figure = callbacks.plot_runs(paths, x=x)
+    figure = callbacks.plot_runs(paths)
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines}
     assert list(lines["seed"].get_ydata()) == pytest.approx(SMOOTHED)
     assert list(lines["wiki"].get_ydata()) == pytest.approx([loss / 2 for loss in SMOOTHED])
-    assert lines["seed"].get_xdata()[-1] == last
+    assert lines["seed"].get_xdata()[-1] == 1024
     assert lines["seed"].get_color() != lines["wiki"].get_color()
     assert fits(figure)
-    with pytest.raises(ValueError, match="tokens, seconds, step"):
-        callbacks.plot_runs(paths, x="epochs")
 
 
 def test_a_run_is_compared_with_other_seeds_of_the_pocket_recipe():

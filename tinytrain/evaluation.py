@@ -171,8 +171,6 @@ def token_losses(
             done = end
         else:
             pieces[-1] = (pieces[-1][0], pieces[-1][1] + loss)
-    if done < len(text):  # the tokenizer left out the end
-        pieces.append((text[done:], 0.0))
     return pieces
 
 

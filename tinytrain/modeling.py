@@ -205,7 +205,12 @@ def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     instead of keeping them.
     """
     import torch
-    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = "attention" in str(operation)  # takes long to compute for its size
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     torch._dynamo.config.suppress_errors = True
     logging.getLogger("torch._dynamo.convert_frame").addFilter(_tell_failure_in_a_line)
@@ -214,7 +219,7 @@ def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     if recompute:
         # PyTorch warns of operations in place, of which these layers have none.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-        contexts = functools.partial(create_selective_checkpoint_contexts, _keep_only_attention)
+        contexts = functools.partial(selective, policy)
         layer = functools.partial(checkpoint, layer, use_reentrant=False, context_fn=contexts)
     compiled = torch.compile(layer)
 
@@ -230,14 +235,6 @@ def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     faster = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
     for layer in model.model.layers:
         layer.__class__ = faster
-
-
-def _keep_only_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:
-    """Keep what takes long to compute for its size; compute the rest again."""
-    from torch.utils.checkpoint import CheckpointPolicy
-
-    keep = "attention" in str(operation)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 _warn_once = functools.cache(logger.warning)

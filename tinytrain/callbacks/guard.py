@@ -142,31 +142,24 @@ class LossGuard(TrainerCallback):
         )
 
     def _error(self, trouble: str, loss: float | None, step: int, args: Any) -> LossError:
-        sentences = [f"step {step}: {trouble}; the step was not made."]
-        blocks = self._gather_blocks(args)
-        rows, documents = self._find(blocks) if len(blocks) else ([], [])
-        if rows:
-            source = f", from documents {_listed(documents)}" if documents else ""
-            sentences.append(f"Its batch is blocks {_listed(rows)} of the training set{source}.")
-        if self.tokenizer is not None and len(blocks):
-            begins = [self.tokenizer.decode(block[:12]) for block in blocks[:4]]
-            sentences.append(f"They begin {', '.join(repr(text) for text in begins)}.")
+        message = f"step {step}: {trouble}; the step was not made."
+        documents: list[int] = []
+        if rows := [row.to(args.device) for ids in self._batch for row in ids]:
+            blocks = pad_sequence(rows, batch_first=True)
+            blocks = gather(pad_across_processes(blocks, dim=1)).cpu()
+            numbers, documents = self._find(blocks)
+            if numbers:
+                source = f", from documents {_listed(documents)}" if documents else ""
+                message += f" Its batch is blocks {_listed(numbers)} of the training set{source}."
+            if self.tokenizer is not None:
+                begins = [repr(self.tokenizer.decode(block[:12])) for block in blocks[:4]]
+                message += f" They begin {', '.join(begins)}."
         found = self.find_checkpoint(args.output_dir)
         checkpoint = Path(found) if found else None
         good = f"is {checkpoint.name}" if checkpoint else "does not exist yet"
-        sentences.append(
-            f"The last good checkpoint {good}. Look at these documents, or halve the learning rate."
-        )
-        loss = math.nan if loss is None else loss
-        return LossError(" ".join(sentences), step, loss, documents, checkpoint)
-
-    def _gather_blocks(self, args: TrainingArguments) -> torch.Tensor:
-        """Return the rows of the step's batch, of all processes, padded to one length."""
-        rows = [row.to(args.device) for ids in self._batch for row in ids]
-        if not rows:
-            return torch.empty(0)
-        blocks = pad_sequence(rows, batch_first=True)
-        return gather(pad_across_processes(blocks, dim=1)).cpu()
+        message += f" The last good checkpoint {good}."
+        message += " Look at these documents, or halve the learning rate."
+        return LossError(message, step, math.nan if loss is None else loss, documents, checkpoint)
 
     def _find(self, wanted: torch.Tensor) -> tuple[list[int], list[int]]:
         """Return the indices of blocks in the training set, and of the documents they come from.

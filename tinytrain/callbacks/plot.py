@@ -162,33 +162,23 @@ def replay(path: str | Path, follow: bool = False, seconds: float = 2.0) -> Figu
     return plot.figure
 
 
-def plot_runs(paths: Mapping[str, str | Path], x: str = "tokens") -> Figure:
+def plot_runs(paths: Mapping[str, str | Path]) -> Figure:
     """Draw several runs over one another: smoothed training loss as lines, held-out as points.
 
-    Runs with different tokenizers cannot be compared by their loss per token.
-
-    Parameters
-    ----------
-    paths : mapping of str to str or Path
-        What to call each run, and its folder or ``history.jsonl``.
-    x : {"tokens", "seconds", "step"}
-        The horizontal axis.
+    ``paths`` holds what to call each run, and its folder or ``history.jsonl``. Runs with different
+    tokenizers cannot be compared by their loss per token.
     """
-    labels = {"tokens": "tokens seen", "seconds": "seconds of training", "step": "step"}
-    if x not in labels:
-        raise ValueError(f"x={x!r} is none of {', '.join(labels)}")
     figure, axes = new_axes(8, 4.5)
     for name, path in paths.items():
         history = read_history(path)
         train = [line for line in history if "loss" in line]
         smoothed = _smooth([line["loss"] for line in train])
-        (drawn,) = axes.plot([line[x] for line in train], smoothed, linewidth=2, label=name)
-        held_out = [(line[x], line["eval_loss"]) for line in history if "eval_loss" in line]
+        (drawn,) = axes.plot([line["tokens"] for line in train], smoothed, linewidth=2, label=name)
+        held_out = [(line["tokens"], line["eval_loss"]) for line in history if "eval_loss" in line]
         axes.plot(*zip(*held_out, strict=True), "o", color=drawn.get_color(), ms=5)
     axes.plot([], [], "o", color="#888888", label="held-out")
-    axes.set(xlabel=labels[x], ylabel="loss (nats per token)")
+    axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", xlim=(0, None))
     axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
-    axes.set_xlim(left=0)
     axes.legend(edgecolor="none")
     return figure
 
@@ -247,11 +237,12 @@ class _LossPlot:
             style = {"facecolor": "#f2b134", "edgecolor": "#c77f00", "linewidth": 1.5}
             loss.fill_between(band["step"], low, high, alpha=0.7, label=label, **style)
         label = "train, each logged loss"
-        (self._raw,) = loss.plot([], [], color=_TRAIN_COLOR, alpha=0.3, linewidth=1, label=label)
+        (raw,) = loss.plot([], [], color=_TRAIN_COLOR, alpha=0.3, linewidth=1, label=label)
         label = f"train, mean of {2 * _HALF_WINDOW + 1} logged losses around"
-        (self._smoothed,) = loss.plot([], [], color=_TRAIN_COLOR, linewidth=1.5, label=label)
-        (self._held_out,) = loss.plot([], [], "o-", color=_HELD_OUT_COLOR, ms=5, label="held-out")
-        (self._rate,) = rate.plot([], [], color="#555555", linewidth=1.5)
+        (smoothed,) = loss.plot([], [], color=_TRAIN_COLOR, linewidth=1.5, label=label)
+        (held_out,) = loss.plot([], [], "o-", color=_HELD_OUT_COLOR, ms=5, label="held-out")
+        (rates,) = rate.plot([], [], color="#555555", linewidth=1.5)
+        self._drawn = {"loss": raw, "mean": smoothed, "eval_loss": held_out, "learning_rate": rates}
         if vocab_size:
             uniform = math.log(vocab_size)
             label = f"uniform guess: ln({vocab_size:,}) = {uniform:.2f}"
@@ -289,33 +280,26 @@ class _LossPlot:
     def update(self, headline: str, details: str, max_steps: int) -> None:
         """Move the lines to the points added so far."""
         steps, losses = self._points["loss"]
-        self._raw.set_data(steps, losses)
-        self._smoothed.set_data(steps, _smooth(losses))
-        self._held_out.set_data(*self._points["eval_loss"])
-        steps, rates = self._points["learning_rate"]
-        self._rate.set_data(steps, rates)
+        points = {**self._points, "mean": (steps, _smooth(losses))}
+        for name, line in self._drawn.items():
+            line.set_data(*points[name])
         loss, rate = self._axes
         loss.relim()
         loss.autoscale_view()
         low, high = loss.get_ylim()
         loss.set_ylim(math.floor(low), math.ceil(high), auto=True)  # and again next time
-        rate.set_ylim(0, 1.1 * max(rates, default=0) or 1)
+        rate.set_ylim(0, 1.1 * max(points["learning_rate"][1], default=0) or 1)
         rate.set_xlim(0, max(max_steps, 1))
         self._headline.set_text(plot_label(headline))
         self._details.set_text(plot_label(details))
         self._details.set_text(plot_label(details))
 
     def png(self) -> bytes:
-        """Return the plot as a PNG image.
-
-        Axes, labels and legend take most of the time and rarely change: they are kept as a
-        background, before which the moving parts are drawn.
-        """
+        """Return the plot as a PNG image; axes and legend, slow to draw, are kept between calls."""
         from PIL import Image
 
         canvas = self.figure.canvas
-        lines = [self._raw, self._smoothed, self._held_out, self._rate]
-        moving = [*lines, self._headline, self._details]
+        moving = [*self._drawn.values(), self._headline, self._details]
         limits = [(*axis.get_xlim(), *axis.get_ylim()) for axis in self._axes]
         if limits != self._background_limits:
             for artist in moving:
