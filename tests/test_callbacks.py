@@ -369,8 +369,7 @@ def test_samples_are_taken_every_so_many_steps_and_at_the_end(run, smoke):
 def test_a_resumed_run_keeps_its_samples_and_shows_few(tmp_path):
     path = tmp_path / "samples.jsonl"
     sample = '{"step": %d, "texts": ["<b>\\n字\u2028。"]}\n'  # U+2028 ends no line of JSON
-    damaged = '{"stup": 3}\n'
-    path.write_text(damaged + "".join(sample % n for n in range(1, 31)), encoding="utf-8")
+    path.write_text("".join(sample % n for n in range(1, 31)), encoding="utf-8")
     samples = callbacks.SampleCallback(lambda model, prompts: ["新"], ["问"], 5, path)
     state = TrainerState(global_step=28)
     samples.on_train_begin(None, state, None)

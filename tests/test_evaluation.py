@@ -245,8 +245,6 @@ def test_pairs_guess_what_followed_most_often(smoke):
     assert alone.right <= 1 and alone.nats > known.nats
     [nothing] = count_losses(tokenizer, [], ["法国"])
     assert nothing.nats == pytest.approx(nothing.tokens * math.log(len(tokenizer)))
-    with pytest.raises(ValueError, match="order 3"):
-        count_losses(tokenizer, train, train, order=3)
 
 
 def test_xz_spends_little_on_what_it_has_seen(smoke, monkeypatch):

@@ -487,13 +487,6 @@ def test_the_card_of_a_stopped_run_says_nothing_of_an_earlier_one(run, smoke):
 
 
 def test_what_an_export_lacks_is_said(run, smoke, tmp_path, monkeypatch):
-    shutil.rmtree(run / "export", ignore_errors=True)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "gguf", None)
-        patch.delitem(sys.modules, "tinytrain.gguf_file")
-        with pytest.raises(ModuleNotFoundError, match="pip install gguf"):
-            results.export_run(smoke.recipe, gguf=True)
-    assert not (run / "export").exists()
     monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="notebook 05 makes one, or .* --recipe smoke"):
         results.export_run(smoke.recipe)

@@ -305,10 +305,7 @@ def _train_from(
 
 
 def _total_steps(trainer: Trainer) -> int:
-    if trainer.args.max_steps > 0:
-        return trainer.args.max_steps
-    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    return steps
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
 def _load_finished_run(trainer: Trainer, checkpoint: Path, state: TrainerState) -> None:

@@ -332,8 +332,6 @@ def count_losses(
         rule ("The zero-frequency problem", IEEE Trans. on Information Theory 37, 1991): the more
         different followers a token has had, the likelier is a new one.
     """
-    if order not in (1, 2):
-        raise ValueError(f"order {order} is neither 1 (tokens) nor 2 (pairs of tokens)")
     vocab_size = len(tokenizer)
     # A pair of neighbours is one number: ``first * vocab_size + second``.
     found, room = [np.zeros(0, dtype=np.int64)], _MOST_COUNTED_TOKENS

@@ -14,12 +14,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-try:
-    import gguf
-except ImportError as error:
-    raise ModuleNotFoundError(
-        "a GGUF file is written with GGML's package gguf: pip install gguf"
-    ) from error
+import gguf
 
 from tinytrain.common import EXPORT_MARK, atomic_write, hash_file, one_line, write_json
 

@@ -12,13 +12,10 @@ keys and values); Shazeer, arXiv:2002.05202 (SwiGLU); Yang et al., arXiv:2407.10
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 Cache = dict[str, Tensor]  # keys and values of a layer so far; empty before the first token
 

@@ -9,14 +9,13 @@ is Liger Kernel's (Hsu et al., 2024, arXiv:2410.10989), here in plain PyTorch, f
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 _IGNORED_LABEL = -100  # as everywhere in PyTorch
 _LOGITS_AT_ONCE = 2**22  # in float32, uncompiled: 16 MB, which may stay in a processor's cache
@@ -141,6 +140,7 @@ def linear_cross_entropy(
     total: torch.Tensor | float | None = None,
     rows: int = 512,
     compiled: bool = False,
+    deferred: list | None = None,
 ) -> torch.Tensor:
     """Return the cross entropy of ``hidden @ weight.T``, computed a few rows at a time.
 
@@ -150,7 +150,7 @@ def linear_cross_entropy(
     ----------
     hidden, weight : torch.Tensor
         The last hidden state, of shape (positions, width), and the output matrix, of shape
-        (vocabulary size, width). Other shapes are a ValueError.
+        (vocabulary size, width).
     labels : torch.Tensor
         The right token at each position, int64 of shape (positions,); -100 where none counts.
     total : torch.Tensor or float, optional
@@ -159,6 +159,8 @@ def linear_cross_entropy(
         Positions at a time: fewer save memory, many more gain no speed.
     compiled : bool
         Whether torch.compile, once, fuses what happens between the matrix products.
+    deferred : list, optional
+        Gets the gradient of the weight, and a factor, in place of autograd.
 
     Returns
     -------
@@ -171,16 +173,6 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(hidden, weight, torch.tensor([1, 2, -100]))  # ln(10)
     tensor(2.3026)
     """
-    if rows < 1:
-        raise ValueError(f"rows={rows} must be at least 1")
-    if hidden.ndim != 2 or labels.shape != hidden.shape[:1] or weight.shape[1] != hidden.shape[1]:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden, weight, labels))
-        raise ValueError(f"hidden, weight and labels do not fit: {shapes}; flatten a batch first")
-    return _apply(hidden, weight, labels, total, rows, compiled=compiled)
-
-
-def _apply(hidden, weight, labels, total, rows, deferred=None, compiled=False) -> torch.Tensor:
-    """Compute the loss; its gradient for the weight goes into ``deferred`` if that is a list."""
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -207,8 +199,6 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = F
     is changed in place; another one is a ValueError. With labels its output then holds the loss and
     no logits; without, it works as before. What is saved stays the same.
     """
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
     head = getattr(model, "lm_head", None)
     if not hasattr(model, "model") or head is None or getattr(head, "bias", None) is not None:
         raise ValueError(f"{type(model).__name__} has no parts `model` and `lm_head` without bias")
@@ -236,7 +226,8 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = F
         hidden = self.model(input_ids, *args, **kwargs).last_hidden_state
         hidden = hidden[:, :-1].flatten(0, 1)  # each position predicts the next token
         labels, total = labels[:, 1:].flatten(), num_items_in_batch
-        loss = _apply(hidden, self.lm_head.weight, labels, total, rows, deferred, compiled)
+        options = total, rows, compiled, deferred
+        loss = linear_cross_entropy(hidden, self.lm_head.weight, labels, *options)
         return CausalLMOutputWithPast(loss=loss)
 
     # The same name: it is written into the saved configuration.

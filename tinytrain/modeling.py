@@ -81,17 +81,6 @@ def qwen2_config(
     """
     from transformers import Qwen2Config
 
-    sizes = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_key_value_heads,
-    }
-    for name, size in {**sizes, "context_length": context_length}.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}; it must be at least 1")
     if hidden_size % (2 * num_attention_heads):
         raise ValueError(
             f"hidden_size {hidden_size} must be a multiple of {2 * num_attention_heads}: "
@@ -108,13 +97,19 @@ def qwen2_config(
             "vocab_size must be at least len(tokenizer)"
         )
     changes = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
         "max_window_layers": num_hidden_layers,
         "max_position_embeddings": context_length,
         "tie_word_embeddings": tie_word_embeddings,
         "bos_token_id": eos_token_id,
         "eos_token_id": eos_token_id,
     }
-    return Qwen2Config(**QWEN2_5_0_5B | sizes | changes)
+    return Qwen2Config(**QWEN2_5_0_5B | changes)
 
 
 def recipe_config(

@@ -289,7 +289,7 @@ def export_run(
     facts = {**(_chat_facts(recipe) if chat else _run_facts(recipe)), **facts}
     finish = None
     if gguf:
-        from tinytrain.gguf_file import write_gguf  # if gguf is missing, it is said before the work
+        from tinytrain.gguf_file import write_gguf
 
         facts["gguf"] = "model.gguf"
         finish = partial(write_gguf, name=facts["name"])

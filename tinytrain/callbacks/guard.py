@@ -7,17 +7,14 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather, pad_across_processes, reduce
 from torch.nn.utils.rnn import pad_sequence
-from transformers import TrainerCallback
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 
 class LossError(RuntimeError):

@@ -14,9 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 from transformers import TrainerCallback
 
 from tinytrain.common import (
@@ -32,9 +35,6 @@ from tinytrain.common import (
     plot_label,
     read_history,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _TRAIN_COLOR, _HELD_OUT_COLOR = "#2f6fde", "#e4572e"
 _HALF_WINDOW = 4  # logged losses on either side
@@ -217,8 +217,6 @@ class _LossPlot:
         reference: Mapping[str, Any] | None = None,
         lines: Mapping[str, float] | None = None,
     ):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
         self.lines = 0  # of the history, that were added
         self._points = {name: ([], []) for name in ("loss", "eval_loss", "learning_rate")}
         self._background, self._background_limits = None, None
@@ -296,8 +294,6 @@ class _LossPlot:
 
     def png(self) -> bytes:
         """Return the plot as a PNG image; axes and legend, slow to draw, are kept between calls."""
-        from PIL import Image
-
         canvas = self.figure.canvas
         moving = [*self._drawn.values(), self._headline, self._details]
         limits = [(*axis.get_xlim(), *axis.get_ylim()) for axis in self._axes]

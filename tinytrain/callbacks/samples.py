@@ -57,8 +57,8 @@ class SampleCallback(TrainerCallback):
         """Keep the samples of the steps already done."""
         self.samples: list[dict[str, Any]] = []
         if state.global_step and self.path.exists():
-            whole = [s for s in read_json_lines(self.path) if s.keys() >= {"step", "texts"}]
-            self.samples = [sample for sample in whole if sample["step"] <= state.global_step]
+            known = read_json_lines(self.path)
+            self.samples = [sample for sample in known if sample["step"] <= state.global_step]
         write_json_lines(self.path, self.samples)
         self._output = NotebookOutput() if in_notebook() else None
         if self._output:
