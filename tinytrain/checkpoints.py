@@ -229,10 +229,9 @@ def train(
 
     Raises
     ------
-    LossError
-        If a `tinytrain.callbacks.LossGuard` stops the run.
-    torch.OutOfMemoryError, OSError
-        If the GPU's memory is too small, the disk is full or the folder cannot be written to.
+    LossError, torch.OutOfMemoryError, OSError
+        If a `tinytrain.callbacks.LossGuard` stops the run; if the GPU's memory is too small; if the
+        disk is full or the folder cannot be written to.
     RuntimeError
         If another run trains in the folder, or ``make_model`` is needed and missing.
     """

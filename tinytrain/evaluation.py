@@ -30,11 +30,9 @@ _MOST_COMPRESSED_CHARACTERS = 2_000_000  # bounds the time of xz: a minute on a 
 def bits_per_character(loss: float, tokens_per_character: float) -> float:
     """Turn a loss in nats per token into bits per character, comparable across tokenizers.
 
-    A tokenizer with longer tokens makes fewer but harder predictions, so its loss per token is
-    higher for the same knowledge. Per character both count the same.
+    A tokenizer with longer tokens makes fewer but harder predictions; per character both count the
+    same.
 
-    Examples
-    --------
     >>> round(bits_per_character(4.0, 0.5), 2)
     2.89
     """
@@ -57,8 +55,6 @@ class Interval(NamedTuple):
 def share(right: int, total: int) -> Interval:
     """Return the share of right answers with its Wilson confidence interval (nan without answers).
 
-    Examples
-    --------
     >>> print(share(9, 10))
     0.9 (0.596 to 0.982)
     """
@@ -263,8 +259,6 @@ def compare(losses_a: Sequence[DocumentLoss], losses_b: Sequence[DocumentLoss]) 
     Koehn, "Statistical significance tests for machine translation evaluation", EMNLP 2004). The
     tokenizers may differ; other documents are a ValueError.
 
-    Examples
-    --------
     >>> a, b = DocumentLoss(10, 5, 9.0, 2), DocumentLoss(10, 5, 7.0, 3)
     >>> round(compare([a], [b]).value, 3)
     0.289

@@ -50,16 +50,14 @@ def export_model(
     """Write a folder that plain transformers loads and a hub shows.
 
     An earlier export there is replaced at the very end. Only files that an export wrote, and nobody
-    changed since, are replaced or removed; ``.tinytrain.json`` remembers them.
+    changed since, are replaced or removed (``.tinytrain.json`` remembers them); anything else in
+    their place is a FileExistsError.
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        The trained model; it is not changed. What `tinytrain.loss` or `compile_layers` changed
-        in it is left behind.
-    tokenizer : transformers.PreTrainedTokenizerFast
-        Its tokenizer. With a chat template (ChatML's), the folder is that of a chat model: answers
-        end with the turn, and the card says how to talk to it.
+    model, tokenizer
+        The trained model, without what `tinytrain.loss` or `compile_layers` changed in it, and its
+        tokenizer. With a chat template (ChatML's), the folder is that of a chat model.
     folder : str or Path
         Where to write: a new folder, an empty one or an earlier export.
     facts : mapping, optional
@@ -70,11 +68,6 @@ def export_model(
         Files to add, such as ``loss.png`` (then shown in the card), if they are there.
     finish : callable, optional
         Called with the folder before it takes its place, to write more into it.
-
-    Raises
-    ------
-    OSError
-        If the folder cannot be written to, or would lose what is no unchanged, earlier export.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16'")

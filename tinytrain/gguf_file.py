@@ -1,8 +1,7 @@
 """Write an exported model as GGUF, the format of llama.cpp, Ollama and LM Studio.
 
 llama.cpp's own converter is in no package, and rejects a tokenizer that is trained here or reduced.
-So GGML's package ``gguf`` is used, as that converter does; `make gguf` compares the results. (A
-module named ``gguf``, copied into a folder, would hide the package.)
+So GGML's package ``gguf`` is used, as that converter does; `make gguf` compares the results.
 """
 
 from __future__ import annotations
@@ -41,8 +40,6 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
     model goes a ``Modelfile``, for ``ollama create``. ``name`` is what programs show. Another kind
     of model, and a tokenizer that cuts texts differently from Qwen2's, is a ValueError.
 
-    Notes
-    -----
     GGUF cannot name the tokenizer's Unicode normalisation (NFC): a text that writes letters and
     accents apart becomes other tokens there. Chinese text is not affected.
     """

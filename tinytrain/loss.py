@@ -144,7 +144,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """Return the cross entropy of ``hidden @ weight.T``, computed a few rows at a time.
 
-    Under autocast the matrix products are computed in its type and the rest in float32.
+    Under autocast the matrix products are computed in its type and the rest in float32. The result
+    is a float32 scalar in nats; 0 if no label counts, where PyTorch's own is NaN.
 
     Parameters
     ----------
@@ -161,11 +162,6 @@ def linear_cross_entropy(
         Whether torch.compile, once, fuses what happens between the matrix products.
     deferred : list, optional
         Gets the gradient of the weight, and a factor, in place of autograd.
-
-    Returns
-    -------
-    torch.Tensor
-        A float32 scalar in nats; 0 if no label counts, where PyTorch's own is NaN.
 
     Examples
     --------

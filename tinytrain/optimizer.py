@@ -1,10 +1,9 @@
 """Muon for the matrices, AdamW for the rest: one optimiser, which the Trainer saves like any other.
 
 The gradient of a matrix has a few large directions that drown the many small ones. Muon makes all
-of them equally long: the step is the nearest orthogonal matrix to the averaged gradient. From the
-same tokens that learns more, for some matrix products each step, whatever the batch. Embedding,
-norms and biases stay with AdamW. ``torch.optim.Muon`` is the same rule, matrix by matrix and always
-in bf16; here matrices of one shape go together, in the type you choose.
+of them equally long. From the same tokens that learns more, for some matrix products each step,
+whatever the batch. ``torch.optim.Muon`` is the same rule, matrix by matrix and always in bf16; here
+matrices of one shape go together, in the type you choose.
 """
 
 from __future__ import annotations
@@ -47,20 +46,17 @@ class MuonAdamW(torch.optim.AdamW):
     """AdamW, except for parameter groups with ``muon=True``, whose matrices Muon steps.
 
     Both use one learning rate: Muon's step is scaled so that its elements are on average as large
-    as AdamW's usually are, 0.2 times the rate (Liu et al.).
+    as AdamW's usually are, 0.2 times the rate (J. Liu et al., "Muon is Scalable for LLM Training",
+    2025, arXiv:2502.16982).
 
     Parameters
     ----------
     params, lr, **kwargs
-        As for ``torch.optim.AdamW``. A group with ``muon=True`` must hold matrices only.
+        As for ``torch.optim.AdamW``.
     momentum : float
         Memory of Muon's running average: 1 / (1 - momentum) steps.
     dtype : torch.dtype
         What directions are computed in. Rough ones are enough, so bfloat16 is, where it is fast.
-
-    References
-    ----------
-    J. Liu et al., "Muon is Scalable for LLM Training", 2025, arXiv:2502.16982.
     """
 
     def __init__(
@@ -149,8 +145,7 @@ def muon_adamw(
 ) -> MuonAdamW:
     """Return the optimiser for a language model: Muon for the matrices of its layers.
 
-    Norms and biases have no weight decay; ``betas`` and ``eps`` are AdamW's, and ``dtype`` is what
-    Muon computes its directions in.
+    Norms and biases have no weight decay; ``dtype`` is what Muon computes its directions in.
 
     Examples
     --------

@@ -271,18 +271,9 @@ def export_run(
 ) -> Path:
     """Export the trained model of a run to ``export`` in its folder, and return that path.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        The recipe of a run whose model notebook 05 has saved.
-    dtype : {"float32", "bfloat16"}
-        Number format of the weights.
-    gguf : bool
-        Add ``model.gguf``; see `tinytrain.gguf_file.write_gguf`.
-    chat : bool
-        Export the model that was tuned on conversations, to ``export-chat``.
-    **facts
-        For the card: what the run's folder does not hold, or holds wrongly.
+    ``gguf`` adds ``model.gguf``; ``chat`` exports the model that was tuned on conversations, to
+    ``export-chat``; ``facts`` are for the card: what the run's folder does not hold, or holds
+    wrongly. See `tinytrain.export.export_model` for ``dtype``.
     """
     run = steps.run_folder(recipe)
     model, tokenizer = load_tuned(recipe) if chat else load_trained(recipe)

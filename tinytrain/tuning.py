@@ -87,8 +87,6 @@ def tuning_recipe(recipe: Recipe, blocks: int) -> Recipe:
 
     A run's ``max_steps`` limits its tuning too; to tune for less, lower ``chat_epochs``.
 
-    Examples
-    --------
     >>> from tinytrain.recipes import RECIPES
     >>> tuning_recipe(RECIPES["pocket"], 800).max_steps  # 4 blocks a step, 1.7 times
     340

@@ -35,17 +35,17 @@ class LossError(RuntimeError):
 class LossGuard(TrainerCallback):
     """Stops a run whose loss is NaN or spikes, before the step changes the weights.
 
-    A loss spikes if it exceeds the mean of the last `window` steps by more than `spike` of their
-    standard deviations, and by more than one nat: the model is suddenly e times less sure of every
-    token. It sees the ``loss`` that the model returns; where the Trainer computes another one
-    (``compute_loss_func``, label smoothing), it judges the gradients alone.
+    A loss spikes if it exceeds the mean of the last ``window`` steps by more than ``spike`` of
+    their standard deviations, and by more than one nat; the first half of a window is not judged.
+    Where the model returns no ``loss``, because the Trainer computes another one
+    (``compute_loss_func``, label smoothing), only the gradients are judged.
 
     Parameters
     ----------
     spike : float, optional
         Standard deviations. None only looks for what is not a number.
     window : int
-        Steps to compare with; the first half of a window is not judged.
+        Steps to compare with.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         To name the documents of the batch.
     find_checkpoint : callable, optional

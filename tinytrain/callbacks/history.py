@@ -25,12 +25,9 @@ logger = logging.getLogger(__name__)
 class VerboseTrainingCallback(TrainerCallback):
     """Logs the course of a run: start, epochs, losses, evaluations, speed, time left, end.
 
-    Parameters
-    ----------
-    tokens_per_step : int
-        Tokens that a whole optimiser step learns from; the last of an epoch may have fewer.
-    seconds : float
-        The shortest time between two messages about the loss; the first and the last always come.
+    ``tokens_per_step`` are those of a whole optimiser step; the last of an epoch may have fewer.
+    Between two messages about the loss are ``seconds`` at least, but the first and last always
+    come.
     """
 
     rank_zero_only = True
@@ -95,16 +92,7 @@ class HistoryCallback(TrainerCallback):
     The first line holds ``max_steps``, ``tokens_per_step`` and the metadata. Every other line holds
     ``step``, ``tokens`` (seen so far), ``seconds`` (of training, over all sittings) and one of:
     ``loss`` with ``learning_rate`` and ``grad_norm``; ``eval_loss``; ``end``, which is ``finished``
-    or ``stopped``.
-
-    Parameters
-    ----------
-    path : str or Path
-        Usually ``history.jsonl``. A resumed run drops the lines after its checkpoint and goes on.
-    tokens_per_step : int
-        As for `VerboseTrainingCallback`.
-    **metadata
-        Kept in the first line, for example ``vocab_size=4096`` and ``name="pocket"``.
+    or ``stopped``. A resumed run drops the lines after its checkpoint and goes on.
     """
 
     rank_zero_only = True

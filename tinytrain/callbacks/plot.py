@@ -1,8 +1,7 @@
 """Draws a training run: while it goes on, from its history, or several runs over one another.
 
 Never with pyplot, whose figures the whole process shares: a widget's event in the middle of a
-drawing would show half of it. Each PNG replaces the one before, so that neither the notebook nor
-the browser grows with the number of points.
+drawing would show half of it.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class LivePlotCallback(TrainerCallback):
     seconds : float
         The shortest time between two drawings.
     lines : mapping of str to float, optional
-        Losses to compare with, drawn as horizontal lines, for example ``{"counting tokens": 5.1}``.
+        Other losses, drawn as horizontal lines, for example ``{"counting tokens": 5.1}``.
     """
 
     rank_zero_only = True

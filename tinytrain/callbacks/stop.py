@@ -24,16 +24,12 @@ _FATAL = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasat
 class StopCallback(TrainerCallback):
     """Ends a run in good order when asked: after the current step, with a checkpoint.
 
-    The interrupt (■ in a notebook, or Ctrl-C) and a stop file end the run with a checkpoint, an
-    evaluation and a last drawing, and your program goes on; a second interrupt stops at once. After
-    SIGTERM, by which a cloud machine announces its end, and SIGHUP (a closed window; SIGBREAK on
-    Windows), there is time for a checkpoint only; then the signal ends the process in
-    ``on_train_end``, so name this callback last. Asking one of several processes stops all.
-
-    Parameters
-    ----------
-    stop_file : str or Path, optional
-        ``touch`` it from anywhere. One that is left from before is removed when training begins.
+    The interrupt (■ in a notebook, or Ctrl-C) and ``stop_file`` (``touch`` it from anywhere) end
+    the run with a checkpoint, an evaluation and a last drawing, and your program goes on; a second
+    interrupt stops at once. After SIGTERM, by which a cloud machine announces its end, and SIGHUP
+    (a closed window; SIGBREAK on Windows), there is time for a checkpoint only; then the signal
+    ends the process in ``on_train_end``, so name this callback last. Asking one of several
+    processes stops all.
     """
 
     def __init__(self, stop_file: str | Path | None = None):
