@@ -386,11 +386,7 @@ def xz_bits_per_character(texts: Iterable[str], train_texts: Iterable[str] = ())
     return 8 * (size(seen + text) - (size(seen) if seen else 0)) / len(text)
 
 
-def plot_comparison(
-    bars: Mapping[str, Interval | float],
-    label: str = "bits per character of unseen text (less is better)",
-    highlight: str | None = None,
-) -> Figure:
+def plot_comparison(bars: Mapping[str, Interval | float], highlight: str | None = None) -> Figure:
     """Draw one bar a name, from top to bottom, with its confidence interval if it has one.
 
     Where one name is to ``highlight``, the bars of the others are grey.
@@ -404,7 +400,7 @@ def plot_comparison(
         drawn = axes.barh(plot_label(name), value, xerr=error, color=color, height=0.6, capsize=3)
         axes.bar_label(drawn, fmt="%.2f", padding=6)
     axes.invert_yaxis()
-    axes.set_xlabel(label)
+    axes.set_xlabel("bits per character of unseen text (less is better)")
     axes.margins(x=0.12)
     return figure
 

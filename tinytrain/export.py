@@ -12,8 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -72,34 +71,39 @@ def export_model(
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16'")
     folder = Path(folder).expanduser().absolute()
-    with writing_to(folder), _building_beside(folder) as building:
-        _plain_model(model, tokenizer, dtype).save_pretrained(building)
-        _plain_tokenizer(tokenizer, model.config).save_pretrained(building)
-        for file in map(Path, files):
-            if file.is_file():
-                shutil.copyfile(file, building / file.name)
-        measured = {
-            "name": folder.name,
-            "parameters": model.num_parameters(),
-            "context": model.config.max_position_embeddings,
-            "dtype": dtype,
-            "talks": bool(tokenizer.chat_template),
-            "picture": "loss.png" if (building / "loss.png").is_file() else None,
-        }
-        card = _model_card({**measured, **(facts or {})})
-        (building / "README.md").write_text(card, encoding="utf-8")
-        if finish:
-            finish(building)
-        for file in building.glob("*.safetensors"):
-            file.chmod(0o644)  # the library writes them for their owner alone
+    with writing_to(folder):
+        building = _place_beside(folder)
+        try:
+            building.mkdir(parents=True)
+            _plain_model(model, tokenizer, dtype).save_pretrained(building)
+            _plain_tokenizer(tokenizer, model.config).save_pretrained(building)
+            for file in map(Path, files):
+                if file.is_file():
+                    shutil.copyfile(file, building / file.name)
+            measured = {
+                "name": folder.name,
+                "parameters": model.num_parameters(),
+                "context": model.config.max_position_embeddings,
+                "dtype": dtype,
+                "talks": bool(tokenizer.chat_template),
+                "picture": "loss.png" if (building / "loss.png").is_file() else None,
+            }
+            card = _model_card({**measured, **(facts or {})})
+            (building / "README.md").write_text(card, encoding="utf-8")
+            if finish:
+                finish(building)
+            for file in building.glob("*.safetensors"):
+                file.chmod(0o644)  # the library writes them for their owner alone
+            _take_place(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     place = os.path.relpath(folder) if folder.drive == Path.cwd().drive else folder
     logger.info("exported to %s: %s", place, ", ".join(sorted(os.listdir(folder))))
     return folder
 
 
-@contextmanager
-def _building_beside(folder: Path) -> Iterator[Path]:
-    """Give a new folder to write to, which then takes the place of the earlier export."""
+def _place_beside(folder: Path) -> Path:
+    """Return where to write what will replace an earlier export."""
     is_export = (folder / EXPORT_MARK).is_file()
     if folder.is_file() or (folder.is_dir() and not is_export and any(folder.iterdir())):
         raise FileExistsError(
@@ -109,12 +113,7 @@ def _building_beside(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()  # not the link that may lead there
     building = folder.with_name(f"{folder.name}.tinytrain-export")
     shutil.rmtree(building, ignore_errors=True)  # of an export that was killed
-    try:
-        building.mkdir(parents=True)
-        yield building
-        _take_place(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    return building
 
 
 def _take_place(new: Path, folder: Path) -> None:

@@ -11,14 +11,15 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen2Tokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from tinytrain.common import EXPORT_MARK, atomic_write, hash_file, one_line, write_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 # Ollama writes its templates in Go's language.
 _MODELFILE = """\
@@ -43,8 +44,6 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
     GGUF cannot name the tokenizer's Unicode normalisation (NFC): a text that writes letters and
     accents apart becomes other tokens there. Chinese text is not affected.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
     folder = Path(folder)
     path, temporary = folder / "model.gguf", folder / "model.gguf.tmp"
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -98,8 +97,6 @@ def _plain_template(template: str) -> str:
 
 def _check_pre_tokenizer(folder: Path) -> None:
     """Raise unless texts are cut into Qwen2's pieces before any merging."""
-    from transformers import Qwen2Tokenizer
-
     # From the file: transformers gives every tokenizer of a Qwen2 model Qwen2's rule.
     saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     rule = json.loads(Qwen2Tokenizer().backend_tokenizer.to_str())["pre_tokenizer"]
@@ -125,7 +122,7 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _add_tokenizer(
-    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
     """Add the tokens; the model may have more rows than the tokenizer has tokens."""
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
@@ -149,9 +146,6 @@ def _add_tokenizer(
 
 
 def _add_weights(writer: gguf.GGUFWriter, folder: Path, layers: int) -> None:
-    import torch
-    from safetensors.torch import load_file
-
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, layers)
     for file in sorted(folder.glob("*.safetensors")):
         for name, weight in load_file(file).items():

@@ -22,14 +22,11 @@ Cache = dict[str, Tensor]  # keys and values of a layer so far; empty before the
 
 @dataclass
 class Trace:
-    """What a forward pass writes down when it is given one of these.
+    """What a forward pass writes down when it is given one of these."""
 
-    ``hidden`` gets the vectors after the embedding and after each layer, of shape (batch, tokens,
-    width); ``attention`` gets the weights of each layer, as `attend` returns them.
-    """
-
+    # After the embedding and after each layer: (batch, tokens, width).
     hidden: list[Tensor] = field(default_factory=list)
-    attention: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)  # of each layer, as `attend` returns it
 
 
 class RMSNorm(nn.Module):

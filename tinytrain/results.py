@@ -14,11 +14,12 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinytrain import export, modeling, steps, tokenization
-from tinytrain.common import hash_file, hash_files, rank, write_json
+from tinytrain import export, hardware, modeling, steps, tokenization
+from tinytrain.common import hash_file, hash_files, rank, read_history, write_json
 from tinytrain.recipes import CHAT_FIELDS, DISPLAY_AND_SPEED_FIELDS, RECIPES, Recipe
 
 if TYPE_CHECKING:
@@ -204,20 +205,14 @@ def load_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 def save_summary(recipe: Recipe, **values: Any) -> None:
     """Write the results of a run, which JSON can hold, to ``summary.json`` in its folder."""
-    from tinytrain.hardware import machine_name
-
     folder = steps.run_folder(recipe)
-    facts = {"recipe": recipe.name, "corpus": recipe.corpus, "machine": machine_name()}
+    facts = {"recipe": recipe.name, "corpus": recipe.corpus, "machine": hardware.machine_name()}
     step = (steps.read_inputs(folder / "model") or {}).get("step")  # of the model it tells about
     write_json(folder / "summary.json", {**facts, "step": step, **values})
 
 
 def _run_facts(recipe: Recipe) -> dict[str, Any]:
     """Return what the folder of a run tells about it, for the model card."""
-    from importlib.metadata import version
-
-    from tinytrain.callbacks import read_history
-
     folder = steps.run_folder(recipe)
     made = steps.read_inputs(folder / "model")
     split = steps.get_split(recipe)

@@ -12,17 +12,20 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tinytrain import chat, conversations, encyclopedia, evaluation, results, runs, steps
+from tinytrain.callbacks import LossGuard
+from tinytrain.checkpoints import train
 from tinytrain.common import context_of, rank, setup_logging, world_size, write_json
+from tinytrain.evaluation import Interval
 from tinytrain.recipes import Recipe
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from tinytrain.evaluation import Interval
+from tinytrain.training import total_steps
 
 _HELD_OUT = 64  # conversations at most, to measure the loss on while training
 _QUESTIONS = 150  # of each group, to measure a model with
@@ -54,9 +57,6 @@ def chat_blocks(
     mask : bool
         False lets the model learn from the user's turns too, to see what that spoils.
     """
-    import numpy as np
-    from datasets import Dataset, DatasetDict, concatenate_datasets
-
     length = context_length or recipe.context_length
     if len(found) < 2:
         raise ValueError("there is one conversation; two are needed, to learn from and to hold out")
@@ -91,8 +91,6 @@ def tuning_recipe(recipe: Recipe, blocks: int) -> Recipe:
     >>> tuning_recipe(RECIPES["pocket"], 800).max_steps  # 4 blocks a step, 1.7 times
     340
     """
-    from tinytrain.training import total_steps
-
     tuned = replace(
         recipe,
         optimizer="adamw",  # Muon learned as much and forgot more
@@ -136,8 +134,6 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
         ``finished``. If true, the first process adds ``chat_before`` and ``chat_after`` (of
         `measure_chat`), ``bits_before`` and ``bits_after`` (per character of held-out text).
     """
-    from tinytrain.checkpoints import train
-
     run = steps.chat_folder(recipe)
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -160,9 +156,11 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
         mine, run / "checkpoints", precision, watching, steps.prepare(model, recipe), blocks
     )
     inputs = _inputs(recipe, found, base, own) | {"precision": precision}
-    untrained = partial(_prepared, recipe, base)
     files = [run / "model", run / "summary.json"]
-    train(trainer, inputs, fresh, recipe.halve_batch, untrained, files)
+    train(
+        trainer, inputs, fresh, recipe.halve_batch, results=files,
+        make_model=lambda: steps.prepare(_load(recipe, base)[0], recipe),
+    )  # fmt: skip
     average(trainer.model, _load(recipe, base)[0], recipe.chat_average)
     results.save_trained(recipe, trainer, tokenizer, inputs, run)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -179,8 +177,6 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
 
 def tune_steps(recipe: Recipe, number: int, mask: bool = True) -> PreTrainedModel:
     """Return the run's model after so many steps of tuning, to compare recipes; keep nothing."""
-    from tinytrain.callbacks import LossGuard
-
     base = _base(recipe, None)
     model, tokenizer = _load(recipe, base)
     blocks = chat_blocks(recipe, steps.get_conversations(recipe), tokenizer, mask=mask)
@@ -202,8 +198,6 @@ def average(model: PreTrainedModel, before: PreTrainedModel, share: float) -> No
     The model remembers more again and loses little of what it has learned (Wortsman et al., "Robust
     fine-tuning of zero-shot models", 2022, arXiv:2109.01903).
     """
-    import torch
-
     with torch.no_grad():
         for weight, old in zip(model.parameters(), before.parameters(), strict=True):
             weight.lerp_(old.to(weight.device), 1 - share)
@@ -231,10 +225,6 @@ def _load(recipe: Recipe, base: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     return model, chat.add_chat_template(tokenizer)
 
 
-def _prepared(recipe: Recipe, base: Path) -> PreTrainedModel:
-    return steps.prepare(_load(recipe, base)[0], recipe)
-
-
 def _inputs(recipe: Recipe, found: Dataset, base: Path, own: bool) -> dict[str, Any]:
     """Return what decides the outcome of a tuning, for `tinytrain.checkpoints.train`."""
     said = json.dumps([*found["messages"]], sort_keys=True)
@@ -248,9 +238,6 @@ def _inputs(recipe: Recipe, found: Dataset, base: Path, own: bool) -> dict[str, 
         "chat_average": recipe.chat_average,
         "blocks": steps.blocks_hash(recipe) if own and recipe.chat_text else None,
     }
-
-
-# Measuring
 
 
 def measure_chat(

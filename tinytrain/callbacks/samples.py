@@ -48,8 +48,6 @@ class SampleCallback(TrainerCallback):
     def __init__(
         self, write: Callable[..., list[str]], prompts: Sequence[str], every: int, path: str | Path
     ):
-        if every < 1:
-            raise ValueError(f"every={every} must be at least 1")
         self.write, self.prompts = write, list(prompts)
         self.every, self.path = every, Path(path)
 
