@@ -426,9 +426,7 @@ def run(smoke, monkeypatch):
     model.save_pretrained(folder / "model")
     smoke.tokenizer.save_pretrained(folder / "model")
     (folder / "model" / "training_args.bin").write_bytes(b"a pickle")
-    results._write_inputs(
-        folder / "model", results.run_inputs(smoke.recipe, "float32"), 2, 2, {"learning_rate": 0.5}
-    )
+    results._write_inputs(folder / "model", results.run_inputs(smoke.recipe, "float32"), 2, 2)
     lines = [{"step": 0, "max_steps": 2}, {"step": 2, "seconds": 61.0, "tokens": 99, "loss": 5.0}]
     history = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "history.jsonl").write_text(history, encoding="utf-8")
@@ -446,7 +444,7 @@ def test_a_run_is_exported_with_its_facts(run, smoke):
     words += [
         "4.250",
         "| `hidden_size` | 64 |",
-        "| `learning_rate` | 0.5 |",
+        "| `learning_rate` | 0.008 |",
         "270 documents",
         export._escape(machine_name()),
     ]
@@ -466,7 +464,7 @@ def test_a_tuned_run_is_exported_with_its_facts(run, smoke, answering):
         part.save_pretrained(run / "chat" / "model")
     known = results.weights_hash(run / "model")
     for base, words in ((known, "270 documents"), ("another model's", "not recorded")):
-        results._write_inputs(run / "chat" / "model", {"base": base}, 5, 5, {})
+        results._write_inputs(run / "chat" / "model", {"base": base}, 5, 5)
         summary = {"step": 5, "conversations": 77, "bits_before": [3.0] * 3}
         summary |= {"bits_after": [3.25] * 3, "chat_before": {}, "chat_after": {}, "chats": None}
         write_json(run / "chat" / "summary.json", summary)
@@ -480,7 +478,7 @@ def test_a_tuned_run_is_exported_with_its_facts(run, smoke, answering):
 
 
 def test_the_card_of_a_stopped_run_says_nothing_of_an_earlier_one(run, smoke):
-    results._write_inputs(run / "model", results.run_inputs(smoke.recipe, "float32"), 1, 2, {})
+    results._write_inputs(run / "model", results.run_inputs(smoke.recipe, "float32"), 1, 2)
     card = (results.export_run(smoke.recipe) / "README.md").read_text(encoding="utf-8")
     assert "| stopped at step | 1 of 2 |" in card
     assert "4.250" not in card and "1 min 01 s" not in card and "## Results" not in card

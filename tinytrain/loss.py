@@ -76,9 +76,9 @@ class _TiedEmbedding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, ids, table, padding_idx, deferred):
+    def forward(ctx, ids, table, deferred):
         ctx.save_for_backward(ids, table)
-        ctx.padding_idx, ctx.deferred = padding_idx, deferred
+        ctx.deferred = deferred
         return F.embedding(ids, table)
 
     @staticmethod
@@ -91,12 +91,10 @@ class _TiedEmbedding(torch.autograd.Function):
             del narrow
         else:  # nothing was learned from the loss
             grad_table = torch.zeros_like(table)
-        if ctx.padding_idx is not None:
-            grad_rows = grad_rows.masked_fill((ids == ctx.padding_idx)[..., None], 0)
         ids, grad_rows = ids.flatten()[None], grad_rows.flatten(0, -2).to(table.dtype)
         # A sparse tensor, which sums the rows of one token in a fixed order, on a GPU as well.
         grad_table += torch.sparse_coo_tensor(ids, grad_rows, table.shape, check_invariants=False)
-        return None, grad_table, None, None
+        return None, grad_table, None
 
 
 def _to_gradient(
@@ -183,9 +181,8 @@ def linear_cross_entropy(
 
 def _is_plain(table: torch.nn.Module) -> bool:
     """Tell whether the table's gradient may be handed over in one piece: it is not sharded."""
-    weight = table.weight
-    plain = type(table) is torch.nn.Embedding and type(weight) is torch.nn.Parameter
-    return plain and weight.is_leaf and weight.device.type in ("cpu", "cuda")
+    plain = type(table) is torch.nn.Embedding and type(table.weight) is torch.nn.Parameter
+    return plain and table.padding_idx is None and table.weight.device.type in ("cpu", "cuda")
 
 
 def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = False) -> None:
@@ -217,8 +214,8 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = F
         tied = self.lm_head.weight is table.weight and table.weight.requires_grad
         if tied and torch.is_grad_enabled() and input_ids is not None and _is_plain(table):
             deferred = []
-            embedded = _TiedEmbedding.apply(input_ids, table.weight, table.padding_idx, deferred)
-            input_ids, kwargs["inputs_embeds"] = None, embedded
+            kwargs["inputs_embeds"] = _TiedEmbedding.apply(input_ids, table.weight, deferred)
+            input_ids = None
         hidden = self.model(input_ids, *args, **kwargs).last_hidden_state
         hidden = hidden[:, :-1].flatten(0, 1)  # each position predicts the next token
         labels, total = labels[:, 1:].flatten(), num_items_in_batch

@@ -23,7 +23,7 @@ from tinytrain.common import hash_file, hash_files, rank, read_history, write_js
 from tinytrain.recipes import CHAT_FIELDS, DISPLAY_AND_SPEED_FIELDS, RECIPES, Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 
 def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
@@ -66,29 +66,14 @@ def save_trained(
     trainer.save_model(str(folder))
     if rank() == 0:
         tokenizer.save_pretrained(folder)
-        state, overrides = trainer.state, _overrides(inputs, trainer.args)
-        _write_inputs(folder, inputs, state.global_step, state.max_steps, overrides)
+        _write_inputs(folder, inputs, trainer.state.global_step, trainer.state.max_steps)
     return folder
 
 
-def _write_inputs(
-    folder: Path, inputs: dict[str, Any], step: int, max_steps: int, overrides: dict[str, Any]
-) -> None:
+def _write_inputs(folder: Path, inputs: dict[str, Any], step: int, max_steps: int) -> None:
     files = {n: value for n, value in hash_files(folder).items() if n != "inputs.json"}
-    made = {"inputs": inputs, "overrides": overrides, "step": step, "max_steps": max_steps}
-    write_json(folder / "inputs.json", {**made, "files": files})
-
-
-def _overrides(inputs: dict[str, Any], args: TrainingArguments) -> dict[str, Any]:
-    """Return the fields of the recipe for which the Trainer was given other values."""
-    names = ("learning_rate", "warmup_steps", "weight_decay", "adam_beta2", "max_steps", "seed")
-    given = {name: getattr(args, name) for name in names}
-    given |= {"lr_scheduler": args.lr_scheduler_type.value, "epochs": args.num_train_epochs}
-    accumulation = args.gradient_accumulation_steps
-    blocks = args.train_batch_size * accumulation * args.world_size
-    if blocks != inputs["batch_size"] * inputs["gradient_accumulation"]:
-        given |= {"batch_size": args.train_batch_size, "gradient_accumulation": accumulation}
-    return {name: value for name, value in given.items() if value != inputs[name]}
+    made = {"inputs": inputs, "step": step, "max_steps": max_steps, "files": files}
+    write_json(folder / "inputs.json", made)
 
 
 def weights_hash(folder: Path) -> str:
@@ -230,7 +215,6 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
         "recipe": {n: v for n, v in recipe_inputs(recipe).items() if n != "name"},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    facts["recipe"] |= made["overrides"]
     if made["step"] < made["max_steps"]:
         facts["stopped"] = f"{made['step']:,} of {made['max_steps']:,}"
     if (folder / "history.jsonl").is_file():
