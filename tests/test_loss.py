@@ -140,7 +140,7 @@ def test_gradients_add_up_and_frozen_embeddings_get_none():
 def test_what_does_not_fit_is_said():
     hidden, weight, labels = inputs(8, 4, 10)
     for wrong in ((hidden, weight, labels[1:]), (hidden[None], weight, labels)):
-        with pytest.raises(RuntimeError, match="Size|matrix"):
+        with pytest.raises(RuntimeError, match="size|matrix"):
             linear_cross_entropy(*wrong)
     with pytest.raises(ValueError, match="SimpleNamespace has no parts"):
         save_loss_memory(SimpleNamespace(model=None))

@@ -278,7 +278,12 @@ def _train_from(
     elif checkpoint:
         state = _state_of(checkpoint)
         if state.global_step >= _total_steps(trainer):  # the Trainer would make a step too many
-            _load_finished_run(trainer, checkpoint, state)
+            logger.info("this run is finished: its model is loaded, nothing is trained")
+            load_model(trainer.model, checkpoint / "model.safetensors")
+            trainer.state, handler = state, trainer.callback_handler
+            handler.train_dataloader = trainer.get_train_dataloader()
+            handler.on_train_begin(trainer.args, state, trainer.control)  # displays show it again
+            handler.on_train_end(trainer.args, state, trainer.control)
             return True
         if any(checkpoint.glob("pytorch_model_fsdp*")) != trainer.is_fsdp_enabled:
             made = "without" if trainer.is_fsdp_enabled else "with"
@@ -305,16 +310,6 @@ def _train_from(
 
 def _total_steps(trainer: Trainer) -> int:
     return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-
-
-def _load_finished_run(trainer: Trainer, checkpoint: Path, state: TrainerState) -> None:
-    logger.info("this run is finished: its model is loaded, nothing is trained")
-    load_model(trainer.model, checkpoint / "model.safetensors")
-    trainer.state = state
-    trainer.callback_handler.train_dataloader = trainer.get_train_dataloader()
-    # Displays show the run again.
-    trainer.callback_handler.on_train_begin(trainer.args, state, trainer.control)
-    trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)
 
 
 def _quiet_transformers() -> None:

@@ -12,7 +12,7 @@ import itertools
 import lzma
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -245,10 +245,33 @@ def summarize(documents: Sequence[DocumentLoss]) -> Measures:
     other) are drawn with replacement, a thousand times, and the middle 95% of results are kept
     (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
     """
+    from scipy.stats import bootstrap
+
     columns = np.array([row for row in documents if row.tokens], dtype=float).reshape(-1, 4).T
-    intervals = _bootstrap(_ratios, columns)
+    if not columns.size:
+        raise ValueError("there is nothing to measure: no document has a token")
+    values = low = high = _ratios(*columns)
+    if columns.shape[1] > 1:  # scipy does not resample a single document
+        low, high = bootstrap(
+            tuple(columns),
+            _ratios,
+            n_resamples=1000,
+            batch=20,  # all resamples at once would be gigabytes
+            paired=True,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+    intervals = [Interval(*row) for row in np.stack([values, low, high], axis=-1).tolist()]
     characters, tokens, _, _ = columns.sum(axis=1)
     return Measures(*intervals, len(documents), int(characters), int(tokens))
+
+
+def _ratios(
+    characters: np.ndarray, tokens: np.ndarray, nats: np.ndarray, right: np.ndarray, axis: int = -1
+) -> np.ndarray:
+    """Return bits per character, perplexity and accuracy: ratios of sums over the documents."""
+    characters, tokens, nats, right = (x.sum(axis) for x in (characters, tokens, nats, right))
+    return np.stack([nats / characters / math.log(2), np.exp(nats / tokens), right / tokens])
 
 
 def compare(losses_a: Sequence[DocumentLoss], losses_b: Sequence[DocumentLoss]) -> Interval:
@@ -266,44 +289,9 @@ def compare(losses_a: Sequence[DocumentLoss], losses_b: Sequence[DocumentLoss]) 
     lengths_a, lengths_b = ([row.characters for row in rows] for rows in (losses_a, losses_b))
     if lengths_a != lengths_b:
         raise ValueError("the losses are not of the same documents: their characters differ")
-    rows = zip(losses_a, losses_b, strict=True)
-    rows = [(a.characters, a.nats - b.nats) for a, b in rows if a.characters]
-    columns = np.array(rows, dtype=float).reshape(-1, 2).T
-    [difference] = _bootstrap(_bits_per_character, columns)
-    return difference
-
-
-def _bootstrap(statistic: Callable[..., np.ndarray], columns: np.ndarray) -> list[Interval]:
-    """Return each number that is computed from columns of documents, with its 95% interval."""
-    from scipy.stats import bootstrap
-
-    if not columns.size:
-        raise ValueError("there is nothing to measure: no document has a token")
-    values = low = high = statistic(*columns)
-    if columns.shape[1] > 1:  # scipy does not resample a single document
-        low, high = bootstrap(
-            tuple(columns),
-            statistic,
-            n_resamples=1000,
-            batch=20,  # all resamples at once would be gigabytes
-            paired=True,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-    rows = np.stack([values, low, high], axis=-1).reshape(-1, 3).tolist()
-    return [Interval(*row) for row in rows]
-
-
-def _bits_per_character(characters: np.ndarray, nats: np.ndarray, axis: int = -1) -> np.ndarray:
-    return nats.sum(axis) / characters.sum(axis) / math.log(2)
-
-
-def _ratios(
-    characters: np.ndarray, tokens: np.ndarray, nats: np.ndarray, right: np.ndarray, axis: int = -1
-) -> np.ndarray:
-    """Return bits per character, perplexity and accuracy: ratios of sums over the documents."""
-    characters, tokens, nats, right = (x.sum(axis) for x in (characters, tokens, nats, right))
-    return np.stack([nats / characters / math.log(2), np.exp(nats / tokens), right / tokens])
+    pairs = zip(losses_a, losses_b, strict=True)
+    rows = [DocumentLoss(a.characters, a.characters, a.nats - b.nats, 0) for a, b in pairs]
+    return summarize(rows).bits_per_character
 
 
 def count_losses(
