@@ -191,19 +191,8 @@ def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast, config: Any) -> PreTrai
 def _model_card(facts: Mapping[str, Any]) -> str:
     """Return the model card: a README.md with metadata for Hugging Face and ModelScope.
 
-    Parameters
-    ----------
-    facts : mapping
-        What is missing, None or NaN is left out. ``name``; ``text``: "encyclopedia", "wikipedia" or
-        a path, of which only the file's name is told; ``license``; ``parameters``, ``context``,
-        ``dtype``, ``documents`` (training and held-out), ``tokenizer`` (described), ``vocab_size``,
-        ``recipe`` (hyperparameters), ``precision``, ``machine``, ``seconds``, ``stopped`` (at which
-        step), ``tokens``, ``held_out_loss``, ``bits_per_character`` and its ``interval`` (low,
-        high), ``cloze_after`` (shares of right answers by kind), ``completions`` (pairs),
-        ``picture`` and ``gguf`` (names of files), ``versions`` (of libraries). Of a chat model:
-        ``talks`` (true), ``conversations`` (their number), ``chats`` (None if tinytrain wrote
-        them), ``chat_before`` and ``chat_after`` (shares by group), ``bits_before`` and
-        ``bits_after`` (per character), each a value with its interval.
+    The facts have the names that ``data/model_card.md`` uses; one that is missing, None or NaN is
+    left out. ``text`` is "encyclopedia", "wikipedia" or a path, of which only the file is told.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

@@ -74,8 +74,6 @@ class MuonAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             group.setdefault("muon", False)
             group.setdefault("momentum", momentum)
-            if group["muon"] and any(p.ndim != 2 for p in group["params"]):
-                raise ValueError("Muon steps matrices: give vectors and the rest a group of AdamW")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step of AdamW and of Muon."""

@@ -32,32 +32,23 @@ _QUESTIONS = 150  # of each group, to measure a model with
 
 
 def chat_blocks(
-    recipe: Recipe,
-    found: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    context_length: int | None = None,
-    text: bool = True,
-    mask: bool = True,
+    recipe: Recipe, found: Dataset, tokenizer: PreTrainedTokenizerBase, mask: bool = True
 ) -> DatasetDict:
     """Return conversations packed into blocks: ``train``, with text added, and held-out ``test``.
 
     Parameters
     ----------
     recipe : Recipe
-        Its ``chat_text`` is the share of text.
+        Its ``chat_text`` is the share of blocks of text, from the run's training set.
     found : datasets.Dataset
         The conversations, from `tinytrain.steps.get_conversations`. Too few, or none that fits into
         a block, are a ValueError.
     tokenizer : transformers.PreTrainedTokenizerBase
         From `tinytrain.chat.add_chat_template`.
-    context_length : int, optional
-        Tokens of a block; by default the recipe's.
-    text : bool
-        Whether to add blocks of text, from the run's training set.
     mask : bool
         False lets the model learn from the user's turns too, to see what that spoils.
     """
-    length = context_length or recipe.context_length
+    length = recipe.context_length
     if len(found) < 2:
         raise ValueError("there is one conversation; two are needed, to learn from and to hold out")
     held_out = min(_HELD_OUT, max(1, len(found) // 20))
@@ -72,7 +63,7 @@ def chat_blocks(
         if not mask:
             rows = rows.map(lambda row: {"labels": row["input_ids"]})
         blocks[name] = chat.pack_conversations(rows, length, tokenizer.pad_token_id)
-    if text and recipe.chat_text:
+    if recipe.chat_text:
         number = round(len(blocks["train"]) * recipe.chat_text / (1 - recipe.chat_text))
         known = steps.get_blocks(recipe)["train"].shuffle(recipe.split_seed)
         ids = np.array(known.select(range(min(number, len(known))))["input_ids"], dtype=np.int32)
@@ -116,7 +107,7 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     """Tune a model on conversations, in one process or in several, and measure what it has learned.
 
     A tuning that was stopped goes on; one of another model, template or conversations is moved
-    aside. Everything is kept in `tinytrain.steps.chat_folder`.
+    aside, and so is any if it is ``fresh``. Everything is kept in `tinytrain.steps.chat_folder`.
 
     Parameters
     ----------
@@ -125,8 +116,6 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     base : Path, optional
         A folder with another model, in Hugging Face's format, whose tokenizer has ChatML's tokens;
         then no text is mixed in. By default the run's own model, trained first if need be.
-    fresh : bool
-        Start over; an earlier tuning is kept aside.
 
     Returns
     -------
@@ -138,24 +127,24 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         setup_logging(run / "training.log")
-    own = base is None
+    if base is not None:
+        recipe = replace(recipe, chat_text=0.0)
     base = _base(recipe, base)
     model, tokenizer = _load(recipe, base)
+    recipe = replace(recipe, context_length=min(recipe.context_length, context_of(model)))
     before = _measure(model, tokenizer, recipe) if rank() == 0 else None
 
-    length = min(recipe.context_length, context_of(model))
     found = steps.get_conversations(recipe)
-    blocks = chat_blocks(recipe, found, tokenizer, length, text=own)
+    blocks = chat_blocks(recipe, found, tokenizer)
     precision = runs.agree_on_precision(recipe, fresh)
     tuned = tuning_recipe(recipe, len(blocks["train"]))
     mine = runs.share_recipe(tuned, world_size())
-    tokens = mine.batch_size * mine.gradient_accumulation * length * world_size()
-    watched = tuned, run, tokenizer, model.config.vocab_size, tokens
+    watched = tuned, run, tokenizer, model.config.vocab_size, mine.tokens_per_step * world_size()
     watching = runs.watch(*watched, partial(_write_answers, tokenizer), _questions(recipe, found))
     trainer = runs.assemble(
         mine, run / "checkpoints", precision, watching, steps.prepare(model, recipe), blocks
     )
-    inputs = _inputs(recipe, found, base, own) | {"precision": precision}
+    inputs = _inputs(recipe, found, base) | {"precision": precision}
     files = [run / "model", run / "summary.json"]
     train(
         trainer, inputs, fresh, recipe.halve_batch, results=files,
@@ -207,7 +196,7 @@ def get_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """Return the run's model, tuned on its conversations, and the tokenizer; tune it if need be."""
     folder = steps.chat_folder(recipe) / "model"
     made, found = steps.read_inputs(folder), steps.get_conversations(recipe)
-    inputs = _inputs(recipe, found, _base(recipe, None), own=True)
+    inputs = _inputs(recipe, found, _base(recipe, None))
     if made is None or steps.find_damage(folder) or results.differences(made, inputs):
         tune_recipe(recipe)
     return results.load_trained(recipe, folder)
@@ -225,7 +214,7 @@ def _load(recipe: Recipe, base: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     return model, chat.add_chat_template(tokenizer)
 
 
-def _inputs(recipe: Recipe, found: Dataset, base: Path, own: bool) -> dict[str, Any]:
+def _inputs(recipe: Recipe, found: Dataset, base: Path) -> dict[str, Any]:
     """Return what decides the outcome of a tuning, for `tinytrain.checkpoints.train`."""
     said = json.dumps([*found["messages"]], sort_keys=True)
     values = results.recipe_inputs(tuning_recipe(recipe, 1))
@@ -234,17 +223,14 @@ def _inputs(recipe: Recipe, found: Dataset, base: Path, own: bool) -> dict[str, 
         "base": results.weights_hash(base),
         "conversations": hashlib.sha256(said.encode()).hexdigest()[:16],
         "template": hashlib.sha256(chat.CHAT_TEMPLATE.encode()).hexdigest()[:16],
-        "chat_text": recipe.chat_text if own else 0,
+        "chat_text": recipe.chat_text,
         "chat_average": recipe.chat_average,
-        "blocks": steps.blocks_hash(recipe) if own and recipe.chat_text else None,
+        "blocks": steps.blocks_hash(recipe) if recipe.chat_text else None,
     }
 
 
 def measure_chat(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    limit: int = _QUESTIONS,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, limit: int = 150
 ) -> dict[str, Interval]:
     """Return the shares of right answers by group, and of real subjects it claims not to know.
 
@@ -264,8 +250,7 @@ def measure_chat(
 def _measure(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
     """Return `measure_chat`, and the bits per character of held-out text: forgetting adds some."""
     texts = steps.get_split(recipe)["test"]["text"][:200]
-    length = min(recipe.context_length, context_of(model))
-    losses = evaluation.document_losses(model, tokenizer, texts, length)
+    losses = evaluation.document_losses(model, tokenizer, texts, recipe.context_length)
     bits = evaluation.summarize(losses).bits_per_character
     return {"chat": measure_chat(model, tokenizer, recipe, _QUESTIONS), "bits": bits}
 

@@ -36,20 +36,12 @@ class LossGuard(TrainerCallback):
     """Stops a run whose loss is NaN or spikes, before the step changes the weights.
 
     A loss spikes if it exceeds the mean of the last ``window`` steps by more than ``spike`` of
-    their standard deviations, and by more than one nat; the first half of a window is not judged.
-    Where the model returns no ``loss``, because the Trainer computes another one
-    (``compute_loss_func``, label smoothing), only the gradients are judged.
+    their standard deviations, and by more than one nat; the first half of a window is not judged,
+    and with None no spike is. Where the model returns no ``loss``, because the Trainer computes
+    another one (``compute_loss_func``, label smoothing), only the gradients are judged.
 
-    Parameters
-    ----------
-    spike : float, optional
-        Standard deviations. None only looks for what is not a number.
-    window : int
-        Steps to compare with.
-    tokenizer : transformers.PreTrainedTokenizerBase, optional
-        To name the documents of the batch.
-    find_checkpoint : callable, optional
-        Takes the output folder and returns the newest complete checkpoint, or None.
+    The tokenizer serves to name the documents of the batch; ``find_checkpoint`` takes the output
+    folder and returns the newest complete checkpoint, or None.
     """
 
     def __init__(

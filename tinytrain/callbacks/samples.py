@@ -26,20 +26,12 @@ _ROWS = 10  # the most samples shown per prompt; the file keeps all
 
 
 class SampleCallback(TrainerCallback):
-    """Lets the model complete the same few prompts again and again.
+    """Lets the model complete the same few prompts every so many steps, and at the end.
 
-    Parameters
-    ----------
-    write : callable
-        ``write(model, prompts)`` returns a continuation for each prompt, for example
-        ``functools.partial(complete, tokenizer=tokenizer, max_new_tokens=16)``.
-    prompts : sequence of str
-        The beginnings.
-    every : int
-        Steps between two samples; another one follows at the end.
-    path : str or Path
-        Usually ``samples.jsonl``: a line per sample with ``step`` and ``texts``. A resumed run
-        drops the lines after its checkpoint and goes on.
+    ``write(model, prompts)`` returns a continuation for each prompt, for example
+    ``functools.partial(complete, tokenizer=tokenizer, max_new_tokens=16)``. ``path``, usually
+    ``samples.jsonl``, gets a line per sample with ``step`` and ``texts``; a resumed run drops the
+    lines after its checkpoint and goes on.
     """
 
     rank_zero_only = True
