@@ -186,10 +186,10 @@ def test_plot_shows_the_curves_and_the_loss_of_a_uniform_guess(tmp_path):
 
 
 def test_the_axis_follows_a_loss_that_falls():
-    plot = _LossPlot(4096)
+    plot, history = _LossPlot(4096), []
     for step, loss in enumerate((8.3, 6.1, 2.2)):
-        plot.add([{"step": step, "loss": loss}])
-        plot.update("", "", 3)
+        history.append({"step": step, "loss": loss})
+        plot.update(history, "", [], 3)
         low, high = plot.figure.axes[0].get_ylim()
         assert low <= loss < low + 2 and high == 9
 
@@ -209,8 +209,8 @@ def test_the_plot_is_kept_as_a_picture_is_the_only_display_and_can_be_replayed(r
 
 def test_a_loss_that_is_not_finite_is_a_gap():
     plot = _LossPlot()
-    plot.add([{"step": step, "loss": loss} for step, loss in enumerate([8.0, math.inf, 6.0])])
-    plot.update("", "", 3)
+    history = [{"step": step, "loss": loss} for step, loss in enumerate([8.0, math.inf, 6.0])]
+    plot.update(history, "", [], 3)
     raw, smoothed, _ = plot.figure.axes[0].lines
     assert np.isnan(raw.get_ydata()).tolist() == [False, True, False]
     assert np.isfinite(smoothed.get_ydata()).all() and plot.png()
@@ -219,8 +219,7 @@ def test_a_loss_that_is_not_finite_is_a_gap():
 def test_the_smoothed_line_does_not_lag_behind_a_falling_loss():
     plot = _LossPlot()
     falling = [9.0 - step / 10 + (-1) ** step for step in range(40)]
-    plot.add([{"step": step, "loss": loss} for step, loss in enumerate(falling)])
-    plot.update("", "", 40)
+    plot.update([{"step": step, "loss": loss} for step, loss in enumerate(falling)], "", [], 40)
     smoothed = plot.figure.axes[0].lines[1].get_ydata()
     off = np.array(smoothed) - [9.0 - step / 10 for step in range(40)]
     assert abs(off[4:-4]).max() < 0.2 and abs(off).max() <= 1
@@ -228,10 +227,10 @@ def test_the_smoothed_line_does_not_lag_behind_a_falling_loss():
 
 def test_ten_thousand_points_make_no_larger_picture_than_a_thousand():
     plot, sizes = _LossPlot(4096, 512), []
-    for new_steps in (range(1, 1001), range(1001, 10_001)):
-        losses = [(step, 9 - step / 2000 + step % 7 / 10) for step in new_steps]
-        plot.add([{"step": step, "loss": loss, "learning_rate": 0.1} for step, loss in losses])
-        plot.update("", "", 10_000)
+    for steps_made in (range(1, 1001), range(1, 10_001)):
+        losses = [(step, 9 - step / 2000 + step % 7 / 10) for step in steps_made]
+        history = [{"step": step, "loss": loss, "learning_rate": 0.1} for step, loss in losses]
+        plot.update(history, "", [], 10_000)
         sizes.append(len(plot.png()))
     assert sizes[1] < 1.5 * sizes[0]
 
@@ -290,11 +289,9 @@ def test_the_last_state_is_drawn_when_training_breaks_off(small_trainer, tmp_pat
 def test_a_drawing_before_a_kept_background_is_the_whole_drawing():
     """Faster, and the same to the last pixel as a figure drawn as a whole."""
     plot = _LossPlot(4096, 512)
-    plot.add(HISTORY[:2])
-    plot.update("first", "line", 4)
+    plot.update(HISTORY[:2], "first", ["line"], 4)
     plot.png()
-    plot.add(HISTORY[2:])
-    plot.update("second", "other line", 4)
+    plot.update(HISTORY, "second", ["other line"], 4)
     fast = imread(io.BytesIO(plot.png()))[..., :3]
     plot.figure.canvas.draw()
     slow = np.asarray(plot.figure.canvas.buffer_rgba())[..., :3] / 255

@@ -115,21 +115,19 @@ class LivePlotCallback(TrainerCallback):
     def _draw(self) -> None:
         start = time.monotonic()
         state, left = self._state, self._speed.seconds_left(self._state)
-        self._plot.add(state.log_history[self._plot.lines :])
         headline = f"step {state.global_step:,} of {state.max_steps:,}"
         if state.global_step >= state.max_steps:
             headline += ", done"
         elif left:
             headline += f", {format_seconds(left)} left"
-        details = self._plot.latest_losses()
-        details.append(f"{format_count(self._speed.tokens(state.global_step))} tokens seen")
+        details = [f"{format_count(self._speed.tokens(state.global_step))} tokens seen"]
         if left is not None:
             details.append(f"{self._speed.tokens_per_second(state):,.0f} tokens/s")
-        details = " · ".join([*details, _memory_in_use()])
-        self._plot.update(headline, details, state.max_steps)
+        details.append(_memory_in_use())
+        text = self._plot.update(state.log_history, headline, details, state.max_steps)
         png = self._plot.png()
         if self._output:
-            self._output.show(f"{headline} · {details}", png)
+            self._output.show(text, png)
         atomic_write(self.path, png)
         self._last_drawing = time.monotonic()
         self.drawing_seconds += self._last_drawing - start
@@ -216,8 +214,6 @@ class _LossPlot:
         reference: Mapping[str, Any] | None = None,
         lines: Mapping[str, float] | None = None,
     ):
-        self.lines = 0  # of the history, that were added
-        self._points = {name: ([], []) for name in ("loss", "eval_loss", "learning_rate")}
         self._background, self._background_limits = None, None
         self.figure = new_figure(8, 5, dpi=96, facecolor="white")
         FigureCanvasAgg(self.figure)
@@ -260,36 +256,31 @@ class _LossPlot:
                 lambda step, _: f"{step:g}\n{format_count(step * tokens_per_step)}"
             )
 
-    def add(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines of the history; a value that is not finite becomes a gap."""
-        self.lines += len(history)
-        for line in history:
-            for name in self._points.keys() & line.keys():
-                steps, values = self._points[name]
-                steps.append(line["step"])
-                values.append(line[name] if math.isfinite(line[name]) else math.nan)
-
-    def latest_losses(self) -> list[str]:
-        """Return the latest training and held-out loss, for reading."""
-        latest = {"train": self._points["loss"][1], "held-out": self._points["eval_loss"][1]}
-        return [f"{label} {values[-1]:.3f}" for label, values in latest.items() if values]
-
-    def update(self, headline: str, details: str, max_steps: int) -> None:
-        """Move the lines to the points added so far."""
-        steps, losses = self._points["loss"]
-        points = {**self._points, "mean": (steps, _smooth(losses))}
+    def update(
+        self, history: Sequence[Mapping[str, Any]], headline: str, details: list[str], steps: int
+    ) -> str:
+        """Move the lines to the points of a history, and return what is written above them."""
+        points = {}
+        for name in ("loss", "eval_loss", "learning_rate"):
+            lines = [line for line in history if name in line]
+            values = [line[name] if math.isfinite(line[name]) else math.nan for line in lines]
+            points[name] = [line["step"] for line in lines], values
+        points["mean"] = points["loss"][0], _smooth(points["loss"][1])
         for name, line in self._drawn.items():
             line.set_data(*points[name])
+        latest = {"train": points["loss"][1], "held-out": points["eval_loss"][1]}
+        latest = [f"{label} {values[-1]:.3f}" for label, values in latest.items() if values]
+        text = " · ".join([*latest, *details])
         loss, rate = self._axes
         loss.relim()
         loss.autoscale_view()
         low, high = loss.get_ylim()
         loss.set_ylim(math.floor(low), math.ceil(high), auto=True)  # and again next time
         rate.set_ylim(0, 1.1 * max(points["learning_rate"][1], default=0) or 1)
-        rate.set_xlim(0, max(max_steps, 1))
+        rate.set_xlim(0, max(steps, 1))
         self._headline.set_text(plot_label(headline))
-        self._details.set_text(plot_label(details))
-        self._details.set_text(plot_label(details))
+        self._details.set_text(plot_label(text))
+        return f"{headline} · {text}"
 
     def png(self) -> bytes:
         """Return the plot as a PNG image; axes and legend, slow to draw, are kept between calls."""
@@ -318,12 +309,11 @@ def _plot_history(history: Sequence[Mapping[str, Any]]) -> _LossPlot:
     first, last = history[0], history[-1]
     average = last.get("tokens", 0) / max(last["step"], 1) or first.get("tokens_per_step", 0)
     plot = _LossPlot(first.get("vocab_size"), average, lines=first.get("lines"))
-    plot.add(history)
     name = f"{first['name']}: " if "name" in first else ""
     end = f", {last['end']}" if "end" in last else ""
     headline = f"{name}step {last['step']:,} of {first['max_steps']:,}{end}"
     took = f"{format_seconds(last['seconds'])} of training"
-    plot.update(headline, " · ".join([*plot.latest_losses(), took]), first["max_steps"])
+    plot.update(history, headline, [took], first["max_steps"])
     return plot
 
 
