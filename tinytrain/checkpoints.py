@@ -14,7 +14,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -337,28 +337,23 @@ def _opened_by_rank_zero(
     with ExitStack() as stack:
         if rank() == 0:
             try:
-                stack.enter_context(_locked(folder))
+                with writing_to(folder.parent):
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    # The system releases it even if this process is killed.
+                    lock = FileLock(folder.with_name(folder.name + ".lock"))
+                    stack.enter_context(lock.acquire(timeout=0))
                 found = _open_run(trainer, made_from, fresh, files)
+            except Timeout:
+                found = RuntimeError(
+                    f"another process trains in {folder.parent} (it holds {folder.name}.lock): "
+                    "wait for its end, stop it, or take another folder (notebooks: TINYTRAIN_RUNS)"
+                )
             except Exception as error:
                 found = error
         found = broadcast_object_list([found])[0]
         if isinstance(found, Exception):
             raise found
         yield found
-
-
-def _locked(folder: Path) -> AbstractContextManager:
-    """Take a lock beside the folder, which the system releases even if this process is killed."""
-    lock = FileLock(folder.with_name(folder.name + ".lock"))
-    with writing_to(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return lock.acquire(timeout=0)
-        except Timeout:
-            raise RuntimeError(
-                f"another process trains in {folder.parent} (it holds {folder.name}.lock): "
-                "wait for its end, stop it, or choose another folder (notebooks: TINYTRAIN_RUNS)"
-            ) from None
 
 
 def _open_run(trainer: Trainer, made_from: dict, fresh: bool, files: Sequence[Path]) -> Path | None:
@@ -434,10 +429,9 @@ def _explain_out_of_memory(trainer: Trainer, error: torch.OutOfMemoryError) -> s
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    # safetensors and torch.save report it in their own terms.
-    reports = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos ")
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or any(report in str(error) for report in reports)
+    reports = ["No space left on device", "Disk quota exceeded"]
+    reports += ["PytorchStreamWriter failed", "unexpected pos "]  # as torch.save says it
+    return any(report in str(error) for report in reports)
 
 
 def _clear_full_disk(folder: Path, error: Exception) -> str:

@@ -94,17 +94,10 @@ def document_losses(
 ) -> list[DocumentLoss]:
     """Measure what each document costs a model, each token given those before it.
 
-    The end-of-text token is not counted: another model may have none.
-
-    Parameters
-    ----------
-    model, tokenizer
-        Any causal language model of transformers, and its fast tokenizer.
-    texts : iterable of str
-        Documents.
-    context_length : int
-        Tokens that the model may look at. A longer document is read in windows that overlap by
-        half, so that every token but the first ones has at least half a window before it.
+    The model may be any causal language model of transformers, with its fast tokenizer. It looks at
+    ``context_length`` tokens: a longer document is read in windows that overlap by half, so that
+    every token but the first ones has at least half a window before it. The end-of-text token is
+    not counted: another model may have none.
     """
     texts = list(texts)
     losses = _losses_of_rows(model, list(_rows(tokenizer, texts)), context_length)
@@ -302,17 +295,11 @@ def count_losses(
 ) -> list[DocumentLoss]:
     """Measure what documents cost a model that only counts tokens, or pairs of tokens.
 
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-        A fast tokenizer.
-    train_texts, texts : iterable of str
-        What to count in, up to 20 million tokens, and what to predict.
-    order : {1, 2}
-        1: a token's probability is its share of the training text (one is added to each count).
-        2: it is how often it followed the token before, mixed with the former by Witten and Bell's
-        rule ("The zero-frequency problem", IEEE Trans. on Information Theory 37, 1991): the more
-        different followers a token has had, the likelier is a new one.
+    It counts in ``train_texts``, up to 20 million tokens, and predicts ``texts``. With ``order=1``
+    a token's probability is its share of the training text (one is added to each count). With
+    ``order=2`` it is how often it followed the token before, mixed with the former by Witten and
+    Bell's rule ("The zero-frequency problem", IEEE Trans. on Information Theory 37, 1991): the more
+    different followers a token has had, the likelier is a new one.
     """
     vocab_size = len(tokenizer)
     # A pair of neighbours is one number: ``first * vocab_size + second``.

@@ -50,14 +50,8 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     ``position * theta ** (-2 * i / size)``. A query times a key then depends on how far apart the
     two are, and not on where they are: if both are turned further, the angle between them stays.
 
-    Parameters
-    ----------
-    x : Tensor
-        Of shape (batch, heads, tokens, size).
-    positions : Tensor
-        Of shape (tokens,); the first token of a text is at 0.
-    theta : float
-        The larger, the slower the slowest points turn.
+    ``x`` has the shape (batch, heads, tokens, size) and ``positions`` the shape (tokens,), from 0
+    at the first token of a text. The larger ``theta``, the slower the slowest points turn.
     """
     size = x.shape[-1]
     speeds = theta ** (-torch.arange(0, size, 2, device=x.device) / size)
@@ -202,14 +196,7 @@ class Qwen2(nn.Module):
 
 
 def write_out(model: Qwen2ForCausalLM) -> Qwen2:
-    """Return a model of transformers as a `Qwen2`, on the same device, with a copy of its weights.
-
-    Examples
-    --------
-    >>> plain = write_out(model)
-    >>> (plain(ids) - model(ids).logits).abs().max() < 1e-4
-    tensor(True)
-    """
+    """Return a model of transformers as a `Qwen2`, on its device, with a copy of its weights."""
     plain = Qwen2(model.config).to(model.device, model.dtype)
     weights = {name.removeprefix("model."): value for name, value in model.state_dict().items()}
     plain.load_state_dict(weights)  # raises if a weight is missing or left over

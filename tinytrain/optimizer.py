@@ -47,16 +47,8 @@ class MuonAdamW(torch.optim.AdamW):
 
     Both use one learning rate: Muon's step is scaled so that its elements are on average as large
     as AdamW's usually are, 0.2 times the rate (J. Liu et al., "Muon is Scalable for LLM Training",
-    2025, arXiv:2502.16982).
-
-    Parameters
-    ----------
-    params, lr, **kwargs
-        As for ``torch.optim.AdamW``.
-    momentum : float
-        Memory of Muon's running average: 1 / (1 - momentum) steps.
-    dtype : torch.dtype
-        What directions are computed in. Rough ones are enough, so bfloat16 is, where it is fast.
+    2025, arXiv:2502.16982). Its running average remembers 1 / (1 - momentum) steps; its directions
+    are computed in ``dtype``, and rough ones are enough: bfloat16, where that is fast.
     """
 
     def __init__(

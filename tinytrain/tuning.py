@@ -36,17 +36,10 @@ def chat_blocks(
 ) -> DatasetDict:
     """Return conversations packed into blocks: ``train``, with text added, and held-out ``test``.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Its ``chat_text`` is the share of blocks of text, from the run's training set.
-    found : datasets.Dataset
-        The conversations, from `tinytrain.steps.get_conversations`. Too few, or none that fits into
-        a block, are a ValueError.
-    tokenizer : transformers.PreTrainedTokenizerBase
-        From `tinytrain.chat.add_chat_template`.
-    mask : bool
-        False lets the model learn from the user's turns too, to see what that spoils.
+    The recipe's ``chat_text`` is the share of blocks of text, from the run's training set; the
+    tokenizer comes from `tinytrain.chat.add_chat_template`. Without the mask, the model learns from
+    the user's turns too, which shows what that spoils. Too few conversations, or none that fits
+    into a block, are a ValueError.
     """
     length = recipe.context_length
     if len(found) < 2:
@@ -109,19 +102,10 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     A tuning that was stopped goes on; one of another model, template or conversations is moved
     aside, and so is any if it is ``fresh``. Everything is kept in `tinytrain.steps.chat_folder`.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        The run; see its fields under "tuning on conversations".
-    base : Path, optional
-        A folder with another model, in Hugging Face's format, whose tokenizer has ChatML's tokens;
-        then no text is mixed in. By default the run's own model, trained first if need be.
-
-    Returns
-    -------
-    dict
-        ``finished``. If true, the first process adds ``chat_before`` and ``chat_after`` (of
-        `measure_chat`), ``bits_before`` and ``bits_after`` (per character of held-out text).
+    ``base`` is a folder with another model than the run's own, in Hugging Face's format, whose
+    tokenizer has ChatML's tokens; then no text is mixed in. Returns ``finished``; if it is true,
+    the first process adds ``chat_before`` and ``chat_after`` (of `measure_chat`), ``bits_before``
+    and ``bits_after`` (per character of held-out text).
     """
     run = steps.chat_folder(recipe)
     if rank() == 0:
