@@ -200,7 +200,7 @@ def _load(recipe: Recipe, base: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 def _inputs(recipe: Recipe, found: Dataset, base: Path) -> dict[str, Any]:
     """Return what decides the outcome of a tuning, for `tinytrain.checkpoints.train`."""
-    said = json.dumps([*found["messages"]], sort_keys=True)
+    said = "".join(json.dumps(messages, sort_keys=True) for messages in found["messages"])
     values = results.recipe_inputs(tuning_recipe(recipe, 1))
     values |= {"max_steps": recipe.max_steps, "warmup_steps": recipe.warmup_steps}
     return values | {
