@@ -192,6 +192,11 @@ def _expected(row: dict[str, Any], law: dict[str, float]) -> float:
     )
 
 
+# With few runs, several sets of constants come equally near; these are what others have found.
+LIMITS = {"rest": (0.2, 0.7), "size": (1e-4, 100), "size_power": (0.1, 1)}
+LIMITS |= {"read": (1e-4, 100), "read_power": (0.1, 1), "again": (3, 50)}
+
+
 def fit(rows: list[dict[str, Any]], start) -> np.ndarray:
     """Return the constants that come nearest, by the logarithm, with little weight on outliers."""
     real = np.log([row["bits_per_character"] for row in rows])
@@ -199,7 +204,9 @@ def fit(rows: list[dict[str, Any]], start) -> np.ndarray:
     def errors(logarithms):
         return np.log(law(np.exp(logarithms), rows)) - real
 
-    found = least_squares(errors, np.log(start), loss="soft_l1", f_scale=0.02)
+    limits = np.log([LIMITS[name] for name in planning.LAW]).T
+    start = np.clip(np.log(start), *(limits + [[1e-3], [-1e-3]]))
+    found = least_squares(errors, start, bounds=limits, loss="soft_l1", f_scale=0.02)
     return np.exp(found.x)
 
 

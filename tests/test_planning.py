@@ -42,7 +42,7 @@ def test_a_run_that_goes_on_has_the_time_that_was_left(small_trainer, tmp_path):
     class StopAfter(callbacks.StopCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if limit.used > 2:
-                self.ask("the test")
+                self.reason = "the test"
             super().on_step_end(args, state, control, **kwargs)
 
     limit = callbacks.TimeLimit(4)

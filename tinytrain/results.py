@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinytrain import export, hardware, modeling, steps, tokenization
 from tinytrain.common import hash_file, hash_files, rank, read_history, write_json
-from tinytrain.recipes import CHAT_FIELDS, DISPLAY_AND_SPEED_FIELDS, RECIPES, Recipe
+from tinytrain.recipes import CHAT_FIELDS, DISPLAY_AND_SPEED_FIELDS, POCKET, RECIPES, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -146,8 +146,10 @@ def check_held_out(recipe: Recipe, folder: Path) -> None:
 def shell_command(recipe: Recipe, step: str = "train") -> str:
     """Return the command of a step, with all in which the recipe differs from its original."""
     plain = RECIPES.get(recipe.name, recipe)
-    command = f"python -m tinytrain {step} --recipe {recipe.name}"
-    if recipe.corpus != plain.corpus:
+    planned = recipe.hours is not None and recipe.name not in RECIPES
+    named = f"--hours {recipe.hours:g}" if planned else f"--recipe {recipe.name}"
+    command = f"python -m tinytrain {step} {named}"
+    if recipe.corpus != (POCKET.corpus if planned else plain.corpus):
         command += f" --corpus {shlex.quote(recipe.corpus)}"
     changed = [n for n, value in asdict(recipe).items() if value != getattr(plain, n)]
     values = [f"{n}={getattr(recipe, n)}" for n in changed if n not in ("name", "corpus")]

@@ -86,6 +86,7 @@ def tuning_recipe(recipe: Recipe, blocks: int) -> Recipe:
         gradient_accumulation=1,
         epochs=recipe.chat_epochs,
         max_steps=-1,
+        hours=None,
     )
     number = total_steps(tuned, blocks)
     number = min(number, recipe.max_steps) if recipe.max_steps > 0 else number

@@ -53,6 +53,7 @@ class LossGuard(TrainerCallback):
     ):
         self.spike, self.window = spike, window
         self.tokenizer, self.find_checkpoint = tokenizer, find_checkpoint
+        self.gradient_norm: torch.Tensor | None = None  # given before a step, it is not measured
         self._recent: deque[float] = deque(maxlen=window)
         self._hook: RemovableHandle | None = None
 
@@ -93,10 +94,12 @@ class LossGuard(TrainerCallback):
         """Judge the loss and the gradients of a step, the last moment that nothing is changed."""
         loss = self._step_loss(args)
         trouble = self._trouble(loss) if loss is not None else ""
+        norm, self.gradient_norm = self.gradient_norm, None
         # In fp16 gradients overflow now and then; the Trainer then leaves the step out by itself.
         if not trouble and not args.fp16:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            if norm is None:
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                norm = torch.nn.utils.get_total_norm(gradients)
             if not math.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):
                 trouble = "the gradient is not finite"
         if trouble:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,6 +42,7 @@ class StopCallback(TrainerCallback):
         """Listen to signals."""
         self._restore_handlers()  # an earlier run may have ended by an error
         self.reason, self._fatal, self._acknowledged = None, None, False
+        self._last_look = -math.inf
         self._watched = self.stop_file if state.is_world_process_zero else None
         if self._watched and self._watched.exists():
             logger.info(f"{self._watched} is left from before and is removed")
@@ -87,9 +90,13 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ask the Trainer for a checkpoint, an evaluation and the end."""
-        if self._watched and self._watched.exists():
-            self._watched.unlink(missing_ok=True)
-            self.reason = self.reason or f"the file {self._watched.name}"
+        now = time.monotonic()
+        # Once a second only: a look at a network drive takes a while.
+        if self._watched and now - self._last_look >= 1:
+            self._last_look = now
+            if self._watched.exists():
+                self._watched.unlink(missing_ok=True)
+                self.reason = self.reason or f"the file {self._watched.name}"
         if args.world_size > 1:  # the most urgent request counts for all ranks
             urgency = 2 if self._fatal else 1 if self.reason else 0
             highest = int(gather(torch.tensor(urgency, device=args.device)).max())
