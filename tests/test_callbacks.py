@@ -486,7 +486,12 @@ def test_a_file_stops_a_run_outside_the_main_thread(plain_trainer, tmp_path, hea
     (tmp_path / "STOP").touch()  # one from before does not stop the next run
     before = signal.getsignal(signal.SIGINT)
     stop = callbacks.StopCallback(tmp_path / "STOP")
-    trainer = plain_trainer([AtStep((tmp_path / "STOP").touch), stop])
+
+    def touch():
+        time.sleep(1.1)  # it looks once a second
+        (tmp_path / "STOP").touch()
+
+    trainer = plain_trainer([AtStep(touch), stop])
     thread = threading.Thread(target=trainer.train)
     thread.start()
     while thread.is_alive():

@@ -276,8 +276,10 @@ def _train_from(
             )
         trainer.model.load_state_dict(make_model().state_dict())
     elif checkpoint:
-        state = _state_of(checkpoint)
-        if state.global_step >= _total_steps(trainer):  # the Trainer would make a step too many
+        state, before = _state_of(checkpoint), _completion(checkpoint).get("arguments", {})
+        asked = {name: getattr(trainer.args, name) for name in ("max_steps", "num_train_epochs")}
+        end = state.max_steps if asked.items() <= before.items() else _total_steps(trainer)
+        if state.global_step >= end:  # the Trainer would make a step too many
             logger.info("this run is finished: its model is loaded, nothing is trained")
             load_model(trainer.model, checkpoint / "model.safetensors")
             trainer.state, handler = state, trainer.callback_handler

@@ -66,7 +66,8 @@ class TimeLimit(TrainerCallback):
         self._start = time.monotonic() - self.used
         batches = len(train_dataloader) if train_dataloader is not None else 0
         self._epoch = max(1, batches // args.gradient_accumulation_steps)
-        self._show(state)
+        if not 0 < state.max_steps <= state.global_step:  # a finished run stays finished
+            self._show(state)
         self._first = state.global_step + 1
 
     def on_step_end(self, args, state, control, **kwargs):
