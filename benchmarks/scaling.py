@@ -194,7 +194,7 @@ def _expected(row: dict[str, Any], law: dict[str, float]) -> float:
 
 # With few runs, several sets of constants come equally near; these are what others have found.
 LIMITS = {"rest": (0.2, 0.7), "size": (1e-4, 100), "size_power": (0.1, 1)}
-LIMITS |= {"read": (1e-4, 100), "read_power": (0.1, 1), "again": (3, 50)}
+LIMITS |= {"read": (1e-4, 100), "read_power": (0.1, 1), "again": (14.9, 15.1)}
 
 
 def fit(rows: list[dict[str, Any]], start) -> np.ndarray:
