@@ -41,6 +41,7 @@ from tinytrain.recipes import RECIPES, Recipe
 
 _EXAMPLES = """examples:
   python -m tinytrain train --recipe pocket
+  python -m tinytrain train --hours 1 --corpus my.jsonl
   python -m tinytrain train --recipe wiki --set learning_rate=2e-3 max_steps=2000
   python -m tinytrain generate "法国的首都是" --temperature 0.8 --top-p 0.9
   python -m tinytrain tune --recipe pocket

@@ -35,7 +35,7 @@ LAW = {
     "again": 15.0,
 }
 EXPECTED_ERROR = 0.055  # twice the root mean square of runs left out of the fit
-LARGEST_MEASURED = 10e6  # parameters of the largest model that the law was fitted to
+LARGEST_MEASURED = 4.2e6  # parameters of the largest model that the law was fitted to
 _WIDTHS = (*range(64, 577, 64), *range(640, 1537, 128))
 _COUNTED_TOKENS = 500_000  # of the training set, to see how hard a text is to predict
 _SAMPLE = 2_000_000  # characters that a tokenizer is trained on at least, if there are so many
@@ -265,7 +265,8 @@ def plan(hours: float, base: Recipe = POCKET) -> Recipe:
         if not file.is_file():
             made = _make_plan(base)
             write_json(file, made)
-            print(f"The plan for {format_seconds(3600 * hours)}, kept as {file}:")
+            place = f"{file.parent.name}/{file.name}"
+            print(f"The plan for {format_seconds(3600 * hours)}, kept as {place}:")
             for name, value in made["expected"].items():
                 print(f"  {name:12}{value}")
             print(f"as a recipe:\n{_as_code(Recipe(**made['recipe']))}", flush=True)
@@ -299,9 +300,9 @@ def _make_plan(base: Recipe) -> dict[str, Any]:
             break
         speed.measure(best.recipe)
     recipe = _with_rhythm(best, text, best.recipe.tokens_per_step / speed(best.recipe))
-    words = _in_words(best, text, speed.peak_memory, end)
+    told = _in_words(best, text, speed.peak_memory, end)
     known = {"recipe": asdict(recipe), "bits": best.bits, "memory": speed.peak_memory}
-    return known | {"expected": words}
+    return known | {"expected": told}
 
 
 def _with_rhythm(best: Plan, text: Text, step_seconds: float) -> Recipe:

@@ -15,7 +15,8 @@ class TimeLimit(TrainerCallback):
 
     A schedule by steps has to know how many there will be, which nobody does on a machine that also
     does other work. By the clock, a busy machine makes fewer steps, and the last of them is still
-    the one with the lowest rate. `tinytrain.training.build_trainer` takes the rate from here.
+    the one with the lowest rate. `tinytrain.training.build_trainer` takes the rate from here; a
+    Trainer of your own does with ``optimizers=(optimizer, LambdaLR(optimizer, limit))``.
 
     The time used is stored in checkpoints, with the scheduler: a run that goes on has what was
     left. ``state.max_steps`` is kept at the steps there will be at the present speed, so that plots
