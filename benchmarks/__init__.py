@@ -67,9 +67,15 @@ def save(name: str, rows: list[dict[str, Any]], quick: bool = False) -> None:
         return
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    rows = [{**row, "machine": here} for row in rows]
+    rows = [{"machine": here, **row} for row in rows]
     path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"kept in {path.relative_to(ROOT)}")
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """Return the rows that a benchmark has kept, if it has."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def _number(value: float | None) -> str:

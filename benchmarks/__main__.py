@@ -6,14 +6,13 @@ marks in README.md and docs/questions.md, and in their Chinese editions.
 
 from __future__ import annotations
 
-import json
 import re
 from functools import partial
 
-from benchmarks import ROOT
+from benchmarks import ROOT, results
 
 PAGES = ("README.md", "README.zh-CN.md", "docs/questions.md", "docs/questions.zh-CN.md")
-ORDER = ("train_step", "learning", "tokenization", "overhead", "estimate", "gpu")
+ORDER = ("train_step", "learning", "tokenization", "overhead", "estimate", "hours", "gpu")
 
 # What is shown of each question: English head, Chinese head, how to write it.
 VALUE = {
@@ -37,12 +36,6 @@ SHOWN = {
     "rate": ("bits",),
     "vocabulary": ("bits", "steps", "parameters", "tokens_per_character"),
 }
-
-
-def results(name: str) -> list[dict]:
-    """Return the rows that a benchmark has kept, if it has."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def question_table(question: str, chinese: bool) -> str:

@@ -21,7 +21,7 @@ import pandas as pd
 from benchmarks import ROOT, machine
 from tinytrain import callbacks, runs, steps
 from tinytrain.common import one_line, read_json_lines, write_json
-from tinytrain.evaluation import by_domain, by_kind
+from tinytrain.evaluation import by_kind
 from tinytrain.generation import Answer, answer_questions, complete
 from tinytrain.hardware import choose_precision
 from tinytrain.recipes import RECIPES
@@ -71,8 +71,8 @@ def right_answers(recipe, folder: Path) -> dict[tuple[str, str], float]:
     answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
     right = [Answer(*answer).right for answer in answers]
     found = {("all", kind): part.value for kind, part in by_kind(questions, right).items()}
-    both = [(*question[:2], question[2:]) for question in questions]  # domain and kind as one
-    return found | {pair: part.value for pair, part in by_domain(both, right).items()}
+    both = [(*question[:3], question[2:]) for question in questions]  # domain and kind as one
+    return found | {pair: part.value for pair, part in by_kind(both, right).items()}
 
 
 def table(seeds: list[dict[tuple[str, str], float]]) -> pd.DataFrame:

@@ -23,8 +23,8 @@ class Hub(ThreadingHTTPServer):
     license, and its files. `mode` is how it behaves: "ok", "silent" (accepts and never answers), a
     number (every request ends in that error), "cut" (the next long answer breaks off), "cut
     always", "stall" (long answers stop in the middle and never end), "log-in" (a page instead of
-    any answer), "wrong" (other bytes, as many as announced), "too long" or "too short" (whatever
-    was announced), or "drip" (long answers go on byte by byte).
+    any answer), "wrong" (other bytes, as many as announced), or "too short" (whatever was
+    announced).
     """
 
     daemon_threads = True
@@ -113,10 +113,9 @@ class Handler(BaseHTTPRequestHandler):
         part = content[first : last + 1]
         if hub.mode == "wrong":
             part = bytes(byte ^ 1 for byte in part[:99]) + part[99:]
-        odd = {"too long": part + b"x" * 10**6, "too short": part[:-1000]}
-        if self.command == "GET" and hub.mode in odd and len(part) > 1000:
+        if self.command == "GET" and hub.mode == "too short" and len(part) > 1000:
             headers.pop("Content_Range", None)
-            return self.reply(206 if wanted else 200, odd[hub.mode], **headers)
+            return self.reply(206 if wanted else 200, part[:-1000], **headers)
         whole = hub.mode in ("ok", "wrong") or last < CUT_AT or self.command == "HEAD"
         sent = part if whole else part[: max(0, CUT_AT - first)]
         if self.command == "GET":
@@ -125,11 +124,6 @@ class Handler(BaseHTTPRequestHandler):
         if not whole:
             if hub.mode == "cut":
                 hub.mode = "ok"
-            elif hub.mode == "drip":
-                for byte in part[len(sent) :]:
-                    if hub.closing.wait(0.02):
-                        break
-                    self.wfile.write(bytes([byte]))
             elif hub.mode == "stall":
                 hub.stalled.set()
                 hub.closing.wait()

@@ -20,7 +20,8 @@ NOTEBOOKS = {path.name[:2]: path for path in sorted((ROOT / "notebooks").glob("[
 LEFT_OUT = {
     "04": ["task-costs-code", "task-explore-code", "task-probe-code"],
     "06": ["0a2b0972", "743a1efb"],
-    "09": ["0c1dbdf0", "4112850f", "a3fb3079", "86011f67", "8d2d23cd", "b090f6b8", "23e194a5"],
+    "09": ["0c1dbdf0", "4112850f", "a3fb3079", "86011f67", "8d2d23cd", "b090f6b8", "23e194a5"]
+    + ["d5545650"],
     "10": ["ask-10", "ask-12", "ask-14", "ask-15", "ask-17", "ask-19", "ask-24", "ask-26"],
 }
 
@@ -30,7 +31,6 @@ NUMBERS = {
     "01.2": ["256"],
     "04.1": ["0.611", "0.7"],
     "04.3": ["3.03", "3.61"],
-    "09.4": ["36,435", "2.73", "2.30", "21.1B", "422B", "2.06"],
 }
 
 # What else an answer says, as it is printed; what depends on a full training is left out.
@@ -41,6 +41,7 @@ CLAIMS = {
     "03.1": r"\('🐼', \d+\)(, \('<0x[^']+', \d+\)){2}(, \('[149]', \d+\)){4}\]",
     "03.3": r"qwen: 7 of 151,665.*\nown: \d{3} of",
     "03.4": r"^0 of 1,\d{3}$",
+    "09.4": r"^32 million .* 0\.\d passes\n100,000 .* \d\d+\.\d passes$",
 }
 
 

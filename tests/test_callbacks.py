@@ -186,10 +186,10 @@ def test_plot_shows_the_curves_and_the_loss_of_a_uniform_guess(tmp_path):
 
 
 def test_the_axis_follows_a_loss_that_falls():
-    plot = _LossPlot(4096)
+    plot, history = _LossPlot(4096), []
     for step, loss in enumerate((8.3, 6.1, 2.2)):
-        plot.add([{"step": step, "loss": loss}])
-        plot.update("", "", 3)
+        history.append({"step": step, "loss": loss})
+        plot.update(history, "", [], 3)
         low, high = plot.figure.axes[0].get_ylim()
         assert low <= loss < low + 2 and high == 9
 
@@ -209,8 +209,8 @@ def test_the_plot_is_kept_as_a_picture_is_the_only_display_and_can_be_replayed(r
 
 def test_a_loss_that_is_not_finite_is_a_gap():
     plot = _LossPlot()
-    plot.add([{"step": step, "loss": loss} for step, loss in enumerate([8.0, math.inf, 6.0])])
-    plot.update("", "", 3)
+    history = [{"step": step, "loss": loss} for step, loss in enumerate([8.0, math.inf, 6.0])]
+    plot.update(history, "", [], 3)
     raw, smoothed, _ = plot.figure.axes[0].lines
     assert np.isnan(raw.get_ydata()).tolist() == [False, True, False]
     assert np.isfinite(smoothed.get_ydata()).all() and plot.png()
@@ -219,8 +219,7 @@ def test_a_loss_that_is_not_finite_is_a_gap():
 def test_the_smoothed_line_does_not_lag_behind_a_falling_loss():
     plot = _LossPlot()
     falling = [9.0 - step / 10 + (-1) ** step for step in range(40)]
-    plot.add([{"step": step, "loss": loss} for step, loss in enumerate(falling)])
-    plot.update("", "", 40)
+    plot.update([{"step": step, "loss": loss} for step, loss in enumerate(falling)], "", [], 40)
     smoothed = plot.figure.axes[0].lines[1].get_ydata()
     off = np.array(smoothed) - [9.0 - step / 10 for step in range(40)]
     assert abs(off[4:-4]).max() < 0.2 and abs(off).max() <= 1
@@ -228,10 +227,10 @@ def test_the_smoothed_line_does_not_lag_behind_a_falling_loss():
 
 def test_ten_thousand_points_make_no_larger_picture_than_a_thousand():
     plot, sizes = _LossPlot(4096, 512), []
-    for new_steps in (range(1, 1001), range(1001, 10_001)):
-        losses = [(step, 9 - step / 2000 + step % 7 / 10) for step in new_steps]
-        plot.add([{"step": step, "loss": loss, "learning_rate": 0.1} for step, loss in losses])
-        plot.update("", "", 10_000)
+    for steps_made in (range(1, 1001), range(1, 10_001)):
+        losses = [(step, 9 - step / 2000 + step % 7 / 10) for step in steps_made]
+        history = [{"step": step, "loss": loss, "learning_rate": 0.1} for step, loss in losses]
+        plot.update(history, "", [], 10_000)
         sizes.append(len(plot.png()))
     assert sizes[1] < 1.5 * sizes[0]
 
@@ -290,11 +289,9 @@ def test_the_last_state_is_drawn_when_training_breaks_off(small_trainer, tmp_pat
 def test_a_drawing_before_a_kept_background_is_the_whole_drawing():
     """Faster, and the same to the last pixel as a figure drawn as a whole."""
     plot = _LossPlot(4096, 512)
-    plot.add(HISTORY[:2])
-    plot.update("first", "line", 4)
+    plot.update(HISTORY[:2], "first", ["line"], 4)
     plot.png()
-    plot.add(HISTORY[2:])
-    plot.update("second", "other line", 4)
+    plot.update(HISTORY, "second", ["other line"], 4)
     fast = imread(io.BytesIO(plot.png()))[..., :3]
     plot.figure.canvas.draw()
     slow = np.asarray(plot.figure.canvas.buffer_rgba())[..., :3] / 255
@@ -316,22 +313,19 @@ def test_replay_follows_a_run_until_its_end(tmp_path):
     assert list(figure.axes[0].lines[0].get_ydata()) == [8, 7, 6]
 
 
-@pytest.mark.parametrize(("x", "last"), [("tokens", 1024), ("seconds", 2.0), ("step", 2)])
-def test_runs_are_drawn_over_one_another(tmp_path, x, last):
+def test_runs_are_drawn_over_one_another(tmp_path):
     paths = {"seed": tmp_path / "seed.jsonl", "wiki": tmp_path / "wiki.jsonl"}
     write_json_lines(paths["seed"], HISTORY)
     halved = [line | {"loss": line["loss"] / 2} if "loss" in line else line for line in HISTORY]
     write_json_lines(paths["wiki"], halved)
-    figure = callbacks.plot_runs(paths, x=x)
+    figure = callbacks.plot_runs(paths)
     (axes,) = figure.axes
     lines = {line.get_label(): line for line in axes.lines}
     assert list(lines["seed"].get_ydata()) == pytest.approx(SMOOTHED)
     assert list(lines["wiki"].get_ydata()) == pytest.approx([loss / 2 for loss in SMOOTHED])
-    assert lines["seed"].get_xdata()[-1] == last
+    assert lines["seed"].get_xdata()[-1] == 1024
     assert lines["seed"].get_color() != lines["wiki"].get_color()
     assert fits(figure)
-    with pytest.raises(ValueError, match="tokens, seconds, step"):
-        callbacks.plot_runs(paths, x="epochs")
 
 
 def test_a_run_is_compared_with_other_seeds_of_the_pocket_recipe():
@@ -372,8 +366,7 @@ def test_samples_are_taken_every_so_many_steps_and_at_the_end(run, smoke):
 def test_a_resumed_run_keeps_its_samples_and_shows_few(tmp_path):
     path = tmp_path / "samples.jsonl"
     sample = '{"step": %d, "texts": ["<b>\\n字\u2028。"]}\n'  # U+2028 ends no line of JSON
-    damaged = '{"stup": 3}\n'
-    path.write_text(damaged + "".join(sample % n for n in range(1, 31)), encoding="utf-8")
+    path.write_text("".join(sample % n for n in range(1, 31)), encoding="utf-8")
     samples = callbacks.SampleCallback(lambda model, prompts: ["新"], ["问"], 5, path)
     state = TrainerState(global_step=28)
     samples.on_train_begin(None, state, None)
@@ -384,8 +377,6 @@ def test_a_resumed_run_keeps_its_samples_and_shows_few(tmp_path):
     state.global_step = 30
     samples.on_step_end(None, state, None)
     assert samples.table().splitlines()[-1].endswith("30  新")
-    with pytest.raises(ValueError, match="at least 1"):
-        callbacks.SampleCallback(lambda: None, [], 0, path)
 
 
 # --- in a notebook
@@ -490,16 +481,21 @@ def test_a_second_interrupt_stops_a_plain_trainer_at_once(plain_trainer, heard):
     assert raise_both(heard)
 
 
-def test_any_thread_may_ask_and_train_outside_the_main_one(plain_trainer, tmp_path, heard, caplog):
+def test_a_file_stops_a_run_outside_the_main_thread(plain_trainer, tmp_path, heard, caplog):
     caplog.set_level("INFO", logger="tinytrain")
     (tmp_path / "STOP").touch()  # one from before does not stop the next run
     before = signal.getsignal(signal.SIGINT)
     stop = callbacks.StopCallback(tmp_path / "STOP")
-    trainer = plain_trainer([AtStep(lambda: stop.ask("a friend")), stop])
+
+    def touch():
+        time.sleep(1.1)  # it looks once a second
+        (tmp_path / "STOP").touch()
+
+    trainer = plain_trainer([AtStep(touch), stop])
     thread = threading.Thread(target=trainer.train)
     thread.start()
     while thread.is_alive():
         assert signal.getsignal(signal.SIGINT) == before
         thread.join(0.1)
-    assert trainer.state.global_step == 2 and stop.reason == "a friend"
+    assert trainer.state.global_step == 2 and stop.reason == "the file STOP"
     assert "left from before" in caplog.text

@@ -22,7 +22,7 @@ from tinytrain.callbacks import (
     LossGuard,
     read_history,
 )
-from tinytrain.checkpoints import checkpoint_inputs, last_checkpoint, longer_run, train
+from tinytrain.checkpoints import last_checkpoint, longer_run, train
 from tinytrain.modeling import build_model
 from tinytrain.training import _learning_rates
 
@@ -142,8 +142,8 @@ def test_checkpoints_of_another_run_are_kept_aside_and_the_difference_named(
         trainer = small_trainer(tmp_path / "checkpoints", [history], max_steps=1)
         train(trainer, {"learning_rate": rate, "text": "a"})
     for folder, rate in (("checkpoints-1", 0.1), ("checkpoints-2", 0.2), ("checkpoints", 0.3)):
-        checkpoint = last_checkpoint(tmp_path / folder)
-        assert checkpoint_inputs(checkpoint) == {"learning_rate": rate, "text": "a"}
+        mark = last_checkpoint(tmp_path / folder) / "complete.json"
+        assert json.loads(mark.read_text())["inputs"] == {"learning_rate": rate, "text": "a"}
         assert (tmp_path / folder / "history.jsonl").exists() == (folder != "checkpoints")
     assert "starting over (checkpoint-1: learning_rate was 0.1, is 0.2)" in caplog.text
 

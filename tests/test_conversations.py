@@ -385,13 +385,9 @@ BROKEN = {
     r"turn 1 \(user\): .*no text: \[": {"messages": [user([{"type": "text"}]), assistant()]},
     r"turn 2 \(assistant\): .*no text: '\\ud83d'": {"messages": [user(), assistant("\ud83d")]},
     r"turn 2 \(gpt\): empty": {"conversations": share_gpt([user(), assistant("")])},
-    "'history' is not a list": {"instruction": "?", "output": "!", "history": [5]},
     r"turn 2 .*no text: 42": {"instruction": "?", "output": 42},
-    "turn 2: calls of tools are not supported": {
+    "turn 2: unknown role 'tool'": {
         "messages": [user(), {"role": "tool", "content": "{}"}, assistant()]
-    },
-    "turn 2: calls of tools": {
-        "messages": [user(), {"role": "assistant", "content": None, "tool_calls": [{}]}]
     },
     "no list 'messages' or .* it has 'text', 'id'$": {"text": "法国的首都是巴黎。", "id": 1},
     "it has no fields": {},
@@ -417,7 +413,7 @@ def test_what_is_wrong_is_named_with_its_file_and_line(tmp_path, problem, row):
 
 def test_a_broken_row_of_a_table_is_named(tmp_path):
     rows = [{"messages": TALK[1]}, {"messages": [user(), user()]}]
-    with pytest.raises(ValueError, match="mine.parquet, row 2, turn 2: user after user"):
+    with pytest.raises(ValueError, match="mine.parquet, conversation 2, turn 2: user after user"):
         load_conversations(write(tmp_path / "mine.parquet", rows))
 
 
@@ -426,10 +422,9 @@ def test_a_broken_row_of_a_table_is_named(tmp_path):
     [
         ("a.jsonl", b"", "a.jsonl holds no conversations"),
         ("a.json", b"[]", "a.json holds no conversations"),
-        ("a.jsonl", b'{"messages": [\n', "a.jsonl, line 1: not valid JSON"),
-        ("a.json", b'[{"messages": []},\n{"messages" []}]', "a.json: not valid JSON.*line 2"),
-        ("a.jsonl", '{"messages": "问"}'.encode("gb18030"), "line 1: not valid JSON in UTF-8"),
-        ("a.jsonl", b"[" * 100_000, "not valid JSON"),
+        ("a.jsonl", b'{"messages": [\n', "a.jsonl, line 1: cannot read it"),
+        ("a.json", b'[{"messages": []},\n{"messages" []}]', "a.json: cannot read it.*line 2"),
+        ("a.jsonl", '{"messages": "问"}'.encode("gb18030"), "cannot read it.*in UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"messages": []}' * 999)[:-20], "damaged or cut off"),
         ("a.jsonl.xz", b"no xz", "a.jsonl.xz: cannot read it"),
         ("a.parquet", b"no parquet", "a.parquet: cannot read it"),

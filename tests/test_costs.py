@@ -7,15 +7,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tinytrain.costs import (
-    best_plan,
     count_parameters,
     estimate,
     flops_per_token,
-    plan_sizes,
     plot_memory,
     plot_parameters,
-    plot_plans,
-    predicted_loss,
 )
 from tinytrain.hardware import KNOWN_GPUS
 from tinytrain.modeling import QWEN2_5_0_5B, build_model, recipe_config
@@ -187,66 +183,3 @@ def test_the_memory_bar_is_the_estimate_and_tells_the_cards_that_are_too_small(n
     precision = f"in {RECIPES[name].precision or 'bf16'}"
     millions = f"{cost.parameters['total'] / 1e6:.1f}M parameters"
     assert millions in figure.get_suptitle() and precision in figure.get_suptitle()
-
-
-def test_the_plot_of_plans_marks_the_best_size():
-    budgets = {"1 hour": plan_sizes(1e16), "1 day": plan_sizes(24e16)}
-    [axes] = plot_plans(budgets).axes
-    marked = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1]
-    best = [best_plan(plans) for plans in budgets.values()]
-    assert marked == [plan.parameters for plan in best]
-    hour, day, grey = (text.get_text() for text in axes.get_legend().get_texts())
-    assert hour.startswith("1 hour: ") and day.startswith(
-        f"1 day: {best[1].parameters / 1e6:,.0f}M"
-    )
-    assert grey == "smaller than the law was fitted to"
-
-
-# --- planning -------------------------------------------------------------------------------------
-
-
-def test_the_law_says_what_chinchilla_found():
-    # 70B parameters and 1.4T tokens, for the operations of 280B and 300B (Gopher), which is worse.
-    assert predicted_loss(70e9, 1.4e12) < predicted_loss(280e9, 300e9)
-    assert predicted_loss(70e9, 1.4e12) == pytest.approx(1.94, abs=0.05)
-    # The best split of 10^22 operations is near twenty tokens a parameter.
-    ratios = [10 ** (x / 50) for x in range(-50, 200)]
-    best = min(ratios, key=lambda r: predicted_loss((1e22 / 6 / r) ** 0.5, (1e22 / 6 * r) ** 0.5))
-    assert 10 < best < 40
-
-
-def test_text_read_again_teaches_less():
-    once = predicted_loss(1e8, 1e9)
-    assert predicted_loss(1e8, 1e9, corpus_tokens=1e9) == once
-    four, new = predicted_loss(1e8, 4e9, corpus_tokens=1e9), predicted_loss(1e8, 4e9)
-    forty, many = (predicted_loss(1e8, n * 1e9, corpus_tokens=1e9) for n in (40, 4000))
-    assert new < four < once
-    assert (four - new) < 0.1 * (once - new)  # "up to four epochs are almost as good as new text"
-    assert forty - many < 0.1 * (once - many)  # and beyond forty nothing comes any more
-
-
-def test_a_plan_spends_its_budget():
-    for layers, plan in enumerate(plan_sizes(1e18, vocab_size=4096), start=1):
-        assert (plan.num_hidden_layers, plan.hidden_size) == (layers, 64 * layers)
-        config = small_config(
-            vocab_size=4096,
-            hidden_size=plan.hidden_size,
-            intermediate_size=4 * plan.hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=layers,
-            num_key_value_heads=1 + (layers % 2 == 0),
-        )
-        assert plan.parameters == count_parameters(config)["total"]
-        assert plan.tokens * flops_per_token(config, 512)["total"] == pytest.approx(1e18)
-        assert plan.tokens_per_parameter == pytest.approx(plan.tokens / plan.parameters)
-
-
-def test_more_to_spend_wants_a_larger_model_and_more_tokens():
-    small, large = best_plan(plan_sizes(1e17)), best_plan(plan_sizes(1e19))
-    assert small.parameters < large.parameters and small.tokens < large.tokens
-    assert 15 < large.tokens_per_parameter < 30
-    # A text too short for the budget: rather a larger model than reading it once more.
-    short = best_plan(plan_sizes(1e19, corpus_tokens=1e8))
-    assert short.parameters > large.parameters and short.epochs < large.tokens / 1e8
-    with pytest.raises(ValueError, match="budget of 0 operations"):
-        plan_sizes(0)

@@ -14,7 +14,6 @@ from tinytrain.evaluation import (
     DocumentLoss,
     Interval,
     bits_per_character,
-    by_domain,
     by_kind,
     colour_losses,
     compare,
@@ -246,8 +245,6 @@ def test_pairs_guess_what_followed_most_often(smoke):
     assert alone.right <= 1 and alone.nats > known.nats
     [nothing] = count_losses(tokenizer, [], ["法国"])
     assert nothing.nats == pytest.approx(nothing.tokens * math.log(len(tokenizer)))
-    with pytest.raises(ValueError, match="order 3"):
-        count_losses(tokenizer, train, train, order=3)
 
 
 def test_xz_spends_little_on_what_it_has_seen(smoke, monkeypatch):
@@ -261,19 +258,14 @@ def test_xz_spends_little_on_what_it_has_seen(smoke, monkeypatch):
         xz_bits_per_character([])
 
 
-def test_the_share_of_right_answers_has_wilsons_interval_in_each_domain():
+def test_the_share_of_right_answers_has_wilsons_interval():
     assert share(9, 10) == pytest.approx((0.9, 0.5958, 0.9821), abs=2e-4)
     assert share(0, 20) == pytest.approx((0.0, 0.0, 0.1611), abs=2e-4)
     assert math.isnan(share(0, 0).value)
     assert str(Interval(0.70249, 0.6615, 0.7444)) == "0.702 (0.661 to 0.744)"
     assert str(Interval(4290.4, 999.6, 12_345.6)) == "4,290 (1,000 to 12,346)"
     assert all(share(n, n).high == 1 and share(0, n).low == 0 for n in (1, 7, 60))
-    questions = [("a", "x", "rivers"), ("b", "y", "rivers"), ("c", "z", "works")]
-    found = by_domain(questions, [True, False, True])
-    assert list(found) == ["works", "rivers"]
-    assert found["rivers"] == share(1, 2)
-    asked = [(*question, kind) for question, kind in zip(questions, "bab", strict=True)]
-    assert by_domain(asked, [True, False, True]) == found
+    asked = [("a", "x", "rivers", "b"), ("b", "y", "rivers", "a"), ("c", "z", "works", "b")]
     assert by_kind(asked, [True, False, True]) == {"b": share(2, 2), "a": share(0, 1)}
 
 

@@ -205,10 +205,6 @@ def test_a_failure_leaves_what_was_there(patched, smoke, tmp_path, monkeypatch):
                     write(tmp_path / "out", "second")
                 finally:
                     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda path, mode: False)
-        with pytest.raises(OSError, match="cannot write to .*Permission denied"):
-            write(tmp_path / "out", "second")
     assert content() == before and os.listdir(tmp_path) == ["out"]
     write(tmp_path / "out", "second")
     assert b"# second" in content()["README.md"] and os.listdir(tmp_path) == ["out"]
@@ -216,7 +212,7 @@ def test_a_failure_leaves_what_was_there(patched, smoke, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["beside", "inside", "through a link"])
 def test_only_what_an_export_wrote_is_replaced(patched, smoke, tmp_path, monkeypatch, where):
-    """Also with the working folder inside, and without the step that only Linux has."""
+    """Also with the working folder inside."""
     real = tmp_path / "我的 model [1]"
 
     def write(name, **options):
@@ -242,7 +238,7 @@ def test_only_what_an_export_wrote_is_replaced(patched, smoke, tmp_path, monkeyp
         (real / name).parent.mkdir(parents=True, exist_ok=True)
         (real / name).write_bytes(content)
     (real / "empty").mkdir()
-    leftover, theirs = real.with_name(f"{real.name}.ab.tinytrain-export"), real.with_name("other")
+    leftover, theirs = real.with_name(f"{real.name}.tinytrain-export"), real.with_name("other")
     for path in (leftover, theirs):
         path.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half a model")
@@ -285,7 +281,7 @@ left = None
 
 def count(event, arguments):
     global left
-    changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "ctypes.dlsym")
+    changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
     if left is not None and (changes or event == "open" and arguments[2] & os.O_ACCMODE):
         left -= 1
         if left == 0:
@@ -295,11 +291,14 @@ def write(number):
     export_model(models[number], tokenizer(), folder, {"name": f"number {number}"})
 
 def found():
+    # Which model is there; None if none is, and nothing passes for one.
+    assert (folder / ".git" / "HEAD").read_text() == "ref" and (folder / "notes").is_file()
+    if not (folder / "config.json").is_file():
+        return None
     weight = load_file(folder / "model.safetensors")["model.norm.weight"]
-    assert (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
+    assert (folder / "tokenizer.json").is_file()
     (number,) = (n for n in (0, 1) if torch.equal(weight, models[n].model.norm.weight))
     assert f"# number {number}" in (folder / "README.md").read_text()
-    assert (folder / ".git" / "HEAD").read_text() == "ref" and (folder / "notes").is_file()
     return number
 
 write(0)
@@ -310,26 +309,23 @@ write(0)
 sys.addaudithook(count)
 seen, moment, status = [], 1, -1
 while status:
-    before = found()
+    write(0)  # whatever the last one has left
     child = os.fork()
     if not child:
         left = moment
-        write(1 - before)
+        write(1)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    seen.append(found() != before)
-    assert len(os.listdir()) <= 2, os.listdir()
-    moment += 4
-assert seen.count(False) > 7 and seen.count(True) > 1, seen
-left = None
-write(0)
+    seen.append(found())
+    moment += 3
+assert seen == sorted(seen, key=[0, None, 1].index) and {*seen} == {0, None, 1}, seen
 assert os.listdir() == ["out"]
 print("survived", len(seen))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes several steps")
-def test_killed_at_any_moment_it_leaves_the_old_export_or_the_new_one(tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
+def test_killed_at_any_moment_it_leaves_a_whole_export_or_none(tmp_path):
     paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(export.__file__))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-X", "utf8", "-c", KILLED]
@@ -430,9 +426,7 @@ def run(smoke, monkeypatch):
     model.save_pretrained(folder / "model")
     smoke.tokenizer.save_pretrained(folder / "model")
     (folder / "model" / "training_args.bin").write_bytes(b"a pickle")
-    results._write_inputs(
-        folder / "model", results.run_inputs(smoke.recipe, "float32"), 2, 2, {"learning_rate": 0.5}
-    )
+    results._write_inputs(folder / "model", results.run_inputs(smoke.recipe, "float32"), 2, 2)
     lines = [{"step": 0, "max_steps": 2}, {"step": 2, "seconds": 61.0, "tokens": 99, "loss": 5.0}]
     history = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "history.jsonl").write_text(history, encoding="utf-8")
@@ -450,7 +444,7 @@ def test_a_run_is_exported_with_its_facts(run, smoke):
     words += [
         "4.250",
         "| `hidden_size` | 64 |",
-        "| `learning_rate` | 0.5 |",
+        "| `learning_rate` | 0.008 |",
         "270 documents",
         export._escape(machine_name()),
     ]
@@ -470,7 +464,7 @@ def test_a_tuned_run_is_exported_with_its_facts(run, smoke, answering):
         part.save_pretrained(run / "chat" / "model")
     known = results.weights_hash(run / "model")
     for base, words in ((known, "270 documents"), ("another model's", "not recorded")):
-        results._write_inputs(run / "chat" / "model", {"base": base}, 5, 5, {})
+        results._write_inputs(run / "chat" / "model", {"base": base}, 5, 5)
         summary = {"step": 5, "conversations": 77, "bits_before": [3.0] * 3}
         summary |= {"bits_after": [3.25] * 3, "chat_before": {}, "chat_after": {}, "chats": None}
         write_json(run / "chat" / "summary.json", summary)
@@ -484,20 +478,13 @@ def test_a_tuned_run_is_exported_with_its_facts(run, smoke, answering):
 
 
 def test_the_card_of_a_stopped_run_says_nothing_of_an_earlier_one(run, smoke):
-    results._write_inputs(run / "model", results.run_inputs(smoke.recipe, "float32"), 1, 2, {})
+    results._write_inputs(run / "model", results.run_inputs(smoke.recipe, "float32"), 1, 2)
     card = (results.export_run(smoke.recipe) / "README.md").read_text(encoding="utf-8")
     assert "| stopped at step | 1 of 2 |" in card
     assert "4.250" not in card and "1 min 01 s" not in card and "## Results" not in card
 
 
 def test_what_an_export_lacks_is_said(run, smoke, tmp_path, monkeypatch):
-    shutil.rmtree(run / "export", ignore_errors=True)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "gguf", None)
-        patch.delitem(sys.modules, "tinytrain.gguf_file")
-        with pytest.raises(ModuleNotFoundError, match="pip install gguf"):
-            results.export_run(smoke.recipe, gguf=True)
-    assert not (run / "export").exists()
     monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="notebook 05 makes one, or .* --recipe smoke"):
         results.export_run(smoke.recipe)

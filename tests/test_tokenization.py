@@ -104,7 +104,6 @@ def test_training_reads_so_many_characters_and_no_more(monkeypatch):
         ([], 300, "texts are empty"),
         (["", "  "], 300, "texts are empty"),
         (["北京", "上海"], 300, "no pair of bytes occurs twice"),
-        ("北京", 300, "single string"),
     ],
 )
 def test_training_on_nothing_is_refused(texts, vocab_size, message):
@@ -123,9 +122,8 @@ def test_folders_without_a_usable_tokenizer_are_named(small, tmp_path):
         good = (tmp_path / name).read_bytes()
         for damaged in (good[: len(good) // 2], b"", good[:99] + b"\xff" + good[100:]):
             (tmp_path / name).write_bytes(damaged)
-            with pytest.raises(ValueError, match="is damaged") as error:
+            with pytest.raises(ValueError, match="is damaged"):
                 load_tokenizer(tmp_path)
-            assert str(tmp_path / name) in str(error.value)
         (tmp_path / name).write_bytes(good)
     assert fingerprint(load_tokenizer(tmp_path)) == fingerprint(small)
     backend = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
@@ -169,26 +167,12 @@ def test_chunks_are_windows_of_each_document_and_packing_loses_no_token(small, t
     assert len(joined) - len(kept) < length
 
 
-@pytest.mark.parametrize("kind", ["bytes", "unigram", "words"])
-def test_no_typed_text_becomes_a_control_token_in_any_family(kind, small, tmp_path):
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def test_no_typed_text_becomes_a_control_token(small, tmp_path):
+    from tokenizers import AddedToken
 
     signs = ["<|endoftext|>", "</s>", "[PAD]"]
-    letters = sorted(set("".join(signs) + "▁北京是<tool_call>"))
-    if kind == "unigram":  # as those made by sentencepiece: control tokens are the likeliest of all
-        vocab = [(sign, 0.0) for sign in signs] + [(letter, -3.0) for letter in letters]
-        backend = Tokenizer(models.Unigram(vocab, unk_id=1))
-        backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    else:
-        vocab = {word: id_ for id_, word in enumerate([*signs, *letters])}
-        backend = Tokenizer(models.WordLevel(vocab, unk_token="是"))
-    if kind == "bytes":
-        tokenizer = copy.deepcopy(small)
-        tokenizer.add_special_tokens({"additional_special_tokens": signs[1:]})
-    else:
-        backend.add_special_tokens(signs)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer = copy.deepcopy(small)
+    tokenizer.add_special_tokens({"additional_special_tokens": signs[1:]})
     # Added tokens that are no text, and two that are.
     tokenizer.add_tokens([AddedToken("<tool_call>", special=False), "大熊猫", "    "])
     tokenizer.save_pretrained(tmp_path)
@@ -200,8 +184,7 @@ def test_no_typed_text_becomes_a_control_token_in_any_family(kind, small, tmp_pa
             [ids] = encode_text(tokenizer, [text])
             assert id_ in tokenizer(text)["input_ids"] and id_ not in ids
             assert [i for i in ids if i in words] == [words[0], words[1], words[0]] * ("大" in text)
-            if kind == "bytes":
-                assert tokenizer.decode(ids, skip_special_tokens=True) == text
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_only_packing_places_the_end_of_text(small):
@@ -239,7 +222,8 @@ def test_a_long_text_has_the_tokens_of_its_parts(small, text):
     whole = text_encoder(small).encode(text, add_special_tokens=False).ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common, "_PART", 20)
-        assert "".join(parts := list(cut_text(text))) == text
+        parts = [part for part, _ in cut_text(text)]
+        assert "".join(parts) == text
         assert max(map(len, parts)) <= 40
         patch.setattr(common, "_CALL", 50)
         if all(text_can_be_cut(a, b) for a, b in itertools.pairwise(parts)):
@@ -272,8 +256,6 @@ def test_memory_does_not_grow_with_the_length_of_a_document(small, tmp_path):
 def test_wrong_arguments_are_named(small, cut):
     with pytest.raises(ValueError, match=r"(?s)\['text'\].*\['completion'\]"):
         cut(Dataset.from_dict({"completion": SENTENCES}), small, 8)
-    with pytest.raises(ValueError, match="context_length=0"):
-        cut(documents(SENTENCES), small, 0)
 
 
 # Measures
@@ -281,7 +263,7 @@ def test_wrong_arguments_are_named(small, cut):
 
 def test_a_larger_vocabulary_costs_fewer_tokens_per_character(small):
     bytes_and_little = train_tokenizer(SENTENCES * 3, vocab_size=260)
-    few = tokenization.tokens_per_character(small, iter(SENTENCES))
+    few = tokenization.tokens_per_character(small, SENTENCES)
     assert few < tokenization.tokens_per_character(bytes_and_little, SENTENCES)
     assert few == len(plain(small, "".join(SENTENCES))) / len("".join(SENTENCES))
     with pytest.raises(ValueError, match="no characters"):
@@ -301,21 +283,16 @@ def test_tokens_are_counted_and_shown_as_text_and_lone_bytes_as_numbers(small):
     assert pieces == ["<0xF0>", "<0xA0>", "<0x80>", "<0xBF>"]
 
 
-def test_coloured_tokens_show_what_is_there_and_let_no_html_through(small):
+def test_coloured_tokens_show_what_is_there_and_let_no_html_through():
     text = '北京<b onclick="x">&amp;\'\n\n \t\u200b𠀿'
     tokenizer = train_tokenizer([text] * 2, 300)
     shown = tokenization.colour_tokens(tokenizer, text)
     spans = re.findall(r"<span [^>]*background:(#\w+)[^>]*>([^<]*)<small[^>]*>(\d+)</small>", shown)
     assert [int(id_) for _, _, id_ in spans] == tokenizer(text)["input_ids"]
     written = html.unescape("".join(piece for _, piece, _ in spans))
-    for sign, visible in {"\n": "⏎", " ": "·", "\t": "⇥", "\u200b": "<U+200B>"}.items():
+    for sign, visible in {"\n": "\\n", " ": "·", "\t": "\\t", "\u200b": "\\u200b"}.items():
         text = text.replace(sign, visible)
     assert written == text
-    assert shown.count("<br>") == 2
-    assert set(re.findall(r"<(\w+)", shown)) == {"div", "span", "small", "br"}
+    assert set(re.findall(r"<(\w+)", shown)) == {"div", "span", "small"}
     colors = [color for color, _, _ in spans]
     assert all(left != right for left, right in itertools.pairwise(colors))
-    # Of a long text the first thousand are shown.
-    tokens = len(small("北京" * 900)["input_ids"])
-    shown = tokenization.colour_tokens(small, "北京" * 900)
-    assert shown.count("<span") == 1000 and f"and {tokens - 1000:,} more tokens" in shown

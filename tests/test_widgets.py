@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 import ipywidgets as ipw
 import pytest
 from test_chat_command import FRANCE, HELLO, taught_to_chat
-from transformers import PreTrainedTokenizerFast
 
 from tinytrain import widgets
 from tinytrain.chat import Chat
@@ -132,18 +131,9 @@ def test_the_tokens_of_a_typed_text_appear_for_each_tokenizer_and_never_as_html(
         assert "".join(f"{p}{i}" for p, i in show_tokens(tokenizer, "日本的首都")) in shown
     move(explorer, {"text": hostile})
     for piece, _ in show_tokens(smoke.tokenizer, hostile):
-        assert piece.replace(" ", "·").replace("\n", "⏎") in page(explorer)
+        assert repr(piece)[1:-1].replace(" ", "·") in page(explorer)
     move(explorer, {"text": ""})
     assert f"{hostile}: 0 tokens" in page(explorer)
-
-
-def test_a_tokenizer_that_cannot_be_shown_is_a_line():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    backend = Tokenizer(WordLevel({"<法>": 0}, unk_token="<法>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert "not byte-level" in page(widgets.token_explorer({"words": tokenizer}, "法国"))
 
 
 # Playground

@@ -13,7 +13,7 @@ notebook              its modules                                 what they are 
 06_evaluate           ``evaluation``, ``generation``              measure a model, let it write
 07_look_inside        ``inside``, ``pictures``                    the model written out and drawn
 08_chat               ``conversations``, ``chat``, ``tuning``     from completing to answering
-09_scale_out          ``__main__``                                the same from a shell
+09_scale_out          ``planning``, ``__main__``                  the time you have, from a shell
 10_experiments        ``runs``                                    short runs that answer questions
 ====================  ==========================================  ================================
 

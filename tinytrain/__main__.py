@@ -18,11 +18,14 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import typing
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tinytrain import results, runs, steps
 from tinytrain.common import (
@@ -33,10 +36,12 @@ from tinytrain.common import (
     safe_text,
     setup_logging,
 )
-from tinytrain.recipes import RECIPES, Recipe, get_recipe
+from tinytrain.planning import get_recipe
+from tinytrain.recipes import RECIPES, Recipe
 
 _EXAMPLES = """examples:
   python -m tinytrain train --recipe pocket
+  python -m tinytrain train --hours 1 --corpus my.jsonl
   python -m tinytrain train --recipe wiki --set learning_rate=2e-3 max_steps=2000
   python -m tinytrain generate "法国的首都是" --temperature 0.8 --top-p 0.9
   python -m tinytrain tune --recipe pocket
@@ -97,9 +102,12 @@ def train(options: argparse.Namespace) -> int:
     _show_no_bars()
     recipe = options.recipe
     if options.more is not None:
+        if recipe.hours:
+            raise ValueError("--more counts steps and this run goes by hours: name more --hours")
         checkpoints = steps.run_folder(recipe) / "checkpoints"
         recipe = replace(recipe, max_steps=longer_run(checkpoints, options.more))
-    result = runs.train_recipe(recipe, fresh=options.fresh, fsdp=options.fsdp)
+    spent = time.time() - psutil.Process().create_time()  # Python's start and the plan count too
+    result = runs.train_recipe(recipe, options.fresh, options.fsdp, spent)
     if rank() == 0 and result["finished"]:
         print(f"held-out loss  {result['held_out_loss']:.3f}")
         print(f"bits per character  {result['bits_per_character']:.2f}")
@@ -287,18 +295,20 @@ def _shown(path: Path) -> Path:
 def _parse_recipe(options: argparse.Namespace) -> Recipe:
     """Return the recipe that the options describe."""
     has_gpu = False
-    if not (options.recipe or os.environ.get("TINYTRAIN_RECIPE")):
+    if not (options.recipe or options.hours or os.environ.get("TINYTRAIN_RECIPE")):
         import torch
 
         has_gpu = torch.cuda.is_available()
-    recipe = get_recipe(options.recipe, has_gpu=has_gpu)
+    if options.hours is not None and options.recipe:
+        raise ValueError("--hours makes a recipe of its own: leave out --hours or --recipe")
     changes = dict(_parse_change(text) for text in options.set)
     options.changed = set(changes)
     if options.corpus:
         changes["corpus"] = options.corpus
     if getattr(options, "chats", None):
         changes["chats"] = options.chats
-    return replace(recipe, **changes)
+    name = options.recipe if options.hours is None else options.hours
+    return get_recipe(name, has_gpu, **changes)
 
 
 def _parse_change(text: str) -> tuple[str, Any]:
@@ -361,6 +371,7 @@ def _common_options() -> argparse.ArgumentParser:
     add = common.add_argument
     names = f"one of {', '.join(RECIPES)} (default: wiki with a GPU, pocket without)"
     add("--recipe", metavar="NAME", help=names)
+    add("--hours", type=float, help="make a recipe for the time you have, e.g. 0.5")
     add("--corpus", metavar="FILE", help="a text of your own, in place of its own")
     changes = "change hyperparameters of the recipe (tinytrain/recipes.py lists them), "
     changes += "e.g. --set learning_rate=1e-3 max_steps=500"

@@ -15,14 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinytrain.common import (
-    context_of,
-    continue_rows,
-    encode_each,
-    encode_text,
-    safe_text,
-    sample,
-)
+from tinytrain.common import context_of, continue_rows, encode_each, encode_text, safe_text, sample
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,12 +50,8 @@ def add_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     """Return a copy of a tokenizer with `CHAT_TEMPLATE`, whatever template it had.
 
     Its padding is ``<|endoftext|>``, not the ``<|im_end|>`` that ends an answer: what hides the
-    padding from the loss would hide the end of the answer too.
-
-    Raises
-    ------
-    ValueError
-        If the tokenizer has no such tokens. A new one would need a row in a trained embedding.
+    padding from the loss would hide the end of the answer too. A tokenizer without such tokens is
+    a ValueError: a new one would need a row in a trained embedding.
     """
     tokenizer = copy.deepcopy(tokenizer)
     added = tokenizer.get_added_vocab()
@@ -75,22 +64,18 @@ def add_chat_template(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
     return tokenizer
 
 
-# Rows to train on
-
-
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, context_length: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of a conversation, and labels that count where the assistant speaks.
 
     They are those of ``apply_chat_template(messages, return_assistant_tokens_mask=True)``, but each
-    content is tokenized by itself. So an ``<|im_end|>`` that a user typed stays text, and a line
-    end that begins an answer is not merged with the prompt's, which comes first in talking too.
+    content is tokenized by itself, so that an ``<|im_end|>`` that a user typed stays text.
 
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
-        One with ``<|im_start|>`` and ``<|im_end|>``, from `add_chat_template`.
+        From `add_chat_template`.
     messages : sequence of mapping
         Turns with ``role`` (system, user, assistant) and ``content``.
     context_length : int, optional
@@ -104,11 +89,9 @@ def encode_conversation(
 
     Examples
     --------
-    >>> from tinytrain.tokenization import train_tokenizer
-    >>> tokenizer = add_chat_template(train_tokenizer(["你好。你好！"], 270))
     >>> messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好！"}]
-    >>> ids, labels = encode_conversation(tokenizer, messages)
-    >>> tokenizer.decode([label for label in labels if label != -100])
+    >>> ids, labels = encode_conversation(tokenizer, messages)  # doctest: +SKIP
+    >>> tokenizer.decode([label for label in labels if label != -100])  # doctest: +SKIP
     '你好！<|im_end|>'
     """
     [(ids, labels, _)] = _encode(tokenizer, [messages], context_length or math.inf)
@@ -154,22 +137,13 @@ def chat_rows(
 ) -> Dataset:
     """Return conversations as rows to train on, and log how many are cut or left out.
 
-    Parameters
-    ----------
-    conversations, tokenizer, context_length
-        A sequence of what `encode_conversation` takes, and the rest as there.
-
-    Returns
-    -------
-    datasets.Dataset
-        Columns ``input_ids`` and ``labels``, int32, of different lengths. A conversation without an
-        answer, or whose last turns alone do not fit, is left out: no row is without labels.
+    The columns ``input_ids`` and ``labels`` are int32, as of `encode_conversation`. A conversation
+    without an answer, or whose last turns alone do not fit, is left out: no row is without labels.
     """
     import numpy as np
     from datasets import Dataset
 
-    rows: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
-    cut = 0
+    rows, cut = {"input_ids": [], "labels": []}, 0
     encoded = _encode(tokenizer, conversations, context_length)
     for messages, (ids, labels, kept) in zip(conversations, encoded, strict=True):
         if any(label != _IGNORED_LABEL for label in labels):
@@ -189,30 +163,16 @@ def chat_rows(
 def pack_conversations(rows: Dataset, context_length: int, pad_token_id: int) -> Dataset:
     """Put several conversations into each row, so that little of a batch is padding.
 
-    Positions start over with each conversation. From that, transformers (eager and SDPA attention)
-    knows where one begins, and masks those before it: the loss is as if each had its own row.
-
-    Parameters
-    ----------
-    rows : datasets.Dataset
-        Those of `chat_rows`, for the same context.
-    context_length : int
-        Tokens of a row.
-    pad_token_id : int
-        Fills a row up; nothing is learned from it.
-
-    Returns
-    -------
-    datasets.Dataset
-        ``input_ids``, ``labels`` and ``position_ids``, int32, each ``context_length`` long.
+    Takes what `chat_rows` returns for the same context, and adds ``position_ids``, which start over
+    with each conversation. From that, transformers (eager and SDPA attention) knows where one
+    begins, and masks those before it: the loss is as if each had its own row.
     """
     import numpy as np
     from datasets import Dataset
 
     empty = [[pad_token_id] * context_length, [_IGNORED_LABEL] * context_length]
     empty = np.array([*empty, range(context_length)], dtype=np.int32)
-    packed = []
-    used = context_length
+    packed, used = [], context_length
     for row in rows:
         length = len(row["input_ids"])
         if used + length > context_length:
@@ -240,26 +200,13 @@ def colour_conversation(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
     return f'<div style="white-space:pre-wrap">{"".join(spans)}</div>'
 
 
-# Talking
-
-
 def answer_each(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[str],
     max_new_tokens: int = 40,
 ) -> list[str]:
-    """Return the likeliest answer to each question, asked by itself in a new conversation.
-
-    Parameters
-    ----------
-    model, tokenizer
-        As for `Chat`.
-    questions : sequence of str
-        What the user says.
-    max_new_tokens : int
-        Where to stop if the model does not end its turn.
-    """
+    """Return the likeliest answer to each question, asked by itself in a new conversation."""
     asked = [[{"role": "user", "content": question}] for question in questions]
     room = context_of(model) - 1
     prompt, stops = _prompt(tokenizer)
@@ -286,14 +233,9 @@ class Chat:
     Attributes
     ----------
     messages : list of dict
-        The turns so far, as the model sees them.
+        The turns so far, without those that were dropped.
     dropped : int
         How many of the oldest turns were dropped for the last answer.
-
-    Examples
-    --------
-    >>> Chat(model, tokenizer).reply("法国的首都是哪里？")  # doctest: +SKIP
-    '巴黎。'
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, system: str | None = None):
@@ -303,7 +245,7 @@ class Chat:
 
     def reset(self) -> None:
         """Start over."""
-        self.messages, self.dropped = list(self._beginning), 0
+        self.messages, self.dropped = [*self._beginning], 0
 
     def reply(
         self,
@@ -315,18 +257,9 @@ class Chat:
     ) -> str:
         """Return the model's answer, and add both turns to the conversation.
 
-        An interrupt (Ctrl-C) ends the answer too: what was written until then counts, and if
-        nothing was, the question is forgotten. If the conversation becomes too long for the
-        context, its oldest turns are dropped, which is logged.
-
-        Parameters
-        ----------
-        text : str
-            What the user says. A special token that is spelled out in it is text.
-        on_text : callable, optional
-            Receives each piece of the answer as it is written.
-        max_new_tokens, temperature, **sampling
-            As for `tinytrain.common.sample`; by default the likeliest token is taken.
+        Ctrl-C ends the answer too: what was written until then counts, and if nothing was, the
+        question is forgotten. Turns that no longer fit the context are dropped, which is logged.
+        The other parameters are those of `tinytrain.common.sample`.
 
         Raises
         ------
@@ -337,8 +270,7 @@ class Chat:
         if not text.strip():
             raise ValueError("the message is empty: write something to answer")
         asked = [*self.messages, {"role": "user", "content": text}]
-        header, stops = _prompt(self.tokenizer)
-        context = context_of(self.model)
+        (header, stops), context = _prompt(self.tokenizer), context_of(self.model)
         room = context - min(max_new_tokens, context // 4) - len(header)
         [(ids, _, kept)] = _encode(self.tokenizer, [asked], room)
         if not kept:

@@ -1,8 +1,7 @@
 """Training that goes on where it stopped, with any Hugging Face Trainer.
 
 A checkpoint counts only once it is complete, and it records what it was made from, so that two
-different runs never mix. `train` resumes from the newest one, lets one process at a time train in
-a folder, makes the batch smaller where memory is short, and says in a line what ended a run early.
+different runs never mix.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,7 @@ _STEPS = {"max_steps", "epochs", "num_train_epochs"}  # may grow: a run can be m
 class _CheckpointKeeper(TrainerCallback):
     """Marks each checkpoint when it is complete, and only then removes older ones.
 
-    The Trainer writes straight into a checkpoint's folder, so that a crash leaves a part of one,
-    and it tells old from new by the clock, which may jump. Here ``complete.json`` is written last,
-    with sizes, hashes and what the run was made from, and the step tells the age.
+    The Trainer alone leaves half a checkpoint after a crash, and tells old from new by the clock.
     """
 
     def __init__(self, limit: int | None, made_from: dict[str, Any]):
@@ -82,8 +79,8 @@ class _CheckpointKeeper(TrainerCallback):
         last = lr_scheduler.base_lrs[0] * lr_scheduler.lr_lambdas[0](state.max_steps - 1)
         logger.info(
             f"{state.max_steps:,} steps in place of {planned:,}: from here on the learning rate is "
-            f"that of a run of {state.max_steps:,} steps, {lr_scheduler.get_last_lr()[0]:.2g} at "
-            f"step {state.global_step + 1:,} and {last:.2g} at the last"
+            f"that of such a run, {lr_scheduler.get_last_lr()[0]:.2g} at step "
+            f"{state.global_step + 1:,} and {last:.2g} at the last"
         )
 
     def on_save(self, args, state, control, model=None, **kwargs):
@@ -109,7 +106,7 @@ class _CheckpointKeeper(TrainerCallback):
 
 
 def _all_finite(model: torch.nn.Module, device: torch.device) -> bool:
-    """Tell whether the weights are finite, in all processes; so large that they overflow is not."""
+    """Tell whether all weights, in all processes, are finite and far from overflowing."""
     norm = torch.nn.utils.get_total_norm(model.parameters())
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return bool(reduce(norm.to(device), "sum").isfinite())  # with FSDP each has a part of them
@@ -122,8 +119,8 @@ def _mark_complete(checkpoint: Path, made_from: dict[str, Any]) -> None:
         with (checkpoint / name).open("rb+") as file:
             sync_to_disk(file)  # a machine that loses power may lose what is in memory
     sizes = {name: (checkpoint / name).stat().st_size for name in hashes}
-    values = {**made_from, "files": sizes, "hashes": hashes}
-    write_json(checkpoint / _COMPLETION_FILE, values, sync=True)
+    made_from = {**made_from, "files": sizes, "hashes": hashes}
+    write_json(checkpoint / _COMPLETION_FILE, made_from, sync=True)
 
 
 def _completion(checkpoint: Path) -> dict[str, Any]:
@@ -136,16 +133,15 @@ def _state_of(checkpoint: Path) -> TrainerState:
 
 def _why_incomplete(checkpoint: Path, thorough: bool = False) -> str:
     """Return what a checkpoint lacks, or an empty string; read its files if it is thorough."""
-    if not (checkpoint / _COMPLETION_FILE).exists():
-        return "its writing was not finished"
     name = _COMPLETION_FILE
+    if not (checkpoint / name).exists():
+        return "its writing was not finished"
     try:
         completion = _completion(checkpoint)
-        completion["inputs"].items()
         for name, size in completion["files"].items():
             if (checkpoint / name).stat().st_size != size:
                 return f"{name} is damaged"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError):
         return f"{name} is missing or damaged"
     damaged = damaged_file(checkpoint, completion.get("hashes", {})) if thorough else None
     return f"{damaged} is damaged" if damaged else ""
@@ -162,27 +158,16 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def last_checkpoint(folder: str | Path, thorough: bool = False) -> Path | None:
-    """Return the newest complete checkpoint in a folder, or None.
+    """Return the newest complete checkpoint, a folder ``checkpoint-<step>``, or None.
 
-    One that a crash left half-written, or that was damaged since, is passed over with a warning.
-
-    Parameters
-    ----------
-    folder : str or Path
-        Holds folders ``checkpoint-<step>``; need not exist.
-    thorough : bool
-        Compare the hashes of all files too, and not only their sizes.
+    One that was left half-written, or damaged since, is passed over with a warning. If it is
+    ``thorough``, the hashes of all files are compared, and not only their sizes.
     """
     for path in _newest_first(Path(folder)):
         if not (problem := _why_incomplete(path, thorough)):
             return path
         logger.warning("%s is passed over: %s", path.name, problem)
     return None
-
-
-def checkpoint_inputs(checkpoint: str | Path) -> dict[str, Any]:
-    """Return what a complete checkpoint was made from, as given to `train`."""
-    return _completion(Path(checkpoint))["inputs"]
 
 
 def recorded_precision(checkpoint: str | Path) -> str | None:
@@ -201,7 +186,7 @@ def longer_run(folder: str | Path, more: int) -> int:
 
 
 def _made_from(trainer: Trainer, inputs: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what decides the outcome: the inputs and, of the Trainer's arguments, the rest."""
+    """Return what decides the outcome: the inputs and the Trainer's arguments."""
     args = trainer.args
     arguments = {name: getattr(args, name, None) for name in _DECISIVE}
     arguments["optim"] = str(args.optim.value).removesuffix("_fused")  # the same, computed faster
@@ -223,19 +208,17 @@ def train(
     """Train to the end, from the newest complete checkpoint if there is one.
 
     A run goes on only if its inputs, and the Trainer's arguments that decide the outcome, are the
-    same; another one is moved aside, never deleted, and the log names the difference. The precision
-    may change, and how many processes share a step; more steps make a run longer. A finished run is
-    otherwise not trained further: its weights are loaded and its plot is shown again. However the
-    training ends, the callbacks that have a method ``close`` are closed in their order.
+    same; another one is moved aside, never deleted, and the log names the difference. Precision and
+    number of processes may change, and more steps make a run longer. A finished run is only loaded,
+    and its plot is shown again. At the end, callbacks that have a method ``close`` are closed.
 
     Parameters
     ----------
     trainer : transformers.Trainer
         ``args.output_dir`` holds the checkpoints. What callbacks write to, if they name it in an
-        attribute ``path``, is moved aside together with them.
+        attribute ``path``, is moved aside with them, and so are the files and folders ``results``.
     inputs : dict, optional
-        What else decides the outcome, as values that JSON can hold: fingerprints of text and
-        tokenizer, the shape of the model.
+        What else decides the outcome, as values that JSON can hold.
     fresh : bool
         Start over even though there is a checkpoint; the earlier run is kept aside.
     halve_batch : bool
@@ -243,20 +226,14 @@ def train(
         accumulation: the same tokens a step, a little slower.
     make_model : callable, optional
         Returns the model as it was before: needed to start over once it has been trained.
-    results : sequence of Path
-        Files and folders with what came out of the run, moved aside as well.
 
     Raises
     ------
-    LossError
-        If a `tinytrain.callbacks.LossGuard` stops the run.
-    torch.OutOfMemoryError
-        If the GPU's memory is too small.
-    OSError
-        If the folder cannot be written to or the disk is full.
+    LossError, torch.OutOfMemoryError, OSError
+        If a `tinytrain.callbacks.LossGuard` stops the run; if the GPU's memory is too small; if the
+        disk is full or the folder cannot be written to.
     RuntimeError
-        If another run trains in the same folder, or if the model would have to start over and
-        ``make_model`` is missing.
+        If another run trains in the folder, or ``make_model`` is needed and missing.
     """
     folder = Path(trainer.args.output_dir)
     made_from = _made_from(trainer, inputs)
@@ -302,8 +279,13 @@ def _train_from(
         state, before = _state_of(checkpoint), _completion(checkpoint).get("arguments", {})
         asked = {name: getattr(trainer.args, name) for name in ("max_steps", "num_train_epochs")}
         end = state.max_steps if asked.items() <= before.items() else _total_steps(trainer)
-        if state.global_step >= end:  # the Trainer would train one step too many
-            _load_finished_run(trainer, checkpoint, state)
+        if state.global_step >= end:  # the Trainer would make a step too many
+            logger.info("this run is finished: its model is loaded, nothing is trained")
+            load_model(trainer.model, checkpoint / "model.safetensors")
+            trainer.state, handler = state, trainer.callback_handler
+            handler.train_dataloader = trainer.get_train_dataloader()
+            handler.on_train_begin(trainer.args, state, trainer.control)  # displays show it again
+            handler.on_train_end(trainer.args, state, trainer.control)
             return True
         if any(checkpoint.glob("pytorch_model_fsdp*")) != trainer.is_fsdp_enabled:
             made = "without" if trainer.is_fsdp_enabled else "with"
@@ -329,20 +311,7 @@ def _train_from(
 
 
 def _total_steps(trainer: Trainer) -> int:
-    if trainer.args.max_steps > 0:
-        return trainer.args.max_steps
-    *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    return steps
-
-
-def _load_finished_run(trainer: Trainer, checkpoint: Path, state: TrainerState) -> None:
-    logger.info("this run is finished: its model is loaded, nothing is trained")
-    load_model(trainer.model, checkpoint / "model.safetensors")
-    trainer.state = state
-    trainer.callback_handler.train_dataloader = trainer.get_train_dataloader()
-    # Displays show the run again.
-    trainer.callback_handler.on_train_begin(trainer.args, state, trainer.control)
-    trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
 def _quiet_transformers() -> None:
@@ -353,10 +322,9 @@ def _quiet_transformers() -> None:
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    tied = "missing keys in the checkpoint" in text and "['lm_head.weight']" in text  # stored once
-    rhythm = "do not match the ones in the `trainer_state.json`" in text
-    return not (tied or rhythm)
+    # A tied matrix is stored once; `on_train_begin` sets another rhythm of logging.
+    expected = ("checkpoint model loaded: ['lm_head.weight']", "do not match the ones in")
+    return not any(words in record.getMessage() for words in expected)
 
 
 @contextmanager
@@ -371,28 +339,23 @@ def _opened_by_rank_zero(
     with ExitStack() as stack:
         if rank() == 0:
             try:
-                stack.enter_context(_locked(folder))
+                with writing_to(folder.parent):
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    # The system releases it even if this process is killed.
+                    lock = FileLock(folder.with_name(folder.name + ".lock"))
+                    stack.enter_context(lock.acquire(timeout=0))
                 found = _open_run(trainer, made_from, fresh, files)
+            except Timeout:
+                found = RuntimeError(
+                    f"another process trains in {folder.parent} (it holds {folder.name}.lock): "
+                    "wait for its end, stop it, or take another folder (notebooks: TINYTRAIN_RUNS)"
+                )
             except Exception as error:
                 found = error
         found = broadcast_object_list([found])[0]
         if isinstance(found, Exception):
             raise found
         yield found
-
-
-def _locked(folder: Path) -> AbstractContextManager:
-    """Take a lock beside the folder, which the system releases even if this process is killed."""
-    lock = FileLock(folder.with_name(folder.name + ".lock"))
-    with writing_to(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return lock.acquire(timeout=0)
-        except Timeout:
-            raise RuntimeError(
-                f"another process trains in {folder.parent} (it holds {folder.name}.lock): "
-                "wait for its end, stop it, or choose another folder (notebooks: TINYTRAIN_RUNS)"
-            ) from None
 
 
 def _open_run(trainer: Trainer, made_from: dict, fresh: bool, files: Sequence[Path]) -> Path | None:
@@ -407,6 +370,7 @@ def _open_run(trainer: Trainer, made_from: dict, fresh: bool, files: Sequence[Pa
     if reason:
         aside = _move_aside(folder, files)
         logger.info("starting over (%s); the earlier run is kept as %s", reason, aside.name)
+        checkpoint = None
     elif checkpoint:
         for path in takewhile(lambda path: path != checkpoint, _newest_first(folder)):
             (path / _COMPLETION_FILE).unlink(missing_ok=True)  # damaged, soon to be written over
@@ -414,9 +378,8 @@ def _open_run(trainer: Trainer, made_from: dict, fresh: bool, files: Sequence[Pa
         was, now = recorded_precision(checkpoint), made_from["arguments"]["precision"]
         if was not in (None, now):
             logger.info("computed in %s so far, from here on in %s", was, now)
-        return checkpoint
     folder.mkdir(parents=True, exist_ok=True)
-    return None
+    return checkpoint
 
 
 def _changes(checkpoint: Path, now: dict[str, Any], trainer: Trainer) -> str:
@@ -424,13 +387,9 @@ def _changes(checkpoint: Path, now: dict[str, Any], trainer: Trainer) -> str:
     before = _completion(checkpoint)
     changed: dict[str, tuple] = {}
     for part, new in now.items():
-        old = before.get(part, {})
-        names = {**old, **new}
-        if part == "arguments" or "arguments" not in before:  # of another version: what both know
-            names = [name for name in old if name in new]
-        for name in names:
-            if old.get(name) != new.get(name):
-                changed.setdefault(name, (old.get(name), new.get(name)))
+        for name, value in before.get(part, {}).items():  # of what both know
+            if name in new and new[name] != value:
+                changed.setdefault(name, (value, new[name]))
     changed.pop("precision", None)
     # Processes that cannot share a batch evenly take up to one row more each.
     processes = max(changed.pop("processes", (1, 1)))
@@ -472,10 +431,9 @@ def _explain_out_of_memory(trainer: Trainer, error: torch.OutOfMemoryError) -> s
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    # safetensors and torch.save report it in their own terms.
-    reports = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos ")
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or any(report in str(error) for report in reports)
+    reports = ["No space left on device", "Disk quota exceeded"]
+    reports += ["PytorchStreamWriter failed", "unexpected pos "]  # as torch.save says it
+    return any(report in str(error) for report in reports)
 
 
 def _clear_full_disk(folder: Path, error: Exception) -> str:

@@ -1,7 +1,6 @@
-"""What several modules share.
+"""What several modules share: logging, files, text to token ids, plots, sampling, speed.
 
-Logging and output, processes, files, text to token ids, numbers for reading, plots, speed. A module
-that you copy into your own project may need this file beside it, and nothing else.
+A module that you copy into your own project may need this file beside it, and nothing else.
 """
 
 from __future__ import annotations
@@ -48,10 +47,8 @@ class _StdoutHandler(logging.StreamHandler):
     """Writes to whatever ``sys.stdout`` is now: a notebook kernel and pytest replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if DISPLAYS and getattr(record, "progress", False):
-            return
-        self.stream = sys.stdout
-        if self.stream:  # None if it was closed before the start
+        if not (DISPLAYS and getattr(record, "progress", False)):
+            self.stream = sys.stdout
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -65,18 +62,11 @@ class _SafeFormatter(logging.Formatter):
         return safe_text(super().format(record))
 
 
-def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO) -> logging.Logger:
+def setup_logging(log_file: str | Path | None = None) -> logging.Logger:
     """Send what the logger ``tinytrain`` gets to stdout and to a file, and return the logger.
 
-    The file remains when the browser tab is gone, and it has the progress that a plot shows, too.
-    Calling this again replaces the earlier set-up, so no message is ever shown twice.
-
-    Parameters
-    ----------
-    log_file : str or Path, optional
-        Usually ``training.log``, to append to; its folder is made. Without it stdout is all.
-    level : int
-        The least severe level that is shown.
+    The file, usually ``training.log``, is appended to, and its folder is made. Calling this again
+    replaces the earlier set-up, so no message is ever shown twice.
     """
     print_any_character()
     logger = logging.getLogger("tinytrain")
@@ -85,14 +75,14 @@ def setup_logging(log_file: str | Path | None = None, level: int = logging.INFO)
         handler.close()
     handlers: list[logging.Handler] = [_StdoutHandler()]
     if log_file is not None:
-        with writing_to(Path(log_file).parent):
-            Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        with writing_to(folder := Path(log_file).parent):
+            folder.mkdir(parents=True, exist_ok=True)
             handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
     formatter = _SafeFormatter("%(asctime)s - %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S")
     for handler in handlers:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     # Colab gives the root logger a handler of its own, which would repeat every line.
     logger.propagate = False
     return logger
@@ -130,8 +120,7 @@ def in_notebook() -> bool:
 class NotebookOutput:
     """One output of a notebook's cell, which each later one replaces."""
 
-    def __init__(self):
-        self._handle = None
+    _handle = None
 
     def show(self, text: str, png: bytes | None = None) -> None:
         """Show a picture, or the text where there is none or it cannot be shown."""
@@ -157,8 +146,7 @@ def world_size() -> int:
 def atomic_write(path: str | Path, content: str | bytes, sync: bool = False) -> None:
     """Write a file, text as UTF-8, so that a reader finds the old content or the new, never a part.
 
-    The folder is made. With `sync` wait for the disk: a machine that loses power may lose what is
-    only in memory.
+    The folder is made. With `sync` wait for the disk, in case the machine loses power.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,8 +237,7 @@ def append_json_line(path: str | Path, line: Any) -> None:
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines; one that is damaged or still being written is left out."""
-    lines = []
-    texts = Path(path).read_bytes().split(b"\n")
+    lines, texts = [], Path(path).read_bytes().split(b"\n")
     for number, text in enumerate(texts, 1):
         try:
             lines.append({**json.loads(text)})
@@ -261,10 +248,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_history(path: str | Path) -> list[dict[str, Any]]:
-    """Read the history of a run, past or still going on, from its folder or ``history.jsonl``.
-
-    If there is none, it raises a FileNotFoundError.
-    """
+    """Read the history of a run, past or still going on, from its folder or ``history.jsonl``."""
     path = Path(path)
     if path.is_dir():
         path = path / "history.jsonl"
@@ -284,14 +268,14 @@ _PLACE_TO_CUT = re.compile("(?<=[A-Za-z\u4e00-\u9fa5])(?=[\n 。，、；：？�
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Return a fast tokenizer's backend as it would be if nothing in a text were special.
+    """Return a byte-level tokenizer's backend as it would be if nothing in a text were special.
 
     Called itself, a tokenizer turns ``<|im_start|>`` or ``<tool_call>`` in a text into a control
     token, which only a program should place. Call this one with ``add_special_tokens=False``.
     """
-    from tokenizers import Regex, Tokenizer, pre_tokenizers
+    from tokenizers import Tokenizer
 
-    backend, signs = tokenizer.backend_tokenizer, []
+    backend = tokenizer.backend_tokenizer
     encoder = Tokenizer(backend.model)  # shared, not copied
     for part in ("normalizer", "pre_tokenizer", "post_processor"):
         if getattr(backend, part) is not None:
@@ -301,15 +285,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
             encoder.add_tokens([token])  # ordinary text
         else:
             encoder.add_special_tokens([token])
-            signs.append(token.content)
     encoder.encode_special_tokens = True  # as ordinary text
-    # A model without merges may have control tokens among its own: cut their names.
-    found = encoder.encode_batch(signs, add_special_tokens=False)
-    pairs = zip(signs, found, strict=True)
-    if signs := [sign for sign, one in pairs if encoder.token_to_id(sign) in one.ids]:
-        cut = "|".join(f"{re.escape(sign[0])}(?={re.escape(sign[1:])})" for sign in signs)
-        cuts = [pre_tokenizers.Split(Regex(cut), "isolated"), encoder.pre_tokenizer]
-        encoder.pre_tokenizer = pre_tokenizers.Sequence([each for each in cuts if each])
     return encoder
 
 
@@ -321,9 +297,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> lis
 def encode_each(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """Yield the token ids of each text as int32, none of them special: see `text_encoder`.
 
-    All text becomes ids here, so that a model is measured and used on what it was trained on. A
-    long one is cut after a letter, which changes no token of a byte-level tokenizer; only where
-    32,000 characters have no such place, or in another family, one or two a cut may differ.
+    A long text is cut after a letter, which changes no token of a byte-level tokenizer; only where
+    32,000 characters have no such place, one or two a cut may differ.
     """
     import numpy as np
 
@@ -340,27 +315,24 @@ def encode_each(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Ite
 def _calls(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
     """Yield what to encode in one call: parts of texts, each with whether it ends its text."""
     call, size = [], 0
-    for text in texts:
-        parts = list(cut_text(text))
-        for number, part in enumerate(parts, 1):
-            call.append((part, number == len(parts)))
-            size += len(part) + 1
-            if size > _CALL:
-                yield call
-                call, size = [], 0
-    if call:
-        yield call
+    for part, ends in (each for text in texts for each in cut_text(text)):
+        call.append((part, ends))
+        size += len(part) + 1
+        if size > _CALL:
+            yield call
+            call, size = [], 0
+    yield call
 
 
-def cut_text(text: str) -> Iterator[str]:
-    """Yield the parts of a text, which become the same tokens as the whole; see `encode_each`."""
+def cut_text(text: str) -> Iterator[tuple[str, bool]]:
+    """Yield the parts of a text, which become the same tokens, and whether each is the last."""
     start = 0
     while len(text) - start > 2 * _PART:
         found = _PLACE_TO_CUT.search(text, start + _PART, start + 2 * _PART)
         end = found.start() if found else start + 2 * _PART
-        yield text[start:end]
+        yield text[start:end], False
         start = end
-    yield text[start:]
+    yield text[start:], True
 
 
 def format_seconds(seconds: float) -> str:
@@ -410,10 +382,9 @@ def chinese_font() -> str | None:
 
 
 def plot_label(text: str) -> str:
-    """Return a label in Chinese for the Chinese notebooks, where a font can write it.
+    """Return a label in Chinese for the notebooks of the folder ``zh``, where a font can write it.
 
-    Those notebooks are in a folder ``zh``, in which Jupyter runs them. What has no translation in
-    ``data/labels.zh.json``, the name of a recipe for example, stays as it is.
+    What has no translation in ``data/labels.zh.json``, such as a recipe's name, stays as it is.
     """
     if Path.cwd().name == "zh" and chinese_font():
         for pattern, chinese in _chinese_labels().items():
@@ -495,35 +466,26 @@ def sample(
 ) -> str:
     """Let a model write after these token ids, sampling each token, and return the new text.
 
-    A sampling parameter out of its range is a ValueError.
-
     Parameters
     ----------
     model, tokenizer
         A causal language model of transformers and its tokenizer.
-    ids : sequence of int
-        Fewer than the model's context.
-    stops : sequence of int
-        The tokens that end the text.
+    ids, stops : sequence of int
+        Fewer than the model's context, and the tokens that end the text.
     max_new_tokens : int
         Where to stop if the model does not; it also stops where its context is full.
     temperature : float
         Below 1, likely tokens become likelier; above 1, rare ones do. 0 is greedy.
-    top_k : int
-        Sample only from this many of the likeliest tokens; 0 samples from all.
-    top_p : float
-        Sample only from the likeliest tokens that together have this probability.
+    top_k, top_p
+        Sample only from so many of the likeliest tokens (0: from all), and only from those that
+        together have this probability (Holtzman et al., 2020, arXiv:1904.09751).
     repetition_penalty : float
-        Above 1, makes every token that is already in the text less likely.
+        Above 1, makes every token that is already in the text less likely (Keskar et al., 2019,
+        arXiv:1909.05858).
     seed : int, optional
         The same seed writes the same text; torch's random state is left as it was.
     on_text : callable, optional
         Receives each piece of text as it is written: ``partial(print, end="", flush=True)``.
-
-    References
-    ----------
-    Holtzman et al., "The curious case of neural text degeneration", 2020, arXiv:1904.09751
-    (top-p); Keskar et al., "CTRL", 2019, arXiv:1909.05858 (repetition penalty).
     """
     import torch
     from transformers import TextStreamer
@@ -604,14 +566,8 @@ def check_sampling(
 class Speedometer:
     """The speed of a run since this was made; evaluations and checkpoints count as time.
 
-    Parameters
-    ----------
-    tokens_per_step : int
-        Tokens that a step learns from, where `args` and `train_dataloader` do not tell it.
-    state : transformers.TrainerState
-        The step that the run begins at.
-    args, train_dataloader
-        The Trainer's. By them the last step of an epoch, a shorter one, counts as what it is.
+    Of packed blocks, the Trainer's `args` and `train_dataloader` tell the tokens that a step learns
+    from, also of the last and shorter one of an epoch; of other data `tokens_per_step` does.
     """
 
     def __init__(

@@ -2,9 +2,7 @@
 
 The written ones tell the facts of half of the subjects: questions about the other half show what a
 model knows from its text. Some ask about invented names, and the answer is "I do not know": without
-them it would answer anything with confidence. All are short, so it learns short answers only.
-
-The wordings, and the parts of the invented names, are in ``data/conversations.json``.
+them it would answer anything with confidence. The wordings are in ``data/conversations.json``.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from functools import cache
 from importlib import resources
 from itertools import islice, product
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,8 +34,7 @@ class ChatQuestion(NamedTuple):
 
     The ``group`` says what the conversations have of it: ``"tuned"`` the question, word for word;
     ``"reworded"`` the fact, but nothing in this wording; ``"untaught"`` the wording, but nothing
-    about this subject; ``"invented"`` the wording, but not this name, nor its first half. A few of
-    the tuned questions are not learned from: `tinytrain.tuning` holds 64 conversations out.
+    about this subject; ``"invented"`` the wording, but not this name, nor its first half.
     """
 
     question: str
@@ -140,13 +137,8 @@ def _invented(which: str) -> list[_Fact]:
 def write_conversations(facts: _Table, seed: int = 2222) -> list[dict[str, Any]]:
     """Write conversations that tell the facts of half of the subjects, each in four wordings.
 
-    Parameters
-    ----------
-    facts : dict of list of dict
-        What `tinytrain.encyclopedia.read_facts` returns.
-    seed : int
-        Chooses longer conversations and the order, not which facts are told. The same seed gives
-        the same conversations on every platform.
+    The facts are those of `tinytrain.encyclopedia.read_facts`. The seed chooses what goes on for
+    several turns and the order, the same on every platform, not which facts are told.
 
     Returns
     -------
@@ -203,17 +195,8 @@ def _several_turns(
 def chat_questions(facts: _Table, limit: int | None = None) -> list[ChatQuestion]:
     """Return questions to ask a model before and after it is tuned on `write_conversations`.
 
-    Parameters
-    ----------
-    facts : dict of list of dict
-        What `tinytrain.encyclopedia.read_facts` returns.
-    limit : int, optional
-        At most so many of each group, a mixture of its domains.
-
-    Returns
-    -------
-    list of ChatQuestion
-        Group by group. Only about ``"invented"`` names is `UNKNOWN` right.
+    They come group by group; with a limit, so many of each, a mixture of its domains. Only about
+    ``"invented"`` names is `UNKNOWN` right.
     """
     taught, untaught = _split_facts(facts)
     groups = {
@@ -231,11 +214,8 @@ def chat_questions(facts: _Table, limit: int | None = None) -> list[ChatQuestion
     return questions
 
 
-_FORMATS = (".jsonl", ".ndjson", ".json", ".parquet")
-_COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _ROLES |= {"human": "user", "gpt": "assistant"}  # of ShareGPT
-_TOOLS = ("tool", "function", "function_call", "function_response", "observation")
 
 
 def load_conversations(path: str | Path) -> Dataset:
@@ -244,17 +224,8 @@ def load_conversations(path: str | Path) -> Dataset:
     Its name ends in ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet``, perhaps followed by ``.gz``
     or ``.xz``. A conversation has a field ``messages`` (a list of ``role`` and ``content``),
     ``conversations`` (the same, or ShareGPT's ``from`` and ``value``), or Alpaca's ``instruction``,
-    ``input`` and ``output`` (and ``history``); a ``system`` beside them comes first.
-
-    Parameters
-    ----------
-    path : str or Path
-
-    Returns
-    -------
-    datasets.Dataset
-        In memory, with one column ``messages``: lists of ``{"role": ..., "content": ...}``, where
-        user and assistant take turns, perhaps after a system turn.
+    ``input`` and ``output`` (and ``history``); a ``system`` beside them comes first. What you get
+    has one column ``messages``, in which user and assistant take turns, perhaps after a system.
 
     Raises
     ------
@@ -267,11 +238,12 @@ def load_conversations(path: str | Path) -> Dataset:
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; give the path of one")
     turn = pa.struct({"role": pa.string(), "content": pa.string()})
     schema = pa.schema({"messages": pa.list_(turn)})
-    found = ({"messages": _read_turns(row, place)} for place, row in _read_rows(Path(path)))
+    found = ({"messages": _read_turns(row, place)} for place, row in _read_rows(path))
     parts = iter(lambda: list(islice(found, 1000)), [])
     table = pa.Table.from_batches((pa.RecordBatch.from_pylist(p, schema) for p in parts), schema)
     if not table.num_rows:
@@ -281,47 +253,35 @@ def load_conversations(path: str | Path) -> Dataset:
 
 def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a file, each after its place."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    opener = _COMPRESSIONS.get(path.suffix.lower(), open)
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
     kind = (path if opener is open else path.with_suffix("")).suffix.lower()
-    if kind not in _FORMATS:
+    if kind not in (".jsonl", ".ndjson", ".json", ".parquet"):
         raise ValueError(
-            f"{path}: cannot tell the format by the name; it has to end in one of "
-            f"{' '.join(_FORMATS)}, perhaps followed by {' or '.join(_COMPRESSIONS)}"
+            f"{path}: cannot tell the format by the name; it has to end in .jsonl, .ndjson, .json "
+            "or .parquet, perhaps followed by .gz or .xz"
         )
+    place, rows = str(path), []
     try:
         with opener(path, "rb") as file:
             if kind == ".parquet":
                 batches = pq.ParquetFile(file).iter_batches(batch_size=1000)
                 rows = (row for batch in batches for row in batch.to_pylist())
-                yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+            elif file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                rows = json.loads(file.read())
             else:
-                yield from _json_rows(path, file)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowInvalid) as error:
+                for number, line in enumerate(file, 1):
+                    place = f"{path}, line {number}"
+                    if line.strip():
+                        yield place, json.loads(line)
+            for number, row in enumerate(rows, 1):
+                yield f"{path}, conversation {number}", row
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         raise ValueError(
-            f"{path}: cannot read it ({error}); the file is damaged or cut off, or is not what its "
-            "name says. Fetch or copy it again"
+            f"{place}: cannot read it ({error}); the file is damaged or cut off, or not what its "
+            "name says. JSON is one array of conversations, or has one on each line, in UTF-8"
         ) from None
-
-
-def _json_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    """Tell an array from lines by the first character."""
-    is_array = file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    for number, text in enumerate([file.read()] if is_array else file, 1):
-        place = str(path) if is_array else f"{path}, line {number}"
-        try:
-            value = json.loads(text) if text.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{place}: not valid JSON in UTF-8 ({error}); a file is one array of "
-                "conversations, or has one conversation on each line"
-            ) from None
-        if is_array:
-            yield from ((f"{path}, conversation {n}", row) for n, row in enumerate(value, 1))
-        elif text.strip():
-            yield place, value
 
 
 def _read_turns(row: Any, place: str) -> list[dict[str, str]]:
@@ -330,10 +290,7 @@ def _read_turns(row: Any, place: str) -> list[dict[str, str]]:
     turns = fields.get("messages", fields.get("conversations"))
     if turns is None and {"instruction", "output"} <= set(fields):
         asked = "\n".join(str(fields[k]) for k in ("instruction", "input") if fields.get(k))
-        try:
-            turns = _messages([*fields.get("history", []), (asked, fields["output"])])
-        except (TypeError, ValueError):
-            raise ValueError(f"{place}: 'history' is not a list of question and answer") from None
+        turns = _messages([*fields.get("history", []), (asked, fields["output"])])
     if not isinstance(turns, list):
         raise ValueError(
             f"{place}: has no list 'messages' or 'conversations', nor 'instruction' and 'output'; "
@@ -358,8 +315,6 @@ def _read_turn(turn: Any, place: str) -> dict[str, str]:
     fields = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else {}
     name = fields.get("role", fields.get("from"))
     content = fields.get("content", fields.get("value"))
-    if name in _TOOLS or fields.get("tool_calls"):
-        raise ValueError(f"{place}: calls of tools are not supported; leave this conversation out")
     if str(name) not in _ROLES:
         raise ValueError(f"{place}: unknown role {name!r}; use one of {', '.join(_ROLES)}")
     is_text = isinstance(content, str) and content.strip()

@@ -1,4 +1,4 @@
-"""What a model costs before anything is allocated: parameters, memory, FLOPs, time, and planning.
+"""What a model costs before anything is allocated: parameters, memory, FLOPs and time.
 
 All of it follows from the configuration in closed form, so that "what if" is answered in
 milliseconds, instead of building a model to see it run out of memory. Parameters and FLOPs are
@@ -8,12 +8,12 @@ exact; the memory of a training step depends on the kernels too and remains an e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tinytrain.common import format_seconds, new_axes, plot_label
-from tinytrain.recipes import SEED, Recipe, with_width
+from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -348,121 +348,3 @@ def plot_memory(recipe: Recipe, hardware: Any) -> Figure:
 
 def _size(gigabytes: float) -> str:
     return f"{gigabytes:.1f} GB" if gigabytes >= 0.1 else f"{gigabytes * 1000:.0f} MB"
-
-
-_FITTED_FROM = 44e6  # parameters of the smallest model that the law was fitted to
-
-
-def predicted_loss(parameters: float, tokens: float, corpus_tokens: float = math.inf) -> float:
-    """Predict the loss of a trained model from its size and its tokens, by Chinchilla's law.
-
-    ``1.82 + 482 / parameters ** 0.348 + 2085 / tokens ** 0.366``: what cannot be learned, what the
-    model is too small for, and what it has seen too little for. A text read again teaches less each
-    time; sixteen times over it is worth half as much as new text.
-
-    Parameters
-    ----------
-    parameters : float
-        Size of the model, embeddings included.
-    tokens : float
-        Tokens trained on.
-    corpus_tokens : float
-        Different tokens there are; beyond them the text is read again.
-
-    Returns
-    -------
-    float
-        Nats per token. The constants were fitted to English web text, a vocabulary of 32,000 tokens
-        and models from 44M to 16B parameters: for Chinese text, another tokenizer or a smaller
-        model the loss itself is off, and only which size comes out best can be relied on.
-
-    References
-    ----------
-    Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022, arXiv:2203.15556; the
-    constants by Besiroglu et al., "Chinchilla Scaling: A replication attempt", 2024,
-    arXiv:2404.10102; the worth of repeated text by Muennighoff et al., "Scaling Data-Constrained
-    Language Models", 2023, arXiv:2305.16264.
-    """
-    again = max(tokens / corpus_tokens - 1, 0.0)
-    if again:
-        tokens = corpus_tokens * (1 + 15.39 * (1 - math.exp(-again / 15.39)))
-    return 1.8172 + 482.01 / parameters**0.3478 + 2085.43 / tokens**0.3658
-
-
-class Plan(NamedTuple):
-    """A size of model, and what a budget of operations does with it."""
-
-    num_hidden_layers: int
-    hidden_size: int
-    parameters: int
-    tokens: float  # that the budget pays for
-    tokens_per_parameter: float
-    epochs: float  # how often the text is read
-    loss: float  # see `predicted_loss`
-
-
-def plan_sizes(
-    flops: float, vocab_size: int = 32_768, corpus_tokens: float = math.inf
-) -> list[Plan]:
-    """Spend one budget on models of all sizes: the larger the model, the fewer tokens are left.
-
-    Parameters
-    ----------
-    flops : float
-        Operations to spend: seconds times those that the hardware makes in a second of training,
-        which a probe tells (see `flops_per_token`).
-    vocab_size : int
-        Of the models.
-    corpus_tokens : float
-        Tokens of the text.
-
-    Returns
-    -------
-    list of Plan
-        From 1 to 40 layers in the guide's proportions, each 64 times as wide as deep.
-
-    Examples
-    --------
-    >>> best_plan(plan_sizes(1e18)).num_hidden_layers
-    10
-    """
-    if not flops > 0:
-        raise ValueError(f"a budget of {flops} operations buys nothing; it must be above 0")
-    plans = []
-    for layers in range(1, 41):
-        deeper = replace(SEED, num_hidden_layers=layers, vocab_size=vocab_size)
-        recipe = with_width(deeper, 64 * layers)
-        parameters = count_parameters(recipe)["total"]
-        tokens = flops / flops_per_token(recipe, recipe.context_length)["total"]
-        loss = predicted_loss(parameters, tokens, corpus_tokens)
-        ratio, epochs = tokens / parameters, tokens / corpus_tokens
-        plans.append(Plan(layers, 64 * layers, parameters, tokens, ratio, epochs, loss))
-    return plans
-
-
-def best_plan(plans: Sequence[Plan]) -> Plan:
-    """Return the plan with the lowest predicted loss."""
-    return min(plans, key=lambda plan: plan.loss)
-
-
-def plot_plans(budgets: Mapping[str, Sequence[Plan]]) -> Figure:
-    """Draw the predicted loss over the size of the model, from a list of plans for each budget.
-
-    Behind models smaller than those that the law was fitted to, the background is grey.
-    """
-    figure, axes = new_axes(8, 4.2)
-    for name, plans in budgets.items():
-        # A model that gets less than a token for ten parameters is off any law.
-        shown = [plan for plan in plans if plan.tokens_per_parameter > 0.1]
-        best = best_plan(plans)
-        label = f"{name}: {best.parameters / 1e6:,.0f}M, {best.tokens / 1e6:,.0f}M tokens"
-        sizes, losses = [plan.parameters for plan in shown], [plan.loss for plan in shown]
-        [line] = axes.plot(sizes, losses, label=label)
-        axes.plot(best.parameters, best.loss, "o", color=line.get_color())
-    smallest = min(plan.parameters for plans in budgets.values() for plan in plans)
-    if smallest < _FITTED_FROM:
-        label = "smaller than the law was fitted to"
-        axes.axvspan(smallest, _FITTED_FROM, color="0.93", zorder=0, label=label)
-    axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss (nats per token)")
-    axes.legend(edgecolor="none", framealpha=1)
-    return figure

@@ -3,8 +3,7 @@
 A model is marked too kindly on texts that it has seen. Comparing all pairs would take days, so
 locality-sensitive hashing proposes pairs that are probably alike, and each is then compared for
 real: what is reported is true, while a near duplicate just above the threshold may, rarely, be
-missed. A text without any such duplicate may still say again, sentence by sentence, what the
-training set says: `find_seen_sentences` measures that.
+missed.
 """
 
 from __future__ import annotations
@@ -33,29 +32,19 @@ _SENTENCE = re.compile(r"[^。！？；\n]+(?:[。！？；]+[”’」』）]*)
 
 
 class Duplicate(NamedTuple):
-    """A held-out document that is in the training set too.
+    """A held-out document that is in the training set too."""
 
-    Attributes
-    ----------
-    test, train : int
-        Row in the held-out set, and row of its most similar document in the training set.
-    similarity : float
-        Share of the two documents' character 5-grams that they have in common, 0 to 1.
-    kind : str
-        ``"exact"`` (the same characters) or ``"near"``.
-    """
-
-    test: int
-    train: int
-    similarity: float
-    kind: str
+    test: int  # its row in the held-out set
+    train: int  # row of its most similar document in the training set
+    similarity: float  # share of the character 5-grams that they have in common, 0 to 1
+    kind: str  # "exact" (the same characters) or "near"
 
 
 def find_duplicates(split: DatasetDict, threshold: float = 0.8) -> list[Duplicate]:
     """Find the held-out documents that are in the training set too, exactly or nearly.
 
-    Spaces, punctuation and case do not count. The documents may be on disk: the index takes some
-    500 bytes for each held-out one.
+    Spaces, punctuation and case do not count. Each held-out document that has duplicates is named
+    once, with its most similar one. The index takes some 500 bytes for each held-out document.
 
     Parameters
     ----------
@@ -63,12 +52,6 @@ def find_duplicates(split: DatasetDict, threshold: float = 0.8) -> list[Duplicat
         With ``"train"`` and ``"test"``, each with a column ``text``.
     threshold : float
         Least Jaccard similarity of a near duplicate, above 0 and at most 1.
-
-    Returns
-    -------
-    list of Duplicate
-        One for each held-out document that has a duplicate, with its most similar one, in the
-        order of the held-out set.
 
     References
     ----------
@@ -177,23 +160,7 @@ def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def drop_duplicates(split: DatasetDict, duplicates: list[Duplicate]) -> DatasetDict:
-    """Remove the held-out documents that are in the training set too.
-
-    The training set stays as it is, so that runs with and without this step learn from the same
-    text.
-
-    Parameters
-    ----------
-    split : datasets.DatasetDict
-        With ``"train"`` and ``"test"``.
-    duplicates : list of Duplicate
-        From `find_duplicates` on the same split.
-
-    Returns
-    -------
-    datasets.DatasetDict
-        The same training set, and what is left of the held-out set.
-    """
+    """Remove what `find_duplicates` found from the held-out set, and not from the training set."""
     from datasets import DatasetDict
 
     copies = {duplicate.test for duplicate in duplicates}
@@ -202,30 +169,19 @@ def drop_duplicates(split: DatasetDict, duplicates: list[Duplicate]) -> DatasetD
         raise ValueError(
             f"all {len(split['test']):,} held-out documents are in the training set too, so "
             "nothing would be left to measure with; hold out more (test_size), remove the "
-            "repetitions from the text, or keep them: --set drop_duplicates=false. Then the model "
-            "is measured on what it has learned from"
+            "repetitions from the text, or keep them: --set drop_duplicates=false"
         )
     logger.info(f"removed {len(copies):,} held-out documents, {len(kept):,} are left")
     return DatasetDict({"train": split["train"], "test": split["test"].select(kept)})
 
 
 class SeenSentences(NamedTuple):
-    """Every sentence of the held-out documents, and whether the training set has it too.
+    """Every sentence of the held-out documents, and whether the training set has it too."""
 
-    Attributes
-    ----------
-    test : numpy.ndarray, shape (sentences,)
-        Row of its document in the held-out set.
-    start, end : numpy.ndarray, shape (sentences,)
-        Its first character in the document, and the one after its last.
-    train : numpy.ndarray, shape (sentences,)
-        Row of the first training document that has the same sentence; -1 if none has.
-    """
-
-    test: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-    train: np.ndarray
+    test: np.ndarray  # the row of its document in the held-out set
+    start: np.ndarray  # its first character there
+    end: np.ndarray  # the one after its last
+    train: np.ndarray  # the row of the first training document that has it; -1 if none has
 
     def shares(self) -> tuple[float, float]:
         """Return the share of sentences that are in the training set, and of their characters."""
@@ -236,65 +192,39 @@ class SeenSentences(NamedTuple):
 
     def spans(self, row: int) -> list[tuple[int, int]]:
         """Return start and end of the seen sentences of one held-out document, in its order."""
-        part = slice(*self.test.searchsorted([row, row + 1]))
-        seen = self.train[part] >= 0
-        return list(
-            zip(self.start[part][seen].tolist(), self.end[part][seen].tolist(), strict=True)
-        )
+        seen = (self.test == row) & (self.train >= 0)
+        return list(zip(self.start[seen].tolist(), self.end[seen].tolist(), strict=True))
 
 
 def find_seen_sentences(split: DatasetDict) -> SeenSentences:
     """Find the sentences of held-out documents that are in the training set too.
 
-    Sentences are the same if they differ in white space only. The documents may be on disk: some
-    50 bytes are kept for each held-out sentence, and nothing for those of the training set.
-
-    Parameters
-    ----------
-    split : datasets.DatasetDict
-        With ``"train"`` and ``"test"``, each with a column ``text``.
-
-    Examples
-    --------
-    >>> from datasets import Dataset, DatasetDict
-    >>> texts = {"train": ["水是液体。冰是固体。"], "test": ["冰是固体。汽是气体。"]}
-    >>> split = DatasetDict({k: Dataset.from_dict({"text": v}) for k, v in texts.items()})
-    >>> seen = find_seen_sentences(split)
-    >>> seen.shares(), seen.spans(0)
-    ((0.5, 0.5), [(0, 5)])
+    Sentences are the same if they differ in white space only.
     """
     import numpy as np
     from tqdm.auto import tqdm
 
     train, found = split["train"], []
     for row, text in enumerate(_texts(split["test"])):
-        spans, hashes = _sentences(text)
-        rows = np.full((len(spans), 1), row)
-        found.append(np.hstack([rows, spans, hashes.view(np.int64)[:, None]]))
-    test, start, end, keys = np.concatenate([np.zeros((0, 4), np.int64), *found]).T
-    keys, place = np.unique(keys, return_inverse=True)
-    first = np.full(len(keys) + 1, -1)  # what is not among the keys is marked at the end
-    keys = np.append(keys, np.iinfo(np.int64).max)
+        found += [(row, *sentence) for sentence in _sentences(text)]
+    first = dict.fromkeys((hash_ for *_, hash_ in found), -1)
     texts = tqdm(_texts(train), "sentences", len(train), delay=5, mininterval=1, leave=False)
     for row, text in enumerate(texts):
-        hashes = _sentences(text)[1].view(np.int64)
-        where = keys.searchsorted(hashes)
-        where = where[keys[where] == hashes]
-        first[where[first[where] < 0]] = row
-    seen = SeenSentences(test, start, end, first[place])
+        for *_, hash_ in _sentences(text):
+            if first.get(hash_) == -1:
+                first[hash_] = row
+    rows = [(row, start, end, first[hash_]) for row, start, end, hash_ in found]
+    seen = SeenSentences(*np.array(rows, np.int64).reshape(-1, 4).T)
     logger.info(f"{seen.shares()[0]:.0%} of the held-out sentences are in the training set too")
     return seen
 
 
-def _sentences(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return start and end of each sentence of a text, and its hash, without white space around."""
-    import numpy as np
+def _sentences(text: str) -> Iterator[tuple[int, int, int]]:
+    """Yield start, end and hash of each sentence of a text, without white space around it."""
     from xxhash import xxh64_intdigest
 
-    spans, hashes = [], []
     for match in _SENTENCE.finditer(text):
         if sentence := match[0].strip():
             start = match.start() + match[0].index(sentence[0])
-            spans.append((start, start + len(sentence)))
-            hashes.append(xxh64_intdigest(" ".join(sentence.split()).encode()))
-    return np.array(spans, np.int64).reshape(-1, 2), np.array(hashes, np.uint64)
+            hash_ = xxh64_intdigest(" ".join(sentence.split()).encode())
+            yield start, start + len(sentence), hash_

@@ -1,14 +1,10 @@
 """A small Chinese encyclopedia, written by a program from a table of facts.
 
-A model of a few million parameters cannot learn the world in a few minutes on a laptop, but it can
-learn a small world that is told often enough: some 1,800 true facts, each dozens of times in
-varying terms and order. The price: it is a generated text, with the sameness of one, and losses on
-it say nothing about losses on real prose. The writer keeps some wordings and directions back, so
-that `cloze_questions` can ask for more than memory.
-
-The facts are in ``data/encyclopedia.json``, the phrasings in ``data/phrases.json``. Names of
-territories, currencies and languages come from the Unicode CLDR; they are frozen in the table
-because CLDR releases differ.
+A model of a few million parameters can learn a small world that is told often enough: some 1,800
+true facts, each dozens of times in varying terms and order. The price: losses on a generated text
+say nothing about losses on real prose. The writer keeps some wordings and directions back, so that
+`cloze_questions` can ask for more than memory. The facts are in ``data/encyclopedia.json`` (names
+of territories, currencies and languages come from CLDR), the phrasings in ``data/phrases.json``.
 """
 
 from __future__ import annotations
@@ -317,17 +313,9 @@ def read_facts() -> dict[str, list[_Entity]]:
 
 
 def build_encyclopedia(seed: int = 2222) -> list[dict[str, str]]:
-    """Write the articles of the encyclopedia.
+    """Write the articles, shuffled, as ``{"completion": text, "source": "tinytrain:<domain>"}``.
 
-    Parameters
-    ----------
-    seed : int
-        Chooses the wording and the order; the same seed gives the same articles on every platform.
-
-    Returns
-    -------
-    list of dict
-        Articles as ``{"completion": text, "source": "tinytrain:<domain>"}``, shuffled.
+    The seed chooses the wording and the order; it gives the same articles on every platform.
     """
     rnd, facts, phrases = random.Random(seed), _load("encyclopedia.json"), _load("phrases.json")
     writers = {
@@ -349,43 +337,18 @@ def build_encyclopedia(seed: int = 2222) -> list[dict[str, str]]:
 
 
 def write_encyclopedia(path: str | Path, seed: int = 2222) -> Path:
-    """Write the encyclopedia as a JSON array, one article a line.
-
-    Parameters
-    ----------
-    path : str or Path
-        File to write; missing parent folders are made.
-    seed : int
-        As in `build_encyclopedia`.
-
-    Returns
-    -------
-    Path
-        The file, UTF-8 with line feeds as line ends: the same bytes everywhere for the same seed.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the name of a file to write.")
+    """Write the encyclopedia as a JSON array, one article a line; return the path."""
     lines = [json.dumps(a, ensure_ascii=False) for a in build_encyclopedia(seed)]
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, "[\n" + ",\n".join(lines) + "\n]\n")
-    logger.info("Wrote %d articles to %s", len(lines), path.name)
-    return path
+    logger.info("Wrote %d articles to %s", len(lines), Path(path).name)
+    return Path(path)
 
 
 def cloze_questions() -> list[Question]:
     """Ask for facts of the encyclopedia by the beginning of a sentence.
 
-    Returns
-    -------
-    list of Question
-        In the order of the table. The prompt ends right before the answer, does not contain it, and
-        is continued by nothing else anywhere in the text. No question is on arithmetic.
-
-    Examples
-    --------
-    >>> cloze_questions()[0]
-    Question(prompt='中国的首都是', answer='北京', domain='countries', kind='told')
+    The prompt ends right before the answer, does not contain it, and is continued by nothing else
+    anywhere in the text. No question is on arithmetic.
     """
     questions, facts = [], _load("encyclopedia.json")
     for name, domain in _domains(_load("phrases.json")).items():

@@ -1,9 +1,8 @@
 """How well a model predicts text, how sure that number is, and what to compare it with.
 
-Losses are measured document by document here, not on packed blocks as in training: every document
-begins after an end-of-text token and counts all its characters. So the numbers can be compared
-with those of any other model, whatever its tokenizer, and documents can be resampled to tell how
-sure a number is.
+Losses are measured document by document, not on packed blocks as in training: so they can be
+compared with those of any other model, whatever its tokenizer, and documents can be resampled to
+tell how sure a number is.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import itertools
 import lzma
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -26,17 +25,14 @@ if TYPE_CHECKING:
 
 _MOST_COUNTED_TOKENS = 20_000_000  # bounds the memory (16 bytes a token) and time of counting
 _MOST_COMPRESSED_CHARACTERS = 2_000_000  # bounds the time of xz: a minute on a slow core
-_FULL_RED = 8.0  # nats; a token that surprises more is not shown redder
 
 
 def bits_per_character(loss: float, tokens_per_character: float) -> float:
     """Turn a loss in nats per token into bits per character, comparable across tokenizers.
 
-    A tokenizer with longer tokens makes fewer but harder predictions, so its loss per token is
-    higher for the same knowledge. Per character both count the same.
+    A tokenizer with longer tokens makes fewer but harder predictions; per character both count the
+    same.
 
-    Examples
-    --------
     >>> round(bits_per_character(4.0, 0.5), 2)
     2.89
     """
@@ -59,8 +55,6 @@ class Interval(NamedTuple):
 def share(right: int, total: int) -> Interval:
     """Return the share of right answers with its Wilson confidence interval (nan without answers).
 
-    Examples
-    --------
     >>> print(share(9, 10))
     0.9 (0.596 to 0.982)
     """
@@ -72,33 +66,15 @@ def share(right: int, total: int) -> Interval:
     return Interval(right / total, float(low), float(high))
 
 
-def by_domain(questions: Sequence[tuple[str, ...]], right: Sequence[bool]) -> dict[str, Interval]:
-    """Return the share of right answers in each domain, the best known first.
-
-    Parameters
-    ----------
-    questions : sequence of tuple
-        Prompt, expected answer and domain; what follows does not count.
-    right : sequence of bool
-        Whether each was answered correctly: ``[answer.right for answer in answers]``.
-    """
-    shares = _shares([question[2] for question in questions], right)
-    return dict(sorted(shares.items(), key=lambda item: -item[1].value))
-
-
 def by_kind(questions: Sequence[tuple[str, ...]], right: Sequence[bool]) -> dict[str, Interval]:
     """Return the share of right answers to each kind of question, the fourth field, as they come.
 
     See `tinytrain.encyclopedia.Question` for what "told", "reworded" and "reversed" mean.
     """
-    return _shares([question[3] for question in questions], right)
-
-
-def _shares(names: Sequence[str], right: Sequence[bool]) -> dict[str, Interval]:
     marks: dict[str, list[bool]] = defaultdict(list)
-    for name, mark in zip(names, right, strict=True):
-        marks[name].append(mark)
-    return {name: share(sum(some), len(some)) for name, some in marks.items()}
+    for question, mark in zip(questions, right, strict=True):
+        marks[question[3]].append(mark)
+    return {kind: share(sum(some), len(some)) for kind, some in marks.items()}
 
 
 class DocumentLoss(NamedTuple):
@@ -118,17 +94,10 @@ def document_losses(
 ) -> list[DocumentLoss]:
     """Measure what each document costs a model, each token given those before it.
 
-    The end-of-text token is not counted: another model may have none.
-
-    Parameters
-    ----------
-    model, tokenizer
-        Any causal language model of transformers, and its fast tokenizer.
-    texts : iterable of str
-        Documents.
-    context_length : int
-        Tokens that the model may look at. A longer document is read in windows that overlap by
-        half, so that every token but the first ones has at least half a window before it.
+    The model may be any causal language model of transformers, with its fast tokenizer. It looks at
+    ``context_length`` tokens: a longer document is read in windows that overlap by half, so that
+    every token but the first ones has at least half a window before it. The end-of-text token is
+    not counted: another model may have none.
     """
     texts = list(texts)
     losses = _losses_of_rows(model, list(_rows(tokenizer, texts)), context_length)
@@ -147,20 +116,8 @@ def split_losses(
 ) -> tuple[list[DocumentLoss], list[DocumentLoss]]:
     """Measure what some spans of each document cost a model that reads the whole, and the rest.
 
-    Parameters
-    ----------
-    model, tokenizer, context_length
-        As for `document_losses`.
-    texts : sequence of str
-        Documents.
-    spans : sequence of sequence of tuple
-        For each document, first and behind the last character of its spans. A token counts where
-        its last character is.
-
-    Returns
-    -------
-    inside, outside : list of DocumentLoss
-        One for each document.
+    ``spans`` holds, for each text, first and behind the last character of its spans. A token counts
+    where its last character is. For the rest see `document_losses`.
     """
     encoder, start = text_encoder(tokenizer), _start(tokenizer)
     encoded = [encoder.encode(text, add_special_tokens=False) for text in texts]
@@ -174,8 +131,8 @@ def split_losses(
             within[begin:end] = True
         for part, mask in ((inside, within), (outside, ~within)):
             some = mask[last]
-            row = (mask.sum(), some.sum(), nats[some].sum(), right[some].sum())
-            part.append(DocumentLoss(int(row[0]), int(row[1]), float(row[2]), int(row[3])))
+            sums = int(some.sum()), float(nats[some].sum()), int(right[some].sum())
+            part.append(DocumentLoss(int(mask.sum()), *sums))
     return inside, outside
 
 
@@ -188,32 +145,21 @@ def token_losses(
 ) -> list[tuple[str, float]]:
     """Cut a text into its tokens, and return each with the nats it cost the model.
 
-    The pieces make up the text; tokens that are parts of one character are one piece.
-
-    Parameters
-    ----------
-    model, tokenizer, context_length
-        As for `document_losses`.
-    text : str
-        What to read.
-    before : str, optional
-        A document that the model reads before it, as in a packed block.
+    The pieces make up the text; tokens that are parts of one character are one piece. ``before``
+    is a document that the model reads first, as in a packed block; see also `document_losses`.
     """
     encoding = text_encoder(tokenizer).encode(text, add_special_tokens=False)
     first = _rows(tokenizer, [] if before is None else [before])
     row = np.concatenate([*first, [_start(tokenizer)], encoding.ids]).astype(np.int64)
     [(nats, _)] = _losses_of_rows(model, [row], context_length)
     nats = nats[len(nats) - len(encoding.ids) :]
-    pieces: list[tuple[str, float]] = []
-    done = 0
+    pieces, done = [], 0
     for (_, end), loss in zip(encoding.offsets, nats.tolist(), strict=True):
         if end > done or not pieces:
             pieces.append((text[done:end], loss))
             done = end
         else:
             pieces[-1] = (pieces[-1][0], pieces[-1][1] + loss)
-    if done < len(text):  # the tokenizer left out the end
-        pieces.append((text[done:], 0.0))
     return pieces
 
 
@@ -287,81 +233,30 @@ class Measures(NamedTuple):
 def summarize(documents: Sequence[DocumentLoss]) -> Measures:
     """Turn what single documents cost into bits per character, perplexity and accuracy.
 
-    Perplexity is e to the mean nats of a token and depends on the tokenizer; accuracy is the share
-    of tokens that were the first guess. The intervals come from the bootstrap: documents are drawn
-    with replacement, a thousand times, and the middle 95% of the results are kept. Tokens of one
-    document resemble each other, so drawing tokens instead would promise too much.
-
-    References
-    ----------
-    Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+    Perplexity is e to the mean nats of a token; accuracy is the share of tokens that were the first
+    guess. The intervals come from the bootstrap: documents (tokens of one document resemble each
+    other) are drawn with replacement, a thousand times, and the middle 95% of results are kept
+    (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
     """
-    columns = np.array([row for row in documents if row.tokens], dtype=float).reshape(-1, 4).T
-    intervals = _bootstrap(_ratios, columns)
-    characters, tokens, _, _ = columns.sum(axis=1)
-    return Measures(*intervals, len(documents), int(characters), int(tokens))
-
-
-def compare(losses_a: Sequence[DocumentLoss], losses_b: Sequence[DocumentLoss]) -> Interval:
-    """Return how many more bits per character model a needs than model b for the same documents.
-
-    Where the interval does not contain 0, the two can be told apart, even if the intervals of
-    `summarize` overlap: these are wide because some documents are harder than others, for both
-    models alike. Here each resample holds the same documents for both (the paired bootstrap).
-
-    Parameters
-    ----------
-    losses_a, losses_b : sequence of DocumentLoss
-        Of the same documents in the same order; the tokenizers may differ.
-
-    Raises
-    ------
-    ValueError
-        If the documents are not the same, or have no character.
-
-    References
-    ----------
-    Koehn, "Statistical significance tests for machine translation evaluation", EMNLP 2004.
-
-    Examples
-    --------
-    >>> a, b = DocumentLoss(10, 5, 9.0, 2), DocumentLoss(10, 5, 7.0, 3)
-    >>> round(compare([a], [b]).value, 3)
-    0.289
-    """
-    lengths_a, lengths_b = ([row.characters for row in rows] for rows in (losses_a, losses_b))
-    if lengths_a != lengths_b:
-        raise ValueError("the losses are not of the same documents: their characters differ")
-    rows = zip(losses_a, losses_b, strict=True)
-    rows = [(a.characters, a.nats - b.nats) for a, b in rows if a.characters]
-    columns = np.array(rows, dtype=float).reshape(-1, 2).T
-    [difference] = _bootstrap(_bits_per_character, columns)
-    return difference
-
-
-def _bootstrap(statistic: Callable[..., np.ndarray], columns: np.ndarray) -> list[Interval]:
-    """Return each number that is computed from columns of documents, with its 95% interval."""
     from scipy.stats import bootstrap
 
+    columns = np.array([row for row in documents if row.tokens], dtype=float).reshape(-1, 4).T
     if not columns.size:
         raise ValueError("there is nothing to measure: no document has a token")
-    values = low = high = statistic(*columns)
+    values = low = high = _ratios(*columns)
     if columns.shape[1] > 1:  # scipy does not resample a single document
         low, high = bootstrap(
             tuple(columns),
-            statistic,
+            _ratios,
             n_resamples=1000,
             batch=20,  # all resamples at once would be gigabytes
             paired=True,
             method="percentile",
             rng=np.random.default_rng(0),
         ).confidence_interval
-    rows = np.stack([values, low, high], axis=-1).reshape(-1, 3).tolist()
-    return [Interval(*row) for row in rows]
-
-
-def _bits_per_character(characters: np.ndarray, nats: np.ndarray, axis: int = -1) -> np.ndarray:
-    return nats.sum(axis) / characters.sum(axis) / math.log(2)
+    intervals = [Interval(*row) for row in np.stack([values, low, high], axis=-1).tolist()]
+    characters, tokens, _, _ = columns.sum(axis=1)
+    return Measures(*intervals, len(documents), int(characters), int(tokens))
 
 
 def _ratios(
@@ -372,6 +267,26 @@ def _ratios(
     return np.stack([nats / characters / math.log(2), np.exp(nats / tokens), right / tokens])
 
 
+def compare(losses_a: Sequence[DocumentLoss], losses_b: Sequence[DocumentLoss]) -> Interval:
+    """Return how many more bits per character model a needs than model b for the same documents.
+
+    Where the interval does not contain 0, the two can be told apart, even if the intervals of
+    `summarize` overlap: each resample holds the same documents for both (the paired bootstrap:
+    Koehn, "Statistical significance tests for machine translation evaluation", EMNLP 2004). The
+    tokenizers may differ; other documents are a ValueError.
+
+    >>> a, b = DocumentLoss(10, 5, 9.0, 2), DocumentLoss(10, 5, 7.0, 3)
+    >>> round(compare([a], [b]).value, 3)
+    0.289
+    """
+    lengths_a, lengths_b = ([row.characters for row in rows] for rows in (losses_a, losses_b))
+    if lengths_a != lengths_b:
+        raise ValueError("the losses are not of the same documents: their characters differ")
+    pairs = zip(losses_a, losses_b, strict=True)
+    rows = [DocumentLoss(a.characters, a.characters, a.nats - b.nats, 0) for a, b in pairs]
+    return summarize(rows).bits_per_character
+
+
 def count_losses(
     tokenizer: PreTrainedTokenizerBase,
     train_texts: Iterable[str],
@@ -380,28 +295,12 @@ def count_losses(
 ) -> list[DocumentLoss]:
     """Measure what documents cost a model that only counts tokens, or pairs of tokens.
 
-    A model worth its training must do better. With ``order=1`` a token's probability is its share
-    of the training text (one is added to each count, so that none is 0); with ``order=2`` it is
-    how often it followed the token before, mixed with the former by Witten and Bell's rule: the
-    more different followers a token has had, the likelier is a new one.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-        A fast tokenizer.
-    train_texts : iterable of str
-        What to count in, up to 20 million tokens.
-    texts : iterable of str
-        What to predict.
-    order : {1, 2}
-        Single tokens (unigrams), or pairs (bigrams).
-
-    References
-    ----------
-    Witten and Bell, "The zero-frequency problem", IEEE Trans. on Information Theory 37, 1991.
+    It counts in ``train_texts``, up to 20 million tokens, and predicts ``texts``. With ``order=1``
+    a token's probability is its share of the training text (one is added to each count). With
+    ``order=2`` it is how often it followed the token before, mixed with the former by Witten and
+    Bell's rule ("The zero-frequency problem", IEEE Trans. on Information Theory 37, 1991): the more
+    different followers a token has had, the likelier is a new one.
     """
-    if order not in (1, 2):
-        raise ValueError(f"order {order} is neither 1 (tokens) nor 2 (pairs of tokens)")
     vocab_size = len(tokenizer)
     # A pair of neighbours is one number: ``first * vocab_size + second``.
     found, room = [np.zeros(0, dtype=np.int64)], _MOST_COUNTED_TOKENS
@@ -446,8 +345,8 @@ def count_losses(
 def xz_bits_per_character(texts: Iterable[str], train_texts: Iterable[str] = ()) -> float:
     """Return the bits that ``xz -9e`` spends on a character after it has seen the training text.
 
-    A compressor is a language model too: it spends few bits on what it expects. This one knows
-    repetitions, and nothing else. Of either, the first two million characters are used.
+    A compressor is a language model that knows repetitions, and nothing else. Of either text, the
+    first two million characters are used.
     """
     text, seen = (
         "".join(itertools.islice(itertools.chain.from_iterable(some), _MOST_COMPRESSED_CHARACTERS))
@@ -462,11 +361,7 @@ def xz_bits_per_character(texts: Iterable[str], train_texts: Iterable[str] = ())
     return 8 * (size(seen + text) - (size(seen) if seen else 0)) / len(text)
 
 
-def plot_comparison(
-    bars: Mapping[str, Interval | float],
-    label: str = "bits per character of unseen text (less is better)",
-    highlight: str | None = None,
-) -> Figure:
+def plot_comparison(bars: Mapping[str, Interval | float], highlight: str | None = None) -> Figure:
     """Draw one bar a name, from top to bottom, with its confidence interval if it has one.
 
     Where one name is to ``highlight``, the bars of the others are grey.
@@ -480,20 +375,16 @@ def plot_comparison(
         drawn = axes.barh(plot_label(name), value, xerr=error, color=color, height=0.6, capsize=3)
         axes.bar_label(drawn, fmt="%.2f", padding=6)
     axes.invert_yaxis()
-    axes.set_xlabel(label)
+    axes.set_xlabel("bits per character of unseen text (less is better)")
     axes.margins(x=0.12)
     return figure
 
 
 def colour_losses(pieces: Iterable[tuple[str, float]]) -> str:
-    """Write the pieces of `token_losses` as HTML, the redder the more they surprised the model.
-
-    The text is escaped. Point at a piece to see its loss and probability.
-    """
+    """Write the pieces of `token_losses` as HTML, the redder the more they surprised the model."""
     spans = []
     for piece, nats in pieces:
-        strength = min(max(nats / _FULL_RED, 0.0), 1.0)
-        others = round(255 - 190 * strength)
+        others = round(255 - 190 * min(max(nats / 8, 0), 1))  # 8 nats are all red
         title = f"{nats:.2f} nats, probability {math.exp(-nats):.1%}"
         # Its own text colour: a dark theme would write white on pink.
         style = f"background:rgb(255,{others},{others});color:#000"

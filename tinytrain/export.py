@@ -1,30 +1,20 @@
 """Write a trained model as a folder that needs nothing of tinytrain, with a model card.
 
-The folder holds weights as safetensors, a configuration, a tokenizer, and a card that says what the
-model was trained on, how far, and what it must not be used for (worded in ``data/model_card.md``).
-The tests load it in a process that cannot import tinytrain, and compare the logits.
+The card says what the model was trained on, how far, and what it must not be used for; it is worded
+in ``data/model_card.md``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
-import errno
-import glob
 import json
 import logging
-import math
 import os
 import re
-import secrets
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock
 
 from tinytrain.common import (
     EXPORT_MARK,
@@ -58,18 +48,15 @@ def export_model(
 ) -> Path:
     """Write a folder that plain transformers loads and a hub shows.
 
-    An earlier export there is replaced at the very end, on Linux in one step: what goes wrong
-    before leaves it as it was. Only files that an export wrote, and nobody changed since, are
-    replaced or removed; ``.tinytrain.json`` remembers them.
+    An earlier export there is replaced at the very end. Only files that an export wrote, and nobody
+    changed since, are replaced or removed (``.tinytrain.json`` remembers them); anything else in
+    their place is a FileExistsError.
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        The trained model; it is not changed. What `tinytrain.loss` or `compile_layers` changed
-        in it is left behind.
-    tokenizer : transformers.PreTrainedTokenizerFast
-        Its tokenizer. With a chat template (ChatML's), the folder is that of a chat model: answers
-        end with the turn, and the card says how to talk to it.
+    model, tokenizer
+        The trained model, without what `tinytrain.loss` or `compile_layers` changed in it, and its
+        tokenizer. With a chat template (ChatML's), the folder is that of a chat model.
     folder : str or Path
         Where to write: a new folder, an empty one or an earlier export.
     facts : mapping, optional
@@ -80,98 +67,71 @@ def export_model(
         Files to add, such as ``loss.png`` (then shown in the card), if they are there.
     finish : callable, optional
         Called with the folder before it takes its place, to write more into it.
-
-    Returns
-    -------
-    Path
-        The folder.
-
-    Raises
-    ------
-    ValueError
-        If ``dtype`` is something else.
-    FileExistsError
-        If the folder holds something else than an earlier export, or a file there that you wrote
-        or changed would be overwritten.
-    OSError
-        If the folder cannot be written to.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16'")
     folder = Path(folder).expanduser().absolute()
-    with writing_to(folder), _building_beside(folder) as building:
-        _plain_model(model, tokenizer, dtype).save_pretrained(building)
-        _plain_tokenizer(tokenizer, model.config).save_pretrained(building)
-        for file in map(Path, files):
-            if file.is_file():
-                shutil.copyfile(file, building / file.name)
-        measured = {
-            "name": folder.name,
-            "parameters": model.num_parameters(),
-            "context": model.config.max_position_embeddings,
-            "dtype": dtype,
-            "talks": bool(tokenizer.chat_template),
-            "picture": "loss.png" if (building / "loss.png").is_file() else None,
-        }
-        card = _model_card({**measured, **(facts or {})})
-        (building / "README.md").write_text(card, encoding="utf-8")
-        if finish:
-            finish(building)
-        for file in building.glob("*.safetensors"):
-            file.chmod(0o644)  # the library writes them for their owner alone
+    with writing_to(folder):
+        building = _place_beside(folder)
+        try:
+            building.mkdir(parents=True)
+            _plain_model(model, tokenizer, dtype).save_pretrained(building)
+            _plain_tokenizer(tokenizer, model.config).save_pretrained(building)
+            for file in map(Path, files):
+                if file.is_file():
+                    shutil.copyfile(file, building / file.name)
+            measured = {
+                "name": folder.name,
+                "parameters": model.num_parameters(),
+                "context": model.config.max_position_embeddings,
+                "dtype": dtype,
+                "talks": bool(tokenizer.chat_template),
+                "picture": "loss.png" if (building / "loss.png").is_file() else None,
+            }
+            card = _model_card({**measured, **(facts or {})})
+            (building / "README.md").write_text(card, encoding="utf-8")
+            if finish:
+                finish(building)
+            for file in building.glob("*.safetensors"):
+                file.chmod(0o644)  # the library writes them for their owner alone
+            _take_place(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     place = os.path.relpath(folder) if folder.drive == Path.cwd().drive else folder
     logger.info("exported to %s: %s", place, ", ".join(sorted(os.listdir(folder))))
     return folder
 
 
-@contextlib.contextmanager
-def _building_beside(folder: Path) -> Iterator[Path]:
-    """Give a new folder to write to, which then takes the place of the earlier export."""
+def _place_beside(folder: Path) -> Path:
+    """Return where to write what will replace an earlier export."""
     is_export = (folder / EXPORT_MARK).is_file()
     if folder.is_file() or (folder.is_dir() and not is_export and any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} is a file, or holds something other than an earlier export, and is left "
             "alone: move it away or name a new folder"
         )
-    if folder.is_dir() and not os.access(folder, os.W_OK):  # though its parent may be writable
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     folder = folder.resolve()  # not the link that may lead there
-    for leftover in folder.parent.glob(f"{glob.escape(folder.name)}.*.tinytrain-export"):
-        with contextlib.suppress(OSError):  # a Timeout, too: another process is writing there
-            FileLock(leftover / ".lock", timeout=0).acquire().lock.release()
-            shutil.rmtree(leftover)
-    scratch = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tinytrain-export")
-    building = scratch / "new"
-    try:
-        building.mkdir(parents=True)
-        with FileLock(scratch / ".lock"):
-            yield building
-            hashes = hash_files(building)
-            write_json(building / EXPORT_MARK, hashes)
-            _take_place(building, folder, hashes.keys())
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    building = folder.with_name(f"{folder.name}.tinytrain-export")
+    shutil.rmtree(building, ignore_errors=True)  # of an export that was killed
+    return building
 
 
-def _take_place(new: Path, folder: Path, names: Set[str]) -> None:
+def _take_place(new: Path, folder: Path) -> None:
     """Put a finished export into its place; files that are not ours stay as they are."""
-    old = _unchanged_files(folder)
-    for name in sorted(names - old):
+    hashes, old = hash_files(new), _unchanged_files(folder)
+    for name in sorted(hashes.keys() - old):
         if os.path.lexists(folder / name):
             raise FileExistsError(
                 f"{folder / name} is not as an export wrote it and would be overwritten: move it "
                 "away or rename it, or export to a new folder"
             )
-    # On Linux both folders are exchanged in one step, your own files hard-linked into the new one
-    # before: a kill leaves the old export or the new. Elsewhere, a kill leaves no config.json.
-    if not folder.exists():
-        os.replace(new, folder)
-    elif not _exchange(new, folder, leave_out={folder / name for name in {*old, EXPORT_MARK}}):
-        for name in sorted(old, key=lambda name: name != "config.json"):
-            (folder / name).unlink()
-        for name in [EXPORT_MARK, *sorted(names, key=lambda name: name == "config.json")]:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(new / name, folder / name)  # maybe to another file system
+    write_json(new / EXPORT_MARK, hashes)
+    folder.mkdir(exist_ok=True)
+    # config.json goes first and comes last: what is killed in between does not pass for a model.
+    for name in sorted(old, key=lambda name: name != "config.json"):
+        (folder / name).unlink()
+    for name in [EXPORT_MARK, *sorted(hashes, key=lambda name: name == "config.json")]:
+        os.replace(new / name, folder / name)
 
 
 def _unchanged_files(folder: Path) -> set[str]:
@@ -180,26 +140,8 @@ def _unchanged_files(folder: Path) -> set[str]:
         hashes = json.loads((folder / EXPORT_MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return set()
-    paths = {name: (folder / name).resolve() for name in hashes}
-    own = {n: p for n, p in paths.items() if p.is_relative_to(folder) and p.is_file()}
-    return {name for name, path in own.items() if hash_file(path) == hashes[name]}
-
-
-def _exchange(new: Path, folder: Path, leave_out: Set[Path]) -> bool:
-    """Link an old folder's other files into a new one and exchange both; False if it cannot."""
-
-    def ignore(where: str, found: list[str]) -> list[str]:
-        return [name for name in found if Path(where, name) in leave_out]
-
-    try:
-        if sys.platform != "linux" or Path.cwd().is_relative_to(folder):
-            return False  # where this process works, the folder would be removed under it
-        shutil.copytree(folder, new, True, ignore, os.link, dirs_exist_ok=True)
-        rename = ctypes.CDLL(None).renameat2
-    except (OSError, AttributeError):  # no hard links there; a C library without it
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename(here, os.fsencode(new), here, os.fsencode(folder), exchange) == 0
+    own = [name for name in hashes if (folder / name).is_file() and Path(name).name == name]
+    return {name for name in own if hash_file(folder / name) == hashes[name]}
 
 
 def _plain_model(
@@ -219,16 +161,14 @@ def _plain_model(
     plain.config.dtype = dtype
     stops, temperature = config.eos_token_id, 0.8
     if tokenizer.chat_template:
-        # An answer to a question is right or wrong, so nearly always the likeliest token. Not
-        # do_sample=False: `transformers chat` samples whatever is set here, but at our temperature.
+        # Nearly always the likeliest token. Not do_sample=False: `transformers chat` ignores that.
         stops = [tokenizer.convert_tokens_to_ids("<|im_end|>"), config.eos_token_id]
         temperature = 0.1
     plain.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=stops,
         pad_token_id=config.eos_token_id,
-        # The most likely token each time soon goes in circles; among all tokens, a small model's
-        # unlikely ones are nonsense. In between is readable text.
+        # Always the likeliest token goes in circles; a small model's unlikely ones are nonsense.
         do_sample=True,
         temperature=temperature,
         top_p=0.95,
@@ -251,51 +191,20 @@ def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast, config: Any) -> PreTrai
 def _model_card(facts: Mapping[str, Any]) -> str:
     """Return the model card: a README.md with metadata for Hugging Face and ModelScope.
 
-    A fact that is missing, None or NaN leaves its line out. Where you copied this file without
-    ``data/model_card.md``, the card is Hugging Face's own form, for you to fill in.
-
-    Parameters
-    ----------
-    facts : mapping
-        ``name``; ``text``: "encyclopedia", "wikipedia" or the path of your own, of which only the
-        file's name is told; ``license`` if you know it better;
-        ``parameters``, ``context``, ``dtype``, ``documents`` (training and held-out),
-        ``tokenizer`` (described), ``vocab_size``, ``recipe`` (hyperparameters), ``precision``,
-        ``machine``, ``seconds``, ``stopped`` (at which step), ``tokens``, ``held_out_loss``,
-        ``bits_per_character`` and its ``interval`` (low, high), ``cloze_after`` (shares of right
-        answers by kind of question), ``completions`` (pairs), ``picture`` and ``gguf`` (names of
-        files beside the card), ``versions`` (of libraries). Of a chat model: ``talks`` (true),
-        ``conversations`` (their number), ``chats`` (None if tinytrain wrote them), ``chat_before``
-        and ``chat_after`` (shares by group), ``bits_before`` and ``bits_after`` (per character),
-        each a value with the ends of its interval.
+    The facts have the names that ``data/model_card.md`` uses; one that is missing, None or NaN is
+    left out. ``text`` is "encyclopedia", "wikipedia" or a path, of which only the file is told.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    facts = {
-        name: value
-        for name, value in facts.items()
-        if value is not None and not (isinstance(value, float) and not math.isfinite(value))
-    }
+    facts = {n: v for n, v in facts.items() if v is not None and v == v}  # NaN is not itself
     text = facts.get("text", "")
-    prompt = facts["completions"][0][0] if facts.get("completions") else "北京是"
-    rows = {
-        "precision": facts.get("precision"),
-        "machine": facts.get("machine"),
-        "time": format_seconds(facts["seconds"]) if "seconds" in facts else None,
-        "stopped at step": facts.get("stopped"),
-        "tokens seen": f"{facts['tokens']:,}" if "tokens" in facts else None,
-        "weights saved in": facts.get("dtype"),
-        **{f"`{name}`": value for name, value in facts.get("recipe", {}).items()},
-        **facts.get("versions", {}),
-    }
+    [prompt, *_], *_ = facts.get("completions") or [["北京是"]]
     values = {
         **facts,
         "model_id": one_line(facts["name"]),  # as Hugging Face's own template calls it
-        # Backslashes too: a path may come from Windows.
-        "text_file": re.split(r"[\\/]", str(text))[-1],
-        "chats_file": re.split(r"[\\/]", str(facts.get("chats", "")))[-1],
+        "text_file": PureWindowsPath(text).name,  # either kind of slash
+        "chats_file": PureWindowsPath(facts.get("chats", "")).name,
         "prompt": repr(one_line(prompt)),
-        "settings": [(name, value) for name, value in rows.items() if value is not None],
     }
     data = ModelCardData(
         language="zh",
@@ -308,7 +217,9 @@ def _model_card(facts: Mapping[str, Any]) -> str:
         frameworks=["Pytorch"],
         tasks=["text-generation"],
     )
-    helpers = {"escape": _escape, "one_line": one_line, "format_count": format_count}
+    helpers = [one_line, format_count, format_seconds]
+    helpers = {"escape": _escape} | {helper.__name__: helper for helper in helpers}
+    # Where this file was copied without its template: Hugging Face's own form, to be filled in.
     template = str(_CARD_TEMPLATE) if _CARD_TEMPLATE.is_file() else None
     return f"{ModelCard.from_template(data, template, **values, **helpers)}\n"
 

@@ -33,21 +33,11 @@ def complete(
 ) -> list[str]:
     """Continue each prompt greedily, and return the continuations without the prompts.
 
-    Parameters
-    ----------
-    model, tokenizer
-        A causal language model of transformers, which stops at its tokenizer's end-of-text token.
-    prompts : sequence of str
-        Beginnings, none of them empty.
-    max_new_tokens : int
-        Where to stop if the model does not.
+    The model, a causal language model of transformers, stops at its tokenizer's end-of-text token,
+    or after `max_new_tokens`. No prompt may be empty.
     """
-    _check_prompts(prompts)
-    distinct = list(dict.fromkeys(prompts))
-    rows = _prompt_ids(model, tokenizer, distinct)
-    written = continue_rows(model, tokenizer, rows, [tokenizer.eos_token_id], max_new_tokens)
-    texts = dict(zip(distinct, written, strict=True))
-    return [texts[prompt] for prompt in prompts]
+    rows = _prompt_ids(model, tokenizer, prompts)
+    return continue_rows(model, tokenizer, rows, [tokenizer.eos_token_id], max_new_tokens)
 
 
 def generate(
@@ -64,21 +54,9 @@ def generate(
 ) -> str:
     """Continue one prompt, sampling each token, and return the continuation.
 
-    Parameters
-    ----------
-    model, tokenizer
-        As for `complete`.
-    prompt : str
-        The beginning. If it is longer than the model's context, its last part is used.
-    max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, on_text
-        As for `tinytrain.common.sample`.
-
-    Raises
-    ------
-    ValueError
-        If the prompt is empty or a sampling parameter is out of its range.
+    Of a prompt longer than the model's context, the last part is used. The parameters are those of
+    `tinytrain.common.sample`; one out of its range, or an empty prompt, is a ValueError.
     """
-    _check_prompts([prompt])
     [ids] = _prompt_ids(model, tokenizer, [prompt])
     options = temperature, top_k, top_p, repetition_penalty, seed, on_text
     return sample(model, tokenizer, ids, [tokenizer.eos_token_id], max_new_tokens, *options)
@@ -95,19 +73,11 @@ def next_tokens(
 ) -> list[tuple[str, float]]:
     """Return the likeliest next tokens, with the probabilities that `generate` samples from.
 
-    Tokens that cannot be sampled are left out.
-
-    Parameters
-    ----------
-    model, tokenizer, prompt, temperature, top_k, top_p
-        As for `generate`, but the temperature must be above 0.
-    number : int
-        Tokens to return at most.
+    Tokens that cannot be sampled are left out; `number` is the most that are returned.
     """
     import torch
     from transformers import generation
 
-    _check_prompts([prompt])
     check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         raise ValueError("temperature 0 always takes the first token; use one above 0 here")
@@ -125,13 +95,7 @@ def next_tokens(
 
 
 def plot_next_tokens(chances: Mapping[str, Sequence[tuple[str, float]]]) -> Figure:
-    """Draw the probabilities of the next token, the likeliest first, one line a setting.
-
-    Parameters
-    ----------
-    chances : mapping
-        The name of each setting, and what `next_tokens` returned for it.
-    """
+    """Draw what `next_tokens` returned for each named setting, the likeliest token first."""
     figure, axes = new_axes(7, 3.5)
     for name, pairs in chances.items():
         ranks = range(1, len(pairs) + 1)
@@ -160,24 +124,12 @@ def answer_questions(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[tuple[str, ...]],
 ) -> list[Answer]:
-    """Let the model complete cloze questions, whose first two fields are prompt and answer.
-
-    Examples
-    --------
-    >>> answers = answer_questions(model, tokenizer, [("法国的首都是", "巴黎")])  # doctest: +SKIP
-    >>> answers[0].right  # doctest: +SKIP
-    True
-    """
+    """Let the model complete cloze questions, whose first two fields are prompt and answer."""
     prompts, expected = ([question[n] for question in questions] for n in (0, 1))
     longest = max(map(len, encode_text(tokenizer, expected)), default=0)
     # Two tokens more than the longest answer: the model may cut the same characters differently.
     written = complete(model, tokenizer, prompts, max_new_tokens=longest + 2)
     return [Answer(*row) for row in zip(prompts, expected, written, strict=True)]
-
-
-def _check_prompts(prompts: Sequence[str]) -> None:
-    if not all(prompts):
-        raise ValueError("a prompt is empty: the model needs at least one character to go on from")
 
 
 def _prompt_ids(
@@ -187,6 +139,8 @@ def _prompt_ids(
 
     A special token that is spelled out in a prompt is text.
     """
+    if not all(prompts):
+        raise ValueError("a prompt is empty: the model needs at least one character to go on from")
     begin = tokenizer("")["input_ids"]  # for many families a beginning-of-text token, here nothing
     room = max(1, context_of(model) - 1 - len(begin))
     return [begin + ids[-room:].tolist() for ids in encode_each(tokenizer, prompts)]

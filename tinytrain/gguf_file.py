@@ -1,9 +1,7 @@
 """Write an exported model as GGUF, the format of llama.cpp, Ollama and LM Studio.
 
-llama.cpp's own converter is in no package to depend on, and rejects a tokenizer that is trained
-here or reduced. So the file is written with GGML's package ``gguf``, which that converter uses too;
-`make gguf` compares both results value by value. The module is not called ``gguf``: copied into a
-folder, it would hide the package.
+llama.cpp's own converter is in no package, and rejects a tokenizer that is trained here or reduced.
+So GGML's package ``gguf`` is used, as that converter does; `make gguf` compares the results.
 """
 
 from __future__ import annotations
@@ -12,21 +10,16 @@ import contextlib
 import json
 import os
 import re
-import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-try:
-    import gguf
-except ImportError as error:
-    raise ModuleNotFoundError(
-        "a GGUF file is written with GGML's package gguf: pip install gguf"
-    ) from error
+import gguf
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Qwen2Tokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from tinytrain.common import EXPORT_MARK, atomic_write, hash_file, one_line, write_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 # Ollama writes its templates in Go's language.
 _MODELFILE = """\
@@ -44,40 +37,19 @@ PARAMETER temperature TEMPERATURE
 def write_gguf(folder: str | Path, name: str = "") -> Path:
     """Write ``model.gguf`` into the folder of an exported Qwen2 model.
 
-    Beside the file of a chat model goes a ``Modelfile``, for ``ollama create``.
+    Matrices keep the format that they have there, vectors become float32. Beside the file of a chat
+    model goes a ``Modelfile``, for ``ollama create``. ``name`` is what programs show. Another kind
+    of model, and a tokenizer that cuts texts differently from Qwen2's, is a ValueError.
 
-    Parameters
-    ----------
-    folder : str or Path
-        From `tinytrain.export.export_model`.
-    name : str
-        What programs show as the model's name.
-
-    Returns
-    -------
-    Path
-        The file: the folder's weights, vectors as float32, matrices in the folder's format.
-
-    Raises
-    ------
-    ValueError
-        If it is not a Qwen2 model, or its tokenizer cuts texts differently from Qwen2's.
-
-    Notes
-    -----
     GGUF cannot name the tokenizer's Unicode normalisation (NFC): a text that writes letters and
     accents apart becomes other tokens there. Chinese text is not affected.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
     folder = Path(folder)
-    path, mark = folder / "model.gguf", folder / EXPORT_MARK
+    path, temporary = folder / "model.gguf", folder / "model.gguf.tmp"
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type != "qwen2":
         raise ValueError(f"write_gguf is for Qwen2 models, and {folder} holds {config.model_type}")
     _check_pre_tokenizer(folder)
-
-    temporary = folder / f"model.gguf.{secrets.token_hex(4)}.tmp"
     writer = gguf.GGUFWriter(temporary, "qwen2")
     try:
         with contextlib.closing(writer):
@@ -101,12 +73,13 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
             writer.write_tensors_to_file()
         written = {path.name: hash_file(temporary)}
         if tokenizer.chat_template:
-            modelfile = _MODELFILE.replace("TEMPERATURE", str(generation.temperature))
-            atomic_write(folder / "Modelfile", modelfile.encode())
-            written["Modelfile"] = hash_file(folder / "Modelfile")
+            modelfile = folder / "Modelfile"
+            text = _MODELFILE.replace("TEMPERATURE", str(generation.temperature))
+            atomic_write(modelfile, text)
+            written[modelfile.name] = hash_file(modelfile)
+        mark = folder / EXPORT_MARK
         if mark.is_file():  # so that the next export may replace them
-            hashes = json.loads(mark.read_text(encoding="utf-8"))
-            write_json(mark, hashes | written)
+            write_json(mark, json.loads(mark.read_text(encoding="utf-8")) | written)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -116,8 +89,7 @@ def write_gguf(folder: str | Path, name: str = "") -> Path:
 def _plain_template(template: str) -> str:
     """Return a chat template without the tags that mark what is learned from.
 
-    Only training reads them, and to Jinja itself, with which llama-cpp-python renders, they are an
-    error. What is always true takes their place, and trims the blanks around as they do.
+    To Jinja itself they are an error. ``if true`` takes their place and trims blanks as they do.
     """
     tag = r"(\{%-?\s*)(end|)generation(?=\s*-?%\})"
     return re.sub(tag, lambda found: found[1] + (found[2] and "endif" or "if true"), template)
@@ -125,8 +97,6 @@ def _plain_template(template: str) -> str:
 
 def _check_pre_tokenizer(folder: Path) -> None:
     """Raise unless texts are cut into Qwen2's pieces before any merging."""
-    from transformers import Qwen2Tokenizer
-
     # From the file: transformers gives every tokenizer of a Qwen2 model Qwen2's rule.
     saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     rule = json.loads(Qwen2Tokenizer().backend_tokenizer.to_str())["pre_tokenizer"]
@@ -152,7 +122,7 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _add_tokenizer(
-    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
     """Add the tokens; the model may have more rows than the tokenizer has tokens."""
     tokens = {number: token for token, number in tokenizer.get_vocab().items()}
@@ -176,9 +146,6 @@ def _add_tokenizer(
 
 
 def _add_weights(writer: gguf.GGUFWriter, folder: Path, layers: int) -> None:
-    import torch
-    from safetensors.torch import load_file
-
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, layers)
     for file in sorted(folder.glob("*.safetensors")):
         for name, weight in load_file(file).items():

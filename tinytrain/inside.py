@@ -1,9 +1,8 @@
 """Qwen2 written out: the model of notebook 04 in plain PyTorch, to be read from top to bottom.
 
-transformers has the same arithmetic spread over several files, with kernels for many machines. Here
-it is without them, and slower. The parts that have weights are classes; the two that have none,
-`rotate` and `attend`, are functions, which you can replace by your own. Weights have the names of
-transformers, so `write_out` fills them from a trained model; the logits agree but for rounding.
+The parts that have weights are classes; the two that have none, `rotate` and `attend`, are
+functions, which you can replace by your own. Weights have the names of transformers, so `write_out`
+fills them from a trained model; the logits agree but for rounding.
 
 References: Vaswani et al., arXiv:1706.03762 (attention); Zhang and Sennrich, arXiv:1910.07467
 (RMSNorm); Su et al., arXiv:2104.09864 (rotary positions); Ainslie et al., arXiv:2305.13245 (shared
@@ -13,28 +12,21 @@ keys and values); Shazeer, arXiv:2002.05202 (SwiGLU); Yang et al., arXiv:2407.10
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-if TYPE_CHECKING:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-Cache = dict[str, Tensor]
-"""The keys and values that a layer has computed so far; empty before the first token."""
+Cache = dict[str, Tensor]  # keys and values of a layer so far; empty before the first token
 
 
 @dataclass
 class Trace:
-    """What a forward pass writes down when it is given one of these.
+    """What a forward pass writes down when it is given one of these."""
 
-    ``hidden`` gets the vectors after the embedding and after each layer, of shape (batch, tokens,
-    width); ``attention`` gets the weights of each layer, as `attend` returns them.
-    """
-
+    # After the embedding and after each layer: (batch, tokens, width).
     hidden: list[Tensor] = field(default_factory=list)
-    attention: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)  # of each layer, as `attend` returns it
 
 
 class RMSNorm(nn.Module):
@@ -58,14 +50,8 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     ``position * theta ** (-2 * i / size)``. A query times a key then depends on how far apart the
     two are, and not on where they are: if both are turned further, the angle between them stays.
 
-    Parameters
-    ----------
-    x : Tensor
-        Of shape (batch, heads, tokens, size).
-    positions : Tensor
-        Of shape (tokens,); the first token of a text is at 0.
-    theta : float
-        The larger, the slower the slowest points turn.
+    ``x`` has the shape (batch, heads, tokens, size) and ``positions`` the shape (tokens,), from 0
+    at the first token of a text. The larger ``theta``, the slower the slowest points turn.
     """
     size = x.shape[-1]
     speeds = theta ** (-torch.arange(0, size, 2, device=x.device) / size)
@@ -170,15 +156,7 @@ class Layer(nn.Module):
 class Qwen2(nn.Module):
     """The whole model, from token ids to logits.
 
-    Parameters
-    ----------
-    config : transformers.Qwen2Config
-        Of any size, without sliding windows and without scaled rotary positions.
-
-    Raises
-    ------
-    ValueError
-        If the configuration asks for what is not written out here.
+    Sliding windows and scaled rotary positions are not written out here, and are a ValueError.
     """
 
     def __init__(self, config: Qwen2Config):
@@ -218,19 +196,7 @@ class Qwen2(nn.Module):
 
 
 def write_out(model: Qwen2ForCausalLM) -> Qwen2:
-    """Return a model of transformers as a `Qwen2`, on the same device, with a copy of its weights.
-
-    Raises
-    ------
-    ValueError
-        If it is no Qwen2, or one of a kind that is not written out here.
-
-    Examples
-    --------
-    >>> plain = write_out(model)
-    >>> (plain(ids) - model(ids).logits).abs().max() < 1e-4
-    tensor(True)
-    """
+    """Return a model of transformers as a `Qwen2`, on its device, with a copy of its weights."""
     plain = Qwen2(model.config).to(model.device, model.dtype)
     weights = {name.removeprefix("model."): value for name, value in model.state_dict().items()}
     plain.load_state_dict(weights)  # raises if a weight is missing or left over

@@ -1,31 +1,24 @@
 """The loss of a language model, without ever holding all of its logits.
 
-A model has a logit for every token of its vocabulary at every position. With Qwen2.5's 151,665
-tokens the float32 logits of a batch of 16 x 512 positions take 5 GB, and the loss and its gradient
-as much again each: far more than the model. But the loss needs only one value a position, so here
-logits are computed for a few positions at a time, and turned into their gradient at once. The price
-is that the gradient of the output matrix exists while the rest of the backward pass runs.
-
-The idea is known from Liger Kernel (Hsu et al., 2024, arXiv:2410.10989); this is the same in plain
-PyTorch, for any device.
+With Qwen2.5's 151,665 tokens the float32 logits of a batch of 16 x 512 positions take 5 GB, and the
+loss and its gradient as much again each. So they are computed for a few positions at a time, and
+turned into their gradient at once, which then exists during the rest of the backward pass. The idea
+is Liger Kernel's (Hsu et al., 2024, arXiv:2410.10989), here in plain PyTorch, for any device.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 _IGNORED_LABEL = -100  # as everywhere in PyTorch
-# Logits that become gradients at once, in float32, where nothing is compiled: 16 MB, which may stay
-# in the cache of a processor or a GPU.
-_LOGITS_AT_ONCE = 2**22
+_LOGITS_AT_ONCE = 2**22  # in float32, uncompiled: 16 MB, which may stay in a processor's cache
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -78,15 +71,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _TiedEmbedding(torch.autograd.Function):
     """Looks up rows of a table that the loss uses too, and hands over one gradient for both.
 
-    PyTorch would make a second table for the few rows that were read, and a third one to add the
-    two. Here the loss defers its gradient, in the 16-bit type of the products, until the backward
-    pass ends here, and the rows are added in place.
+    PyTorch would make a second table for the rows that were read, and a third one for the sum. Here
+    the loss defers its gradient until the backward pass ends, and the rows are added in place.
     """
 
     @staticmethod
-    def forward(ctx, ids, table, padding_idx, deferred):
+    def forward(ctx, ids, table, deferred):
         ctx.save_for_backward(ids, table)
-        ctx.padding_idx, ctx.deferred = padding_idx, deferred
+        ctx.deferred = deferred
         return F.embedding(ids, table)
 
     @staticmethod
@@ -99,12 +91,10 @@ class _TiedEmbedding(torch.autograd.Function):
             del narrow
         else:  # nothing was learned from the loss
             grad_table = torch.zeros_like(table)
-        if ctx.padding_idx is not None:
-            grad_rows = grad_rows.masked_fill((ids == ctx.padding_idx)[..., None], 0)
         ids, grad_rows = ids.flatten()[None], grad_rows.flatten(0, -2).to(table.dtype)
         # A sparse tensor, which sums the rows of one token in a fixed order, on a GPU as well.
         grad_table += torch.sparse_coo_tensor(ids, grad_rows, table.shape, check_invariants=False)
-        return None, grad_table, None, None
+        return None, grad_table, None
 
 
 def _to_gradient(
@@ -148,37 +138,28 @@ def linear_cross_entropy(
     total: torch.Tensor | float | None = None,
     rows: int = 512,
     compiled: bool = False,
+    deferred: list | None = None,
 ) -> torch.Tensor:
     """Return the cross entropy of ``hidden @ weight.T``, computed a few rows at a time.
 
-    Under autocast the matrix products are computed in its type and the rest in float32.
+    Under autocast the matrix products are computed in its type and the rest in float32. The result
+    is a float32 scalar in nats; 0 if no label counts, where PyTorch's own is NaN.
 
     Parameters
     ----------
-    hidden : torch.Tensor
-        The last hidden state, of shape (positions, width).
-    weight : torch.Tensor
-        The output matrix, of shape (vocabulary size, width).
+    hidden, weight : torch.Tensor
+        The last hidden state, of shape (positions, width), and the output matrix, of shape
+        (vocabulary size, width).
     labels : torch.Tensor
         The right token at each position, int64 of shape (positions,); -100 where none counts.
     total : torch.Tensor or float, optional
-        What the sum of all losses is divided by, at least 1; by default the number of labels that
-        count.
+        What the sum of all losses is divided by, at least 1; by default the labels that count.
     rows : int
         Positions at a time: fewer save memory, many more gain no speed.
     compiled : bool
-        Whether torch.compile fuses what happens between the matrix products. That takes some
-        seconds, once, and saves time in each step.
-
-    Returns
-    -------
-    torch.Tensor
-        A float32 scalar in nats; 0 if no label counts, where PyTorch's own is NaN.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit, or ``rows`` is not positive.
+        Whether torch.compile, once, fuses what happens between the matrix products.
+    deferred : list, optional
+        Gets the gradient of the weight, and a factor, in place of autograd.
 
     Examples
     --------
@@ -186,16 +167,6 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(hidden, weight, torch.tensor([1, 2, -100]))  # ln(10)
     tensor(2.3026)
     """
-    if rows < 1:
-        raise ValueError(f"rows={rows} must be at least 1")
-    if hidden.ndim != 2 or labels.shape != hidden.shape[:1] or weight.shape[1] != hidden.shape[1]:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (hidden, weight, labels))
-        raise ValueError(f"hidden, weight and labels do not fit: {shapes}; flatten a batch first")
-    return _apply(hidden, weight, labels, total, rows, compiled=compiled)
-
-
-def _apply(hidden, weight, labels, total, rows, deferred=None, compiled=False) -> torch.Tensor:
-    """Compute the loss; its gradient for the weight goes into ``deferred`` if that is a list."""
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -210,32 +181,17 @@ def _apply(hidden, weight, labels, total, rows, deferred=None, compiled=False) -
 
 def _is_plain(table: torch.nn.Module) -> bool:
     """Tell whether the table's gradient may be handed over in one piece: it is not sharded."""
-    weight = table.weight
-    plain = type(table) is torch.nn.Embedding and type(weight) is torch.nn.Parameter
-    return plain and weight.is_leaf and weight.device.type in ("cpu", "cuda")
+    plain = type(table) is torch.nn.Embedding and type(table.weight) is torch.nn.Parameter
+    return plain and table.padding_idx is None and table.weight.device.type in ("cpu", "cuda")
 
 
 def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = False) -> None:
     """Let a causal language model compute its training loss by `linear_cross_entropy`.
 
-    The model is changed in place; its weights, its configuration and what is saved stay as they
-    were. With labels its output holds the loss and no logits; without, for example in generation,
-    it works as before.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        One with the parts ``model`` and ``lm_head`` (without bias), such as Qwen2 or Llama.
-    rows, compiled
-        As for `linear_cross_entropy`.
-
-    Raises
-    ------
-    ValueError
-        If the model is not built like that.
+    The model, with the parts ``model`` and ``lm_head`` (without bias) as Qwen2 and Llama have them,
+    is changed in place; another one is a ValueError. With labels its output then holds the loss and
+    no logits; without, it works as before. What is saved stays the same.
     """
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
     head = getattr(model, "lm_head", None)
     if not hasattr(model, "model") or head is None or getattr(head, "bias", None) is not None:
         raise ValueError(f"{type(model).__name__} has no parts `model` and `lm_head` without bias")
@@ -258,13 +214,13 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = F
         tied = self.lm_head.weight is table.weight and table.weight.requires_grad
         if tied and torch.is_grad_enabled() and input_ids is not None and _is_plain(table):
             deferred = []
-            embedded = _TiedEmbedding.apply(input_ids, table.weight, table.padding_idx, deferred)
-            input_ids, kwargs["inputs_embeds"] = None, embedded
+            kwargs["inputs_embeds"] = _TiedEmbedding.apply(input_ids, table.weight, deferred)
+            input_ids = None
         hidden = self.model(input_ids, *args, **kwargs).last_hidden_state
         hidden = hidden[:, :-1].flatten(0, 1)  # each position predicts the next token
-        labels = labels[:, 1:].flatten()
-        weight = self.lm_head.weight
-        loss = _apply(hidden, weight, labels, num_items_in_batch, rows, deferred, compiled)
+        labels, total = labels[:, 1:].flatten(), num_items_in_batch
+        options = total, rows, compiled, deferred
+        loss = linear_cross_entropy(hidden, self.lm_head.weight, labels, *options)
         return CausalLMOutputWithPast(loss=loss)
 
     # The same name: it is written into the saved configuration.

@@ -1,14 +1,11 @@
 """The model: a Qwen2 configuration that fits together, the model it describes, and its first loss.
 
-The model itself is transformers' ``Qwen2ForCausalLM``: what is trained here loads everywhere. What
-this module adds is a configuration that survives its first checkpoint, weights that a seed decides,
-and layers that are compiled once.
+The model itself is transformers' ``Qwen2ForCausalLM``: what is trained here loads everywhere.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -55,7 +52,8 @@ def qwen2_config(
     """Return the Qwen2.5-0.5B configuration in another size.
 
     ``AutoConfig.from_pretrained(parent, num_hidden_layers=12)`` keeps the parent's 24
-    ``layer_types``: the model trains and then fails when it is first saved. This one fits.
+    ``layer_types``: the model trains and then fails when it is first saved. This one fits. Sizes
+    that do not fit together are a ValueError.
 
     Parameters
     ----------
@@ -69,15 +67,10 @@ def qwen2_config(
         Tokens of a training block, saved as ``max_position_embeddings`` (not as GPT-2's
         ``n_ctx``): tools that serve the model take it for the longest text it can read.
     eos_token_id : int
-        The end-of-text token, which separates documents and so also begins a text (bos). It is not
-        named as padding: Qwen2 would start its row of the embedding at zero and never train it.
+        The end-of-text token, which separates documents and so also begins a text (bos). It is no
+        padding token: Qwen2 would start its row of the embedding at zero and never train it.
     tie_word_embeddings : bool
         Whether input and output share one matrix.
-
-    Raises
-    ------
-    ValueError
-        If a size is not positive or two of them do not fit together.
 
     Examples
     --------
@@ -88,17 +81,6 @@ def qwen2_config(
     """
     from transformers import Qwen2Config
 
-    sizes = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_key_value_heads,
-    }
-    for name, size in {**sizes, "context_length": context_length}.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}; it must be at least 1")
     if hidden_size % (2 * num_attention_heads):
         raise ValueError(
             f"hidden_size {hidden_size} must be a multiple of {2 * num_attention_heads}: "
@@ -115,13 +97,19 @@ def qwen2_config(
             "vocab_size must be at least len(tokenizer)"
         )
     changes = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
         "max_window_layers": num_hidden_layers,
         "max_position_embeddings": context_length,
         "tie_word_embeddings": tie_word_embeddings,
         "bos_token_id": eos_token_id,
         "eos_token_id": eos_token_id,
     }
-    return Qwen2Config(**QWEN2_5_0_5B | sizes | changes)
+    return Qwen2Config(**QWEN2_5_0_5B | changes)
 
 
 def recipe_config(
@@ -129,50 +117,28 @@ def recipe_config(
 ) -> Qwen2Config:
     """Return the configuration of a recipe's model.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Its fields under "model" decide.
-    vocab_size : int, optional
-        Rows of the embedding; by default those of the recipe, or all tokens of Qwen2.5.
-    eos_token_id : int
-        The end-of-text token; it has no influence on sizes.
+    ``vocab_size``, the rows of the embedding, is by default that of the recipe, or all tokens of
+    Qwen2.5. The end-of-text token has no influence on sizes.
     """
-    return qwen2_config(
-        vocab_size or recipe.vocab_size or 151_665,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_hidden_layers,
-        num_attention_heads=recipe.num_attention_heads,
-        num_key_value_heads=recipe.num_key_value_heads,
-        context_length=recipe.context_length,
-        eos_token_id=eos_token_id,
-    )
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    names += " num_key_value_heads context_length"
+    sizes = {name: getattr(recipe, name) for name in names.split()}
+    vocab_size = vocab_size or recipe.vocab_size or 151_665
+    return qwen2_config(vocab_size, eos_token_id=eos_token_id, **sizes)
 
 
 def build_model(config: Qwen2Config, seed: int = 0) -> Qwen2ForCausalLM:
-    """Build a model with random weights in float32.
+    """Build a model with random weights in float32, which the seed decides.
 
-    Parameters
-    ----------
-    config : transformers.Qwen2Config
-        For example from `qwen2_config`.
-    seed : int
-        Decides the weights; the global random state stays as it was.
-
-    Returns
-    -------
-    transformers.Qwen2ForCausalLM
-        On the CPU, in training mode. Mixed precision casts on the fly: the weights stay float32,
-        in which a small update is not rounded away.
+    They stay float32 in mixed precision too, so that a small update is not rounded away. The global
+    random state stays as it was.
     """
     import torch
     from transformers import Qwen2ForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU alone; GPUs keep their state
-        # AutoModelForCausalLM.from_config would make the weights bfloat16 where the configuration
-        # says so, as the one published with Qwen2.5-0.5B does.
+        # AutoModelForCausalLM.from_config would make them bfloat16 where the configuration says so.
         model = Qwen2ForCausalLM(config)
     # Only for generating: texts that end earlier than others are filled up with end-of-text.
     model.generation_config.pad_token_id = config.eos_token_id
@@ -183,39 +149,22 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     """Load a causal language model in float32 from a folder, your own or a stranger's.
 
     No code in the folder is run, no pickle is opened, and no weight may be missing in the files:
-    transformers alone would draw it at random.
-
-    Raises
-    ------
-    FileNotFoundError
-        If ``config.json`` or the weights as safetensors are missing.
-    ValueError
-        If the weights are damaged or do not belong to the configuration.
+    transformers alone would draw it at random. A FileNotFoundError says that files are missing, a
+    ValueError that they are damaged or do not fit together.
     """
-    from safetensors import safe_open
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_log
 
     folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
+    if not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"no model in {folder}: it needs config.json, and the weights as safetensors (a .bin "
             "may be a pickle, which can run any code, and is not opened: ask for safetensors, or "
             "convert it where you trust it, by save_pretrained of transformers)"
         )
-    file = folder / "model.safetensors.index.json"
     level = transformers_log.get_verbosity()
     transformers_log.set_verbosity_error()  # else a table of what does not fit, however long
     try:
-        if file.is_file():
-            parts = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()
-            if not {folder / part for part in parts} <= set(files):
-                raise ValueError("it names other files than the folder's .safetensors")
-        for file in files:
-            with safe_open(file, "pt"):  # finds a file that was cut off
-                pass
-        file = folder
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="float32",
@@ -230,7 +179,7 @@ def load_model(folder: str | Path) -> PreTrainedModel:
         if "trust_remote_code" in said:
             said = "it needs code of its own, which is never run here"
         raise ValueError(
-            f"{file} cannot be loaded ({said[:200]}): make or download it again"
+            f"{folder} cannot be loaded ({said[:200]}): make or download it again"
         ) from error
     finally:
         transformers_log.set_verbosity(level)
@@ -243,21 +192,20 @@ def load_model(folder: str | Path) -> PreTrainedModel:
 def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     """Let torch.compile fuse what happens inside each layer between the matrix products.
 
-    One compilation, a quarter of a minute on a laptop, serves all layers. Training steps become
-    faster and keep less for the backward pass; evaluation and generation, with their changing
-    lengths, run uncompiled. Weights and their names stay as they are. Where compiling fails, for
-    example without a C++ compiler, a warning says so and the layers run uncompiled.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        One whose layers are ``model.model.layers``, such as Qwen2 or Llama. Changed in place.
-    recompute : bool
-        Whether the backward pass computes a layer's results a second time, matrix products
-        included, instead of keeping them; only those of attention are kept.
+    The layers are ``model.model.layers``, as in Qwen2 and Llama, and are changed in place. One
+    compilation, a quarter of a minute on a laptop, serves all. Training becomes faster and keeps
+    less for the backward pass; evaluation and generation, with their changing lengths, run
+    uncompiled, and so does all where compiling fails, for example without a C++ compiler. With
+    ``recompute``, the backward pass computes a layer's results, except attention's, a second time
+    instead of keeping them.
     """
     import torch
-    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = "attention" in str(operation)  # takes long to compute for its size
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     torch._dynamo.config.suppress_errors = True
     logging.getLogger("torch._dynamo.convert_frame").addFilter(_tell_failure_in_a_line)
@@ -266,7 +214,7 @@ def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     if recompute:
         # PyTorch warns of operations in place, of which these layers have none.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-        contexts = functools.partial(create_selective_checkpoint_contexts, _keep_only_attention)
+        contexts = functools.partial(selective, policy)
         layer = functools.partial(checkpoint, layer, use_reentrant=False, context_fn=contexts)
     compiled = torch.compile(layer)
 
@@ -274,22 +222,14 @@ def compile_layers(model: PreTrainedModel, recompute: bool = False) -> None:
     def forward(self, *args: Any, **kwargs: Any):
         if not self.training:
             return kind.forward(self, *args, **kwargs)
-        # Training never reads the cache of keys and values, which knows the layer's number: with
-        # it, each layer would be compiled by itself.
+        # With the cache of keys and values, which knows the layer's number and which training does
+        # not read, each layer would be compiled by itself.
         return compiled(self, *args, **kwargs | {"past_key_values": None})
 
     # A class of its own, as in tinytrain.loss: copies of the model keep their own parts.
     faster = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
     for layer in model.model.layers:
         layer.__class__ = faster
-
-
-def _keep_only_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Any:
-    """Keep what takes long to compute for its size; compute the rest again."""
-    from torch.utils.checkpoint import CheckpointPolicy
-
-    keep = "attention" in str(operation)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 _warn_once = functools.cache(logger.warning)
@@ -299,10 +239,11 @@ def _tell_failure_in_a_line(record: logging.LogRecord) -> bool:
     """Warn in place of PyTorch, which prints some hundred lines for each part that fails."""
     error = record.exc_info[1] if record.exc_info else None
     if error is not None and record.levelno == logging.WARNING:
+        said = str(error).strip().split("\n")[0]
         _warn_once(
-            f"torch.compile fails here ({type(error).__name__}: {str(error).strip()}".split("\n")[0]
-            + "): the run goes on uncompiled, which is only slower. It needs a C++ compiler (g++, "
-            "or clang on macOS); compile=False tries no more"
+            f"torch.compile fails here ({type(error).__name__}: {said}): the run goes on "
+            "uncompiled, which is only slower. It needs a C++ compiler (g++, or clang on macOS); "
+            "compile=False tries no more"
         )
     return error is None
 
@@ -317,23 +258,11 @@ def expected_initial_loss(vocab_size: int) -> float:
 
 
 def initial_loss(model: PreTrainedModel, input_ids: Sequence[Sequence[int]]) -> float:
-    """Return the mean cross-entropy of a model on some blocks, without training on them.
+    """Return the mean cross-entropy of a model on some blocks, in nats per token.
 
     For an untrained model it should be a little above `expected_initial_loss`: random logits that
     vary by ``sigma`` add about ``sigma ** 2 / 2``. Much more points at a mistake in the initial
-    weights, much less at one in the labels.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        A causal language model; its mode (training or evaluation) is kept.
-    input_ids : torch.Tensor or sequence
-        Token ids of shape (blocks, context_length). A few blocks will do.
-
-    Returns
-    -------
-    float
-        In nats per token.
+    weights, much less at one in the labels. ``input_ids`` has the shape (blocks, context_length).
     """
     import torch
 

@@ -1,40 +1,31 @@
 """Muon for the matrices, AdamW for the rest: one optimiser, which the Trainer saves like any other.
 
-AdamW scales each element of a gradient by itself. But most parameters of a language model are in
-matrices, whose gradient has a few large directions that drown the many small ones. Muon makes all
-of them equally long: the step is the nearest orthogonal matrix to the averaged gradient. From the
-same tokens that learns more; the price is some matrix products each step, whatever the batch, and
-it keeps one running average instead of AdamW's two.
-
-The embedding is a table of tokens and no matrix in this sense, and norms and biases are vectors:
-these stay with AdamW. ``torch.optim.Muon`` is the same rule, matrix by matrix and always in bf16;
-here matrices of one shape go together, in the type you choose.
+The gradient of a matrix has a few large directions that drown the many small ones. Muon makes all
+of them equally long. From the same tokens that learns more, for some matrix products each step,
+whatever the batch. ``torch.optim.Muon`` is the same rule, matrix by matrix and always in bf16; here
+matrices of one shape go together, in the type you choose.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
+from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-# Of a polynomial that, applied again and again, drives all singular values to about 1, the small
-# ones fastest (Jordan et al., 2024).
+# Of a polynomial that, applied again and again, drives all singular values to about 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ELEMENTS_AT_ONCE = 16 * 2**20  # more saves no time, only costs memory
 
 
 def _orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Return matrices with the same directions as the given ones, all about equally long.
+    """Return about ``U V^T`` for each matrix ``U S V^T``, with singular values of 0.7 to 1.2.
 
-    By a Newton-Schulz iteration: of ``U S V^T`` it makes about ``U V^T``, with singular values
-    between 0.7 and 1.2, without computing U, S and V (K. Jordan et al., "Muon: An optimizer for
-    hidden layers in neural networks", 2024, https://kellerjordan.github.io/posts/muon/).
+    By a Newton-Schulz iteration: K. Jordan et al., "Muon: An optimizer for hidden layers in neural
+    networks", 2024, https://kellerjordan.github.io/posts/muon/.
     """
     a, b, c = _COEFFICIENTS
     upright = matrices.shape[-2] > matrices.shape[-1]
@@ -55,29 +46,9 @@ class MuonAdamW(torch.optim.AdamW):
     """AdamW, except for parameter groups with ``muon=True``, whose matrices Muon steps.
 
     Both use one learning rate: Muon's step is scaled so that its elements are on average as large
-    as AdamW's usually are, 0.2 times the rate (Liu et al.).
-
-    Parameters
-    ----------
-    params : iterable
-        Groups, as for any PyTorch optimiser.
-    lr : float
-        Learning rate.
-    momentum : float
-        Memory of Muon's running average: 1 / (1 - momentum) steps.
-    dtype : torch.dtype
-        What directions are computed in. Rough ones are enough, so bfloat16 is, where it is fast.
-    **kwargs
-        As for ``torch.optim.AdamW``.
-
-    Raises
-    ------
-    ValueError
-        If a group with ``muon=True`` holds anything but matrices.
-
-    References
-    ----------
-    J. Liu et al., "Muon is Scalable for LLM Training", 2025, arXiv:2502.16982.
+    as AdamW's usually are, 0.2 times the rate (J. Liu et al., "Muon is Scalable for LLM Training",
+    2025, arXiv:2502.16982). Its running average remembers 1 / (1 - momentum) steps; its directions
+    are computed in ``dtype``, and rough ones are enough: bfloat16, where that is fast.
     """
 
     def __init__(
@@ -95,8 +66,6 @@ class MuonAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             group.setdefault("muon", False)
             group.setdefault("momentum", momentum)
-            if group["muon"] and any(p.ndim != 2 for p in group["params"]):
-                raise ValueError("Muon steps matrices: give vectors and the rest a group of AdamW")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step of AdamW and of Muon."""
@@ -145,7 +114,7 @@ def _shard_like(p: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _batches_of_one_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Return lists of equal matrices, none of more than `_ELEMENTS_AT_ONCE` (or of one matrix)."""
+    """Return lists of matrices of one shape, of `_ELEMENTS_AT_ONCE` or one matrix at most."""
     shapes: dict[torch.Size, list[torch.Tensor]] = {}
     for p in params:
         shapes.setdefault(p.shape, []).append(p)
@@ -166,18 +135,7 @@ def muon_adamw(
 ) -> MuonAdamW:
     """Return the optimiser for a language model: Muon for the matrices of its layers.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        A causal language model.
-    lr : float
-        Learning rate of both.
-    weight_decay : float
-        For matrices and embedding; norms and biases have none.
-    betas, eps
-        AdamW's.
-    dtype : torch.dtype
-        What Muon computes its directions in.
+    Norms and biases have no weight decay; ``dtype`` is what Muon computes its directions in.
 
     Examples
     --------
@@ -189,21 +147,15 @@ def muon_adamw(
     [14, 1, 11]
     """
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
-    tables = {id(table.weight) for table in tables if table is not None}
-    groups: dict[str, list[torch.Tensor]] = {"matrices": [], "embeddings": [], "vectors": []}
+    tables = {id(table.weight) for table in tables}
+    matrices, embeddings, vectors = [], [], []
     for p in model.parameters():
         if p.requires_grad:
-            kind = "embeddings" if id(p) in tables else "matrices" if p.ndim == 2 else "vectors"
-            groups[kind].append(p)
-    return MuonAdamW(
-        [
-            {"params": groups["matrices"], "muon": True},
-            {"params": groups["embeddings"]},
-            {"params": groups["vectors"], "weight_decay": 0.0},
-        ],
-        lr=lr,
-        weight_decay=weight_decay,
-        betas=betas,
-        eps=eps,
-        dtype=dtype,
-    )
+            group = embeddings if id(p) in tables else matrices if p.ndim == 2 else vectors
+            group.append(p)
+    groups = [
+        {"params": matrices, "muon": True},
+        {"params": embeddings},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return MuonAdamW(groups, lr, weight_decay=weight_decay, betas=betas, eps=eps, dtype=dtype)

@@ -21,11 +21,10 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#dbe5f3", "#fbe3d2", "#dcefdd", "#ececec"
 def draw_model(model: nn.Module) -> Figure:
     """Draw the parts of a model from input (below) to output (above), with their parameters.
 
-    Parameters
-    ----------
-    model : tinytrain.inside.Qwen2
-        Only the shapes of its weights are looked at.
+    It is a `tinytrain.inside.Qwen2`; only the shapes of its weights are looked at.
     """
+    from matplotlib.patches import Rectangle
+
     config, layer, layers = model.config, model.layers[0], len(model.layers)
     width, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     heads, shared = config.num_attention_heads, config.num_key_value_heads
@@ -57,8 +56,8 @@ def draw_model(model: nn.Module) -> Figure:
     for start, end in ((2.5, 5.4), (5.85, 8.5)):  # around a norm and what follows it
         axes.plot([3, 0.6, 0.6, 2.75], [start, start, end, end], color="black", linewidth=1)
         axes.text(3, end, "+", ha="center", va="center", bbox={"boxstyle": "circle", "fc": "white"})
-    frame = {"boxstyle": "round", "fill": False, "linestyle": "--", "edgecolor": "#777777"}
-    _rectangle(axes, 0.2, 2.2, 5.3, 6.75, frame)
+    frame = {"fill": False, "linestyle": "--", "edgecolor": "#777777"}
+    axes.add_patch(Rectangle((0.2, 2.2), 5.3, 6.75, **frame))
     axes.text(-0.1, 5.5, f"{layers} layers", rotation=90, ha="center", va="center")
     return figure
 
@@ -71,31 +70,19 @@ def _count(part: nn.Module, times: int = 1) -> str:
 def _box(
     axes: Axes, middle: float, text: str, color: str, parameters: str, height: float = 0.6
 ) -> None:
-    _rectangle(axes, 1, middle - height / 2, 4, height, {"facecolor": color, "boxstyle": "square"})
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((1, middle - height / 2), 4, height, facecolor=color, edgecolor="k"))
     axes.text(3, middle, text, ha="center", va="center")
     axes.text(7.5, middle, parameters, ha="right", va="center", family="monospace")
-
-
-def _rectangle(
-    axes: Axes, left: float, bottom: float, width: float, height: float, style: dict
-) -> None:
-    from matplotlib.patches import FancyBboxPatch
-
-    style = style | {"boxstyle": style["boxstyle"] + ",pad=0"}
-    axes.add_patch(FancyBboxPatch((left, bottom), width, height, **style))
 
 
 def plot_attention(attention: Sequence[Tensor], pieces: Sequence[tuple[str, int]]) -> Figure:
     """Draw what every head attends to: a square for each, rows look at columns.
 
-    Parameters
-    ----------
-    attention : sequence of Tensor
-        The weights of each layer, of shape (1, heads, tokens, tokens), as in
-        `tinytrain.inside.Trace`.
-    pieces : sequence of (str, int)
-        The tokens and their ids, as from `tinytrain.tokenization.show_tokens`. Where no font has
-        Chinese characters, the ids take their place.
+    The weights of each layer have the shape (1, heads, tokens, tokens), as in
+    `tinytrain.inside.Trace`; the pieces are tokens with their ids, which take the tokens' place
+    where no font has Chinese characters.
     """
     font = chinese_font()
     readable = [text if font or text.isascii() else str(number) for text, number in pieces]

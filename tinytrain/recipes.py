@@ -49,6 +49,7 @@ _RANGES = {  # of all other whole numbers: at least 1
     "weight_decay": (lambda value: 0 <= value < math.inf, "at least 0"),
     "adam_beta2": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
     "epochs": (lambda value: 0 < value < math.inf, "above 0"),
+    "hours": (lambda value: 0 < value < math.inf, "above 0"),
     "max_steps": (lambda value: value == -1 or value >= 1, "at least 1, or -1: the epochs decide"),
     "seed": _SEED,
     "chats": (bool, "a path, or modelscope:owner/name"),
@@ -77,6 +78,7 @@ class Recipe:
     tokenizer: str = "qwen2.5"  # "qwen2.5" (151,665 tokens) or "own" (trained on the text)
     vocab_size: int | None = None  # rows of the embedding; None: all tokens of the tokenizer
     context_length: int = 512  # tokens the model sees at once; memory grows with it
+    max_characters: int | None = None  # tokenized of the training set, which is in random order
     packing: bool = True  # False: each article by itself, only full chunks
 
     # --- model --------------------------------------------------------------------------------
@@ -98,6 +100,7 @@ class Recipe:
     gradient_accumulation: int = 8  # batches whose gradients add up to one optimiser step
     epochs: float = 1.0
     max_steps: int = -1  # stop after so many optimiser steps; -1: the epochs decide
+    hours: float | None = None  # train for so long, whatever the steps; the rate goes by the clock
     seed: int = 42  # initial weights and the order of the blocks
     precision: str | None = None  # None: the best that the hardware computes itself
     loss_rows: int | None = None  # positions whose logits exist at once; None: all, as the guide

@@ -1,10 +1,7 @@
 """What a training leaves in its run's folder, and the use of it.
 
-A model is kept with what it was made from, in ``inputs.json`` beside the weights: the recipe, and
-hashes of the text, of the blocks and of the files. Whatever loads, measures or exports the model
-goes by that, and refuses to take it for another one.
-
-This module joins the others, as `steps` does; copy from those, not from here.
+A model is kept with what it was made from, in ``inputs.json`` beside the weights, and is not taken
+for another one. This module joins the others, as `steps` does; copy from those, not from here.
 """
 
 from __future__ import annotations
@@ -17,15 +14,16 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinytrain import export, modeling, steps, tokenization
-from tinytrain.common import hash_file, hash_files, rank, write_json
-from tinytrain.recipes import CHAT_FIELDS, DISPLAY_AND_SPEED_FIELDS, RECIPES, Recipe
+from tinytrain import export, hardware, modeling, steps, tokenization
+from tinytrain.common import hash_file, hash_files, rank, read_history, write_json
+from tinytrain.recipes import CHAT_FIELDS, DISPLAY_AND_SPEED_FIELDS, POCKET, RECIPES, Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 
 def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
@@ -59,24 +57,8 @@ def save_trained(
 ) -> Path:
     """Save a trained model, its tokenizer, and what it was made from, to ``model`` in the run.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Whose folder is used.
-    trainer : transformers.Trainer
-        With the model, trained to its end or stopped.
-    tokenizer : transformers.PreTrainedTokenizerBase
-        The model's.
-    inputs : dict
-        What `run_inputs` returned before the training. They go into ``inputs.json``, with the step
-        that was reached and hashes of the files, and tell `load_trained` what the model is.
-    run : Path, optional
-        Another folder than the recipe's.
-
-    Returns
-    -------
-    Path
-        The folder.
+    ``inputs`` are what `run_inputs` returned before the training; they tell `load_trained` what the
+    model is. ``run`` is another folder than the recipe's. Returns the model's folder.
     """
     folder = (run or steps.run_folder(recipe)) / "model"
     if rank() == 0:
@@ -84,29 +66,14 @@ def save_trained(
     trainer.save_model(str(folder))
     if rank() == 0:
         tokenizer.save_pretrained(folder)
-        state, overrides = trainer.state, _overrides(inputs, trainer.args)
-        _write_inputs(folder, inputs, state.global_step, state.max_steps, overrides)
+        _write_inputs(folder, inputs, trainer.state.global_step, trainer.state.max_steps)
     return folder
 
 
-def _write_inputs(
-    folder: Path, inputs: dict[str, Any], step: int, max_steps: int, overrides: dict[str, Any]
-) -> None:
+def _write_inputs(folder: Path, inputs: dict[str, Any], step: int, max_steps: int) -> None:
     files = {n: value for n, value in hash_files(folder).items() if n != "inputs.json"}
-    made = {"inputs": inputs, "overrides": overrides, "step": step, "max_steps": max_steps}
-    write_json(folder / "inputs.json", {**made, "files": files})
-
-
-def _overrides(inputs: dict[str, Any], args: TrainingArguments) -> dict[str, Any]:
-    """Return the fields of the recipe for which the Trainer was given other values."""
-    names = ("learning_rate", "warmup_steps", "weight_decay", "adam_beta2", "max_steps", "seed")
-    given = {name: getattr(args, name) for name in names}
-    given |= {"lr_scheduler": args.lr_scheduler_type.value, "epochs": args.num_train_epochs}
-    accumulation = args.gradient_accumulation_steps
-    blocks = args.train_batch_size * accumulation * args.world_size
-    if blocks != inputs["batch_size"] * inputs["gradient_accumulation"]:
-        given |= {"batch_size": args.train_batch_size, "gradient_accumulation": accumulation}
-    return {name: value for name, value in given.items() if value != inputs[name]}
+    made = {"inputs": inputs, "step": step, "max_steps": max_steps, "files": files}
+    write_json(folder / "inputs.json", made)
 
 
 def weights_hash(folder: Path) -> str:
@@ -119,16 +86,12 @@ def is_trained(recipe: Recipe) -> bool:
     """Tell whether the run has an undamaged model, finished or stopped, of these inputs."""
     folder = steps.run_folder(recipe) / "model"
     made = steps.read_inputs(folder)
-    if made is None or steps.find_damage(folder):
-        return False
-    return not differences(made, run_inputs(recipe, ""))
+    damaged = made is None or steps.find_damage(folder)
+    return not damaged and not differences(made, run_inputs(recipe, ""))
 
 
 def differences(made: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
-    """Return the names of inputs that a model was not made from.
-
-    The precision is none of them: it depends on the machine, and a model may come from another.
-    """
+    """Return the names of inputs that a model was not made from; its precision may be any."""
     kept = made["inputs"]
     inputs = json.loads(json.dumps(inputs))  # as they were read back
     return [n for n in inputs if n != "precision" and kept.get(n) != inputs[n]]
@@ -137,24 +100,9 @@ def differences(made: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
 def trained_recipe(recipe: Recipe, asked: Collection[str] | None = None) -> Recipe:
     """Return the recipe that the model in a run's folder was trained with.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Tells the folder, and what must be true of the model.
-    asked : collection of str, optional
-        The fields in which the model must agree with the recipe; by default all that decide an
-        outcome. The others are taken from the model.
-
-    Returns
-    -------
-    Recipe
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no model.
-    ValueError
-        If the model is incomplete or damaged, or was made from something else.
+    The model must agree with the given recipe in the fields ``asked``, by default all that decide
+    an outcome; the others are taken from the model. A FileNotFoundError says that there is no
+    model, a ValueError that it is damaged or was made from something else.
     """
     folder = steps.run_folder(recipe) / "model"
     again = f"`{shell_command(recipe)}`"
@@ -198,8 +146,10 @@ def check_held_out(recipe: Recipe, folder: Path) -> None:
 def shell_command(recipe: Recipe, step: str = "train") -> str:
     """Return the command of a step, with all in which the recipe differs from its original."""
     plain = RECIPES.get(recipe.name, recipe)
-    command = f"python -m tinytrain {step} --recipe {recipe.name}"
-    if recipe.corpus != plain.corpus:
+    planned = recipe.hours is not None and recipe.name not in RECIPES
+    named = f"--hours {recipe.hours:g}" if planned else f"--recipe {recipe.name}"
+    command = f"python -m tinytrain {step} {named}"
+    if recipe.corpus != (POCKET.corpus if planned else plain.corpus):
         command += f" --corpus {shlex.quote(recipe.corpus)}"
     changed = [n for n, value in asdict(recipe).items() if value != getattr(plain, n)]
     values = [f"{n}={getattr(recipe, n)}" for n in changed if n not in ("name", "corpus")]
@@ -214,14 +164,7 @@ def load_trained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a saved model, in float32 and on the GPU if there is one, and its tokenizer.
 
-    By default it is the one that notebook 05 or `train_recipe` has saved in the recipe's run.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none.
-    ValueError
-        If it is damaged or was trained with another recipe; see `trained_recipe`.
+    By default it is that of the recipe's run, as in `trained_recipe`, with the same errors.
     """
     import torch
 
@@ -236,10 +179,7 @@ def load_trained(
 def load_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the run's model that was tuned on conversations, whatever it was tuned from.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is none, or it is damaged; the message says how to make one.
+    A FileNotFoundError says that there is none, or that it is damaged.
     """
     folder = steps.chat_folder(recipe) / "model"
     if damaged := steps.find_damage(folder):
@@ -252,41 +192,29 @@ def load_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 def save_summary(recipe: Recipe, **values: Any) -> None:
     """Write the results of a run, which JSON can hold, to ``summary.json`` in its folder."""
-    from tinytrain.hardware import machine_name
-
     folder = steps.run_folder(recipe)
-    facts = {"recipe": recipe.name, "corpus": recipe.corpus, "machine": machine_name()}
+    facts = {"recipe": recipe.name, "corpus": recipe.corpus, "machine": hardware.machine_name()}
     step = (steps.read_inputs(folder / "model") or {}).get("step")  # of the model it tells about
     write_json(folder / "summary.json", {**facts, "step": step, **values})
 
 
 def _run_facts(recipe: Recipe) -> dict[str, Any]:
-    """Return what the folder of a run tells about it, for the model card.
-
-    A run without ``summary.json`` or ``history.jsonl`` has fewer facts.
-    """
-    from importlib.metadata import version
-
-    from tinytrain.callbacks import read_history
-
+    """Return what the folder of a run tells about it, for the model card."""
     folder = steps.run_folder(recipe)
     made = steps.read_inputs(folder / "model")
-    tokenizer, split = steps.get_tokenizer(recipe), steps.get_split(recipe)
-    if recipe.tokenizer == "own":
-        kind = "byte-level byte pairs, trained on the text"
-    else:
-        kind = "Qwen2.5's"
-        if steps.is_reduced(recipe):
-            kind += ", reduced to the tokens that the text uses most"
-    left_out = {"name", "corpus", *DISPLAY_AND_SPEED_FIELDS, *CHAT_FIELDS}
+    split = steps.get_split(recipe)
+    own = "byte-level byte pairs, trained on the text"
+    kind = own if recipe.tokenizer == "own" else "Qwen2.5's"
+    if steps.is_reduced(recipe):
+        kind += ", reduced to the tokens that the text uses most"
     facts: dict[str, Any] = {
+        **_summary(folder, made),
         "name": f"tinytrain-{folder.name}",
         "text": recipe.corpus,
         "documents": (len(split["train"]), len(split["test"])),
         "tokenizer": kind,
-        "vocab_size": len(tokenizer),
-        "recipe": {n: v for n, v in asdict(recipe).items() if n not in left_out}
-        | made["overrides"],
+        "vocab_size": len(steps.get_tokenizer(recipe)),
+        "recipe": {n: v for n, v in recipe_inputs(recipe).items() if n != "name"},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
     if made["step"] < made["max_steps"]:
@@ -295,11 +223,16 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
         for line in read_history(folder):
             if line.get("step", 0) <= made["step"]:  # it may have gone on since
                 facts |= {name: line[name] for name in ("seconds", "tokens") if name in line}
-    with suppress(OSError, ValueError):  # a summary that is missing or damaged
+    return facts
+
+
+def _summary(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """Return what was measured of this model; nothing if that is missing or of another step."""
+    with suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         if summary.pop("step", None) == made["step"]:
-            facts |= {name: summary[name] for name in summary if name not in ("recipe", "corpus")}
-    return facts
+            return summary
+    return {}
 
 
 def _chat_facts(recipe: Recipe) -> dict[str, Any]:
@@ -309,14 +242,9 @@ def _chat_facts(recipe: Recipe) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": f"tinytrain-{run.name}"}
     if base and made["inputs"]["base"] == weights_hash(run / "model"):  # not another model
         facts = _run_facts(trained_recipe(recipe, ()))
-        measured = "held_out_loss", "bits_per_character", "interval", "cloze_after", "completions"
-        facts = {name: facts[name] for name in facts if name not in measured}  # before the tuning
-    facts["name"] += "-chat"
-    with suppress(OSError, ValueError):
-        summary = json.loads((tuned / "summary.json").read_text(encoding="utf-8"))
-        if summary.pop("step", None) == made["step"]:
-            facts |= summary
-    return facts
+        for name in ("held_out_loss", "bits_per_character", "cloze_after", "completions"):
+            facts.pop(name, None)  # before the tuning
+    return facts | _summary(tuned, made) | {"name": f"{facts['name']}-chat"}
 
 
 def export_run(
@@ -324,32 +252,16 @@ def export_run(
 ) -> Path:
     """Export the trained model of a run to ``export`` in its folder, and return that path.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        The recipe of a run whose model notebook 05 has saved.
-    dtype : {"float32", "bfloat16"}
-        Number format of the weights.
-    gguf : bool
-        Add ``model.gguf``; see `tinytrain.gguf_file.write_gguf`.
-    chat : bool
-        Export the model that was tuned on conversations, to ``export-chat``.
-    **facts
-        For the card: what the run's folder does not hold, or holds wrongly.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no trained model.
-    ValueError
-        If it was trained with another recipe.
+    ``gguf`` adds ``model.gguf``; ``chat`` exports the model that was tuned on conversations, to
+    ``export-chat``; ``facts`` are for the card: what the run's folder does not hold, or holds
+    wrongly. See `tinytrain.export.export_model` for ``dtype``.
     """
     run = steps.run_folder(recipe)
     model, tokenizer = load_tuned(recipe) if chat else load_trained(recipe)
     facts = {**(_chat_facts(recipe) if chat else _run_facts(recipe)), **facts}
     finish = None
     if gguf:
-        from tinytrain.gguf_file import write_gguf  # if gguf is missing, it is said before the work
+        from tinytrain.gguf_file import write_gguf
 
         facts["gguf"] = "model.gguf"
         finish = partial(write_gguf, name=facts["name"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinytrain import evaluation, generation, results, steps, tokenization
-from tinytrain.common import rank, setup_logging, world_size
+from tinytrain.common import format_seconds, rank, setup_logging, world_size
 from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -86,12 +87,14 @@ def watch(
     tokens_per_step: int | None = None,
     write: Callable[..., list[str]] | None = None,
     prompts: list[str] | None = None,
+    spent: float = 0.0,
 ) -> list[TrainerCallback]:
     """Return the callbacks of notebook 05.
 
     The run's folder gets ``history.jsonl``, ``samples.jsonl`` and ``loss.png``; a file ``STOP`` in
     it ends the run. ``tokens_per_step`` counts all processes; by default it is the recipe's.
-    ``write`` and ``prompts`` make the samples; by default they are two completions.
+    ``write`` and ``prompts`` make the samples; by default they are two completions. ``spent`` are
+    seconds of the recipe's ``hours`` that are gone already.
     """
     from tinytrain import callbacks
     from tinytrain.checkpoints import last_checkpoint
@@ -102,6 +105,8 @@ def watch(
     write = write or partial(generation.complete, tokenizer=tokenizer, max_new_tokens=10)
     prompts = prompts or steps.get_prompts(recipe)[:2]
     return [
+        *time_limit(recipe, spent),
+        callbacks.ShareCores(),
         callbacks.LossGuard(tokenizer=tokenizer, find_checkpoint=last_checkpoint),
         callbacks.HistoryCallback(folder / "history.jsonl", tokens, **metadata),
         callbacks.VerboseTrainingCallback(tokens),
@@ -109,6 +114,27 @@ def watch(
         callbacks.SampleCallback(write, prompts, recipe.sample_steps, folder / "samples.jsonl"),
         callbacks.StopCallback(folder / "STOP"),
     ]
+
+
+def time_limit(recipe: Recipe, spent: float = 0.0) -> list[TrainerCallback]:
+    """Return the clock of a recipe with ``hours``; nothing for one that goes by steps.
+
+    ``spent`` are seconds that are gone, or needed afterwards. Time is left to measure the whole
+    held-out set too: one of its blocks takes a third of the time of one that is trained on.
+    """
+    from tinytrain.callbacks import TimeLimit
+
+    if recipe.hours is None:
+        return []
+    blocks = len(steps.get_blocks(recipe)["test"])
+    measuring = blocks / 3 / (recipe.batch_size * recipe.gradient_accumulation)
+    seconds, expected = 3600 * recipe.hours, max(2, recipe.max_steps)
+    if spent > 0.9 * seconds:
+        raise ValueError(
+            f"{format_seconds(seconds)} are too short: to start, and to prepare the text, takes "
+            f"{format_seconds(spent)} here; name more hours or take less text"
+        )
+    return [TimeLimit(seconds, recipe.warmup_steps, spent, measuring, expected)]
 
 
 def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:
@@ -136,7 +162,7 @@ def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:
     return make
 
 
-def probe(recipe: Recipe, precision: str, steps: int = 6) -> tuple[float, int]:
+def probe(recipe: Recipe, precision: str, number: int = 6, real: bool = True) -> tuple[float, int]:
     """Train for a few real steps, to correct `tinytrain.costs.estimate`; keep nothing.
 
     Parameters
@@ -145,8 +171,10 @@ def probe(recipe: Recipe, precision: str, steps: int = 6) -> tuple[float, int]:
         The recipe of the run.
     precision : {"float32", "bf16", "fp16"}
         What it will be trained in.
-    steps : int
+    number : int
         Steps to make, three at least: the first two are slower and not counted.
+    real : bool
+        Whether on the run's text, which has to be tokenized for it, or on random tokens.
 
     Returns
     -------
@@ -157,11 +185,19 @@ def probe(recipe: Recipe, precision: str, steps: int = 6) -> tuple[float, int]:
     """
     import tempfile
 
-    from tinytrain import hardware, training
+    import numpy as np
+
+    from tinytrain import hardware, modeling, training
 
     clock = training.StepClock()
     with tempfile.TemporaryDirectory() as folder:
-        short = {"max_steps": steps, "save_strategy": "no", "eval_strategy": "no"}
+        short = {"max_steps": number, "save_strategy": "no", "eval_strategy": "no"}
+        if not real:
+            shape = number * recipe.tokens_per_step // recipe.context_length, recipe.context_length
+            rows = np.random.default_rng(0).integers(recipe.vocab_size, size=shape)
+            blocks = [{"input_ids": row} for row in rows]
+            short["blocks"] = {"train": blocks, "test": blocks}
+            short["model"] = steps.get_model(recipe, modeling.recipe_config(recipe))
         trainer = assemble(recipe, folder, precision, [clock], **short)
         hardware.peak_memory(reset=True)
         trainer.train()
@@ -198,12 +234,13 @@ def train_steps(recipe: Recipe, number: int, folder: str | Path) -> Trainer:
     transformers.Trainer
         Its ``model`` is trained; its ``evaluate()`` returns the held-out loss.
     """
-    from tinytrain.callbacks import HistoryCallback, LossGuard
+    from tinytrain.callbacks import HistoryCallback, LossGuard, ShareCores
     from tinytrain.hardware import choose_precision
 
     recipe = replace(
         recipe,
         max_steps=number,
+        hours=None,
         warmup_steps=min(recipe.warmup_steps, number // 10),
         logging_steps=max(1, number // 50),
         eval_blocks=recipe.eval_blocks or 64,
@@ -212,7 +249,7 @@ def train_steps(recipe: Recipe, number: int, folder: str | Path) -> Trainer:
     metadata = {"vocab_size": model.config.vocab_size, "name": recipe.name}
     history = HistoryCallback(Path(folder) / "history.jsonl", recipe.tokens_per_step, **metadata)
     precision = choose_precision(recipe.precision).name
-    watching = [LossGuard(), history]
+    watching = [LossGuard(), ShareCores(), history]
     rhythm = {"eval_steps": number, "save_strategy": "no"}
     trainer = assemble(recipe, folder, precision, watching, model, **rhythm)
     trainer.train()
@@ -242,7 +279,9 @@ def share_recipe(recipe: Recipe, processes: int) -> Recipe:
     return replace(recipe, batch_size=batch_size, gradient_accumulation=blocks // batch_size)
 
 
-def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dict[str, Any]:
+def train_recipe(
+    recipe: Recipe, fresh: bool = False, fsdp: bool = False, spent: float = 0.0
+) -> dict[str, Any]:
     """Train as notebook 05 does, cell by cell, in one process or in several.
 
     ``torchrun``, ``accelerate launch`` and, in a notebook, ``accelerate.notebook_launcher`` start
@@ -259,6 +298,8 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     fsdp : bool
         Give each process only a part of the weights (PyTorch's FSDP), for a model that is too
         large for one GPU. Needs several processes.
+    spent : float
+        Seconds of the recipe's ``hours`` that are gone when this function is called.
 
     Returns
     -------
@@ -276,6 +317,7 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
 
     from tinytrain.checkpoints import train
 
+    called = time.monotonic()
     # `accelerate launch --use_fsdp` says it so.
     fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if fsdp and world_size() == 1:
@@ -292,7 +334,9 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
     model = steps.get_model(recipe, steps.get_config(recipe, tokenizer))
     precision = agree_on_precision(recipe, fresh)
     questions = steps.get_questions(recipe)
+    begun = time.monotonic()
     before = _shares_right(model, tokenizer, questions) if rank() == 0 else None
+    spent += 2 + time.monotonic() - begun  # they are asked again at the end; and the model is saved
 
     mine = share_recipe(recipe, world_size())
     tokens = mine.tokens_per_step * world_size()
@@ -305,7 +349,8 @@ def train_recipe(recipe: Recipe, fresh: bool = False, fsdp: bool = False) -> dic
             f"{tokens:,}",
             "" if tokens == recipe.tokens_per_step else f" (alone: {recipe.tokens_per_step:,})",
         )
-    watching = watch(recipe, folder, tokenizer, model.config.vocab_size, tokens)
+    spent += time.monotonic() - called
+    watching = watch(recipe, folder, tokenizer, model.config.vocab_size, tokens, spent=spent)
     arguments = {"fsdp": True} if fsdp else {}
     trainer = assemble(mine, folder / "checkpoints", precision, watching, model, **arguments)
     inputs, untrained = results.run_inputs(recipe, precision), partial(steps.get_model, recipe)

@@ -120,7 +120,7 @@ def get_text(recipe: Recipe, source: str = "modelscope") -> Path:
         return _build_once(folder, inputs, _write_encyclopedia, lambda f: f / "encyclopedia.json")
     if recipe.corpus == "wikipedia":
         downloads = runs_folder() / "downloads"
-        with _one_at_a_time(downloads):
+        with one_at_a_time(downloads):
             return hub.download_wikipedia(downloads, source=source)
     for path in (Path(recipe.corpus), _project_folder() / recipe.corpus):
         if path.exists() or corpus.matching_files(path):
@@ -202,7 +202,7 @@ def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         return qwen.qwen_tokenizer()
 
     def build(folder: Path, inputs: dict[str, Any]) -> None:
-        texts = get_split(recipe)["train"]["text"]
+        texts = first_characters(get_split(recipe)["train"], recipe.max_characters)["text"]
         if recipe.tokenizer == "own":
             tokenizer = tokenization.train_tokenizer(texts, recipe.vocab_size)
         else:
@@ -213,10 +213,23 @@ def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         "split": _split_inputs(recipe, get_text(recipe)),
         "tokenizer": recipe.tokenizer,
         "vocab_size": recipe.vocab_size,
+        "max_characters": recipe.max_characters,
         "code": _code_hash(tokenization.train_tokenizer, qwen.reduce_tokenizer),
     }
     folder = run_folder(recipe) / "tokenizer"
     return _build_once(folder, inputs, build, tokenization.load_tokenizer)
+
+
+def first_characters(documents: Dataset, number: int | None) -> Dataset:
+    """Return the first documents, of so many characters together; None takes all."""
+    if number is None:
+        return documents
+    kept = 0
+    for text in documents["text"]:
+        if number <= 0:
+            break
+        kept, number = kept + 1, number - len(text)
+    return documents.select(range(kept))
 
 
 def is_reduced(recipe: Recipe) -> bool:
@@ -239,6 +252,8 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
     def build(folder: Path, inputs: dict[str, Any]) -> None:
         blocks = DatasetDict()
         for name, documents in get_split(recipe).items():
+            if name == "train":
+                documents = first_characters(documents, recipe.max_characters)
             part = folder / "parts" / name
             blocks[name] = make_blocks(documents, tokenizer, recipe.context_length, folder=part)
             if not len(blocks[name]):
@@ -252,6 +267,7 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
         "tokenizer": tokenization.fingerprint(tokenizer),
         "context_length": recipe.context_length,
         "packing": recipe.packing,
+        "max_characters": recipe.max_characters,
         "code": _code_hash(make_blocks, encode_each),
     }
     folder = run_folder(recipe) / "blocks"
@@ -357,7 +373,7 @@ def get_conversations(recipe: Recipe) -> Dataset:
     if found := re.fullmatch(r"(modelscope|huggingface):([^/]+/[^/]+)/?(.*)", chats):
         source, name, file = found.groups()
         folder = runs_folder() / "downloads" / source / name
-        with _one_at_a_time(folder):
+        with one_at_a_time(folder):
             files = hub.download_dataset(name, folder, source, file)
         return concatenate_datasets([conversations.load_conversations(path) for path in files])
     for path in (Path(chats), _project_folder() / chats):
@@ -405,7 +421,7 @@ def _build_once(
     """
     inputs = json.loads(json.dumps(inputs))  # as they will be read back
     while True:
-        with _one_at_a_time(folder):
+        with one_at_a_time(folder):
             for leftover in folder.parent.glob(f"{folder.name}.*.building"):  # of a killed process
                 shutil.rmtree(leftover, ignore_errors=True)
             reason = _why_build(folder, inputs)
@@ -470,7 +486,7 @@ def _find_damage(folder: Path, *files: tuple) -> str | None:
     return damaged_file(folder, built["files"]) if built else "inputs.json"
 
 
-def _one_at_a_time(folder: Path) -> AbstractContextManager:
+def one_at_a_time(folder: Path) -> AbstractContextManager:
     """Wait until no other process builds the folder.
 
     A lock on a file needs no connection between the processes, has no time limit, and the system

@@ -1,11 +1,8 @@
 """From text to token ids: a tokenizer of your own, and blocks of tokens to train on.
 
-A vocabulary of a few thousand tokens, trained on your own text, costs more tokens a character than
-the 151,665 of Qwen2.5 (see `tinytrain.qwen`) and leaves the parameters of a small model to its
-layers. The blocks: cutting each document into full chunks (`chunk_documents`) is simple and throws
-away every document shorter than a chunk; joining all of them before cutting (`pack_documents`)
-loses only the last, unfinished block, at the price of blocks that hold the end of one document and
-the beginning of the next. Only a part of the text is in memory if the blocks go to a folder.
+Cutting each document into full chunks (`chunk_documents`) throws away every document shorter than
+a chunk; joining all of them before cutting (`pack_documents`) loses only the last, unfinished
+block, at the price of blocks that hold the end of one document and the beginning of the next.
 """
 
 from __future__ import annotations
@@ -15,7 +12,8 @@ import html
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,29 +43,17 @@ _MAX_TRAINING_CHARACTERS = 2_000_000
 _IDS_AT_ONCE = 2**16  # that wait to be written
 
 
-# The tokenizer
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level byte-pair tokenizer that treats text as Qwen2.5's does.
-
-    Training starts from the 256 bytes and makes the most frequent pair of neighbours a token, again
-    and again. Every text can be written: what is rare falls back to bytes.
 
     Parameters
     ----------
     texts : iterable of str
         The training set, in random order: two million characters are read.
     vocab_size : int
-        Tokens wanted, including the 256 bytes and three that structure text: ``<|endoftext|>``,
-        ``<|im_start|>`` and ``<|im_end|>``. If the text has fewer pairs that occur twice, the
-        vocabulary is smaller, which is logged.
-
-    Returns
-    -------
-    transformers.PreTrainedTokenizerFast
-        The tokenizer, with ``<|endoftext|>`` (id 0) as end-of-text and padding token. The same
-        texts give the same ids.
+        Tokens wanted, including the 256 bytes and three that structure text: ``<|endoftext|>``
+        (id 0, also for padding), ``<|im_start|>`` and ``<|im_end|>``. If the text has fewer pairs
+        that occur twice, the vocabulary is smaller, which is logged.
 
     Raises
     ------
@@ -95,8 +81,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
             f"vocab_size={vocab_size} is too small: {256 + len(special)} tokens are taken by the "
             f"bytes, {', '.join(special)}. Ask for 2,000 or more."
         )
-    if isinstance(texts, str):
-        raise ValueError("texts is a single string: pass a list of texts.")
     trainer = BpeTrainer(
         vocab_size=vocab_size,
         # A pair that occurs once would only teach the vocabulary one place of the text by heart.
@@ -122,9 +106,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def _up_to(texts: Iterable[str], max_characters: int) -> Iterator[str]:
-    """Yield texts, long ones in parts, until together they have enough characters."""
+    """Yield texts, long ones in parts to save memory, until they have enough characters."""
     for text in texts:
-        yield from cut_text(text[:max_characters])  # a whole book at once takes much memory
+        yield from (part for part, _ in cut_text(text[:max_characters]))
         max_characters -= len(text)
         if max_characters <= 0:
             return
@@ -133,22 +117,13 @@ def _up_to(texts: Iterable[str], max_characters: int) -> Iterator[str]:
 def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a folder: one from a hub, or one that you saved.
 
-    Parameters
-    ----------
-    folder : path
-        A folder with ``tokenizer.json``, or with ``vocab.json`` and ``merges.txt``. Code in it is
-        never run.
-
-    Returns
-    -------
-    transformers.PreTrainedTokenizerFast
-        With ``<|endoftext|>`` as end-of-text and padding token. (A tokenizer for conversations
-        names ``<|im_end|>``, which a model trained on plain text never sees.)
+    Its end-of-text and padding token is ``<|endoftext|>``. (A tokenizer for conversations names
+    ``<|im_end|>``, which a model trained on plain text never sees.) Code in the folder is not run.
 
     Raises
     ------
     FileNotFoundError
-        If the folder or the tokenizer's files are missing.
+        If there is no ``tokenizer.json``, nor ``vocab.json`` and ``merges.txt``.
     ValueError
         If the files cannot be read, or the vocabulary has no ``<|endoftext|>``.
     """
@@ -156,22 +131,16 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
 
     folder = Path(folder)
     # Checked here because transformers takes a path that does not exist for a name on the hub.
-    names = {path.name for path in folder.glob("*") if path.is_file()}
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "merges.txt")):
         raise FileNotFoundError(
             f"No tokenizer in {folder}: it needs tokenizer.json, or vocab.json and merges.txt. "
             "Save one there with save_pretrained, or download it again."
         )
-    for path in folder.glob("*.json"):
-        try:
-            json.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): save or download it again") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the readers of transformers and tokenizers raise bare Exception
         raise ValueError(
-            f"The tokenizer in {folder} cannot be read ({error}): save or download it again."
+            f"The tokenizer in {folder} is damaged ({error}): save or download it again."
         ) from error
     if _END_OF_TEXT not in tokenizer.get_vocab():
         raise ValueError(
@@ -186,16 +155,12 @@ def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerFast:
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return a hash of everything that decides which ids a text becomes.
 
-    It is the same in every process. Truncation and padding do not count: they are left over from
-    the last call, and the next one sets them again.
+    Truncation and padding, which each call sets again, do not count.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor")
     deciding = {part: state[part] for part in parts} | {"eos": tokenizer.eos_token_id}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
-
-
-# Blocks
 
 
 def tokenize(
@@ -231,10 +196,7 @@ def chunk_documents(
     context_length: int,
     folder: str | os.PathLike | None = None,
 ) -> Dataset:
-    """Cut every document into full chunks; what does not fill one is lost.
-
-    Takes, returns and raises the same as `pack_documents`.
-    """
+    """Cut every document into full chunks; takes and returns the same as `pack_documents`."""
     rows = encode_each(tokenizer, _texts(documents))
     full = (ids[: len(ids) // context_length * context_length] for ids in rows)
     return _write_blocks(full, context_length, folder)
@@ -248,29 +210,21 @@ def pack_documents(
 ) -> Dataset:
     """Join all documents, an end-of-text token after each, and cut the whole into blocks.
 
-    Only the tail that does not fill a last block is lost, once for the whole dataset.
-
     Parameters
     ----------
     documents : datasets.Dataset
-        One document a row, in the column ``text``. Where a text spells out ``<|endoftext|>``, it is
-        read as plain characters: only this function places the token.
+        One document a row, in the column ``text``. An ``<|endoftext|>`` in it is plain characters.
     tokenizer : transformers.PreTrainedTokenizerFast
     context_length : int
         Tokens a block.
     folder : path, optional
-        Where the ids are written, 4 bytes each, to be mapped into memory from there; files of an
-        earlier call are replaced. By default they are held in memory.
+        Where the ids are written, 4 bytes each, to be mapped into memory; by default they are held
+        in memory.
 
     Returns
     -------
     datasets.Dataset
         Column ``input_ids``: int32 (uint16 ends at 65,535), ``context_length`` ids a row.
-
-    Raises
-    ------
-    ValueError
-        If ``context_length`` is not positive, or there is no column ``text``.
     """
     import numpy as np
 
@@ -300,8 +254,6 @@ def _write_blocks(
     import pyarrow as pa
     from datasets import Dataset
 
-    if context_length < 1:
-        raise ValueError(f"context_length={context_length} must be at least 1.")
     schema = pa.schema({"input_ids": pa.list_(pa.int32(), context_length)})
     if folder is None:
         file = pa.BufferOutputStream()
@@ -325,81 +277,47 @@ def _write_blocks(
     return Dataset.from_file(str(Path(folder, "blocks.arrow")))
 
 
-# Views
-
-
-def tokens_per_character(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> float:
+def tokens_per_character(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> float:
     """Return how many tokens a character of the texts costs, without end-of-text tokens.
 
     Take texts that the tokenizer was not trained on.
     """
-    characters = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal characters
-        for text in texts:
-            characters += len(text)
-            yield text
-
-    tokens = sum(map(len, encode_each(tokenizer, counted())))
-    if characters == 0:
+    if not (characters := sum(map(len, texts))):
         raise ValueError("The texts hold no characters: pass some text to measure on.")
-    return tokens / characters
+    return sum(map(len, encode_each(tokenizer, texts))) / characters
 
 
 def show_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> list[tuple[str, int]]:
-    """Return the tokens of a short text for reading, each with its id.
+    """Return the tokens of a short text for reading, each with its id, of a byte-level tokenizer.
 
-    A byte that is only a part of a character is shown as ``<0xE4>``. The tokenizer has to be
-    byte-level.
+    A byte that is only a part of a character is shown as ``<0xE4>``.
     """
-    [ids] = encode_text(tokenizer, [text])
-    pieces = [token.decode(errors="surrogateescape") for token in _bytes_of(tokenizer, ids)]
-    return list(zip(map(_show_lone_bytes, pieces), ids, strict=True))
-
-
-def _bytes_of(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int]) -> list[bytes]:
-    """Return the bytes that tokens stand for."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
-    added = {id_: token.content.encode() for id_, token in tokenizer.added_tokens_decoder.items()}
-    tokens = tokenizer.convert_ids_to_tokens(list(ids))
-    try:
-        return [
-            added.get(id_) or bytes(map(byte_of.__getitem__, token))
-            for id_, token in zip(ids, tokens, strict=True)
-        ]
-    except KeyError as error:
-        raise ValueError(f"The tokenizer is not byte-level: a token has {error}.") from error
-
-
-def _show_lone_bytes(piece: str) -> str:
-    # Decoding with "surrogateescape" turns a byte that fits nowhere into U+DC00 plus the byte.
-    return "".join(
-        f"<0x{ord(char) - 0xDC00:02X}>" if "\udc80" <= char <= "\udcff" else char for char in piece
-    )
+    added, shown = tokenizer.added_tokens_decoder, []
+    [ids] = encode_text(tokenizer, [text])
+    for id_, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+        if id_ in added:
+            piece = added[id_].content
+        else:  # a byte that fits nowhere becomes U+DC00 plus the byte
+            piece = bytes(byte_of[char] for char in token).decode(errors="surrogateescape")
+        piece = re.sub("[\udc80-\udcff]", lambda char: f"<0x{ord(char[0]) - 0xDC00:02X}>", piece)
+        shown.append((piece, id_))
+    return shown
 
 
 def colour_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     """Return the tokens of a text as HTML, on alternating colours, each with its id below.
 
-    Show it with ``IPython.display.HTML``. Spaces, tabs and line ends become signs, other invisible
-    characters their number; after a line end a new line begins. Nothing in the text is read as
-    HTML. Of a long text, you see the first 1,000 tokens.
+    Show it with ``IPython.display.HTML``. What is invisible is shown as Python writes it.
     """
-    limit = 1000  # more spans than this make a page slow
-    tokens = show_tokens(tokenizer, text)
     shown = []
-    for number, (piece, id_) in enumerate(tokens[:limit]):
-        color = _TOKEN_COLORS[number % len(_TOKEN_COLORS)]
-        shown.append(
-            f'<span title="id {id_}" style="background:{color};{_TOKEN_STYLE}">'
-            f'{html.escape(_visible(piece))}<small style="display:block">{id_}</small></span>'
-        )
-        shown += ["<br>"] * piece.count("\n")
-    if len(tokens) > limit:
-        shown.append(f"<p>and {len(tokens) - limit:,} more tokens</p>")
+    for number, (piece, id_) in enumerate(show_tokens(tokenizer, text)):
+        style = f"background:{_TOKEN_COLORS[number % len(_TOKEN_COLORS)]};{_TOKEN_STYLE}"
+        visible = html.escape(repr(piece)[1:-1].replace(" ", "·"))
+        below = f'<small style="display:block">{id_}</small>'
+        shown.append(f'<span style="{style}">{visible}{below}</span>')
     return f"<div>{''.join(shown)}</div>"
 
 
@@ -408,12 +326,3 @@ _TOKEN_STYLE = (  # with a colour of its own for the text, to be readable on a d
     "color:#111;display:inline-block;margin:1px;padding:1px 4px;border-radius:3px;"
     "text-align:center;line-height:1.35;white-space:nowrap"
 )
-
-
-def _visible(piece: str) -> str:
-    """Return a piece of text with signs in place of spaces and other invisible characters."""
-    signs = {" ": "·", "\n": "⏎", "\t": "⇥"}
-    return "".join(
-        signs.get(char) or (char if char.isprintable() else f"<U+{ord(char):04X}>")
-        for char in piece
-    )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tinytrain.common import new_axes, rank, writing_to
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from tinytrain.recipes import Recipe
 
 logger = logging.getLogger(__name__)
+
+_ENDLESS = 10**9  # steps, of a run that a clock ends
 
 
 def training_arguments(
@@ -68,7 +71,7 @@ def training_arguments(
         "per_device_eval_batch_size": recipe.batch_size,
         "gradient_accumulation_steps": recipe.gradient_accumulation,
         "num_train_epochs": recipe.epochs,
-        "max_steps": recipe.max_steps,
+        "max_steps": _ENDLESS if recipe.hours else recipe.max_steps,
         "learning_rate": recipe.learning_rate,
         "lr_scheduler_type": recipe.lr_scheduler,
         "warmup_steps": recipe.warmup_steps,
@@ -206,6 +209,13 @@ class _PretrainingTrainer(Trainer):
             self.optimizer = self.make_optimizer(model or self.model, self.args)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Take the rate from a clock, if there is one among the callbacks."""
+        clocks = [c for c in self.callback_handler.callbacks if callable(c)]
+        if clocks and self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, clocks[0])
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return 0 and not 0 / 0 for a step without a label that counts."""
         if torch.is_tensor(num_items_in_batch):
@@ -265,7 +275,8 @@ def build_trainer(
         Rows with ``input_ids`` of equal length, and perhaps ``labels`` and ``position_ids``.
     callbacks : iterable of transformers.TrainerCallback
         Called in this order. Those with a true attribute ``rank_zero_only`` are called in the first
-        process only, those with ``needs_unsharded_model`` not under FSDP. Before each step, those
+        process only, those with ``needs_unsharded_model`` not under FSDP. One that can be called,
+        as `tinytrain.callbacks.TimeLimit`, gives the learning rate. Before each step, those
         with an attribute ``gradient_norm`` get the norm there, where the Trainer clips gradients.
     make_optimizer : callable, optional
         ``make_optimizer(model, arguments)`` returns the optimiser, which is saved and restored

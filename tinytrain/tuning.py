@@ -1,8 +1,6 @@
 """Tune a trained model on conversations, so that it answers; a run like that of `runs`.
 
-It learns from the assistant's turns, and from some text of its training set: without that it would
-soon forget much of what it knows. Questions, and the held-out text, measure it before and after.
-
+It learns from the assistant's turns, and from some text of its training set, so as not to forget.
 This module joins the others, as `runs` does; copy from those, not from here.
 """
 
@@ -14,61 +12,36 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tinytrain import chat, conversations, encyclopedia, evaluation, results, runs, steps
+from tinytrain.callbacks import LossGuard
+from tinytrain.checkpoints import train
 from tinytrain.common import context_of, rank, setup_logging, world_size, write_json
+from tinytrain.evaluation import Interval
 from tinytrain.recipes import Recipe
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from tinytrain.evaluation import Interval
+from tinytrain.training import total_steps
 
 _HELD_OUT = 64  # conversations at most, to measure the loss on while training
 _QUESTIONS = 150  # of each group, to measure a model with
 
 
 def chat_blocks(
-    recipe: Recipe,
-    found: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    context_length: int | None = None,
-    text: bool = True,
-    mask: bool = True,
+    recipe: Recipe, found: Dataset, tokenizer: PreTrainedTokenizerBase, mask: bool = True
 ) -> DatasetDict:
     """Return conversations packed into blocks: ``train``, with text added, and held-out ``test``.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Its ``chat_text`` is the share of text.
-    found : datasets.Dataset
-        The conversations, from `tinytrain.steps.get_conversations`.
-    tokenizer : transformers.PreTrainedTokenizerBase
-        From `tinytrain.chat.add_chat_template`.
-    context_length : int, optional
-        Tokens of a block; by default the recipe's.
-    text : bool
-        Whether to add blocks of text, from the run's training set.
-    mask : bool
-        False lets the model learn from the user's turns too, to see what that spoils.
-
-    Returns
-    -------
-    datasets.DatasetDict
-        The columns of `tinytrain.chat.pack_conversations`.
-
-    Raises
-    ------
-    ValueError
-        If there are too few conversations, or none that fits.
+    The recipe's ``chat_text`` is the share of blocks of text, from the run's training set; the
+    tokenizer comes from `tinytrain.chat.add_chat_template`. Without the mask, the model learns from
+    the user's turns too, which shows what that spoils. Too few conversations, or none that fits
+    into a block, are a ValueError.
     """
-    import numpy as np
-    from datasets import Dataset, DatasetDict, concatenate_datasets
-
-    length = context_length or recipe.context_length
+    length = recipe.context_length
     if len(found) < 2:
         raise ValueError("there is one conversation; two are needed, to learn from and to hold out")
     held_out = min(_HELD_OUT, max(1, len(found) // 20))
@@ -83,7 +56,7 @@ def chat_blocks(
         if not mask:
             rows = rows.map(lambda row: {"labels": row["input_ids"]})
         blocks[name] = chat.pack_conversations(rows, length, tokenizer.pad_token_id)
-    if text and recipe.chat_text:
+    if recipe.chat_text:
         number = round(len(blocks["train"]) * recipe.chat_text / (1 - recipe.chat_text))
         known = steps.get_blocks(recipe)["train"].shuffle(recipe.split_seed)
         ids = np.array(known.select(range(min(number, len(known))))["input_ids"], dtype=np.int32)
@@ -98,14 +71,10 @@ def tuning_recipe(recipe: Recipe, blocks: int) -> Recipe:
 
     A run's ``max_steps`` limits its tuning too; to tune for less, lower ``chat_epochs``.
 
-    Examples
-    --------
     >>> from tinytrain.recipes import RECIPES
     >>> tuning_recipe(RECIPES["pocket"], 800).max_steps  # 4 blocks a step, 1.7 times
     340
     """
-    from tinytrain.training import total_steps
-
     tuned = replace(
         recipe,
         optimizer="adamw",  # Muon learned as much and forgot more
@@ -117,10 +86,10 @@ def tuning_recipe(recipe: Recipe, blocks: int) -> Recipe:
         gradient_accumulation=1,
         epochs=recipe.chat_epochs,
         max_steps=-1,
+        hours=None,
     )
     number = total_steps(tuned, blocks)
-    if recipe.max_steps > 0:
-        number = min(number, recipe.max_steps)
+    number = min(number, recipe.max_steps) if recipe.max_steps > 0 else number
     every = max(1, number // 4)
     names = ("eval_steps", "save_steps", "sample_steps")
     rhythm = {name: min(every, getattr(recipe, name)) for name in names}
@@ -132,51 +101,40 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
     """Tune a model on conversations, in one process or in several, and measure what it has learned.
 
     A tuning that was stopped goes on; one of another model, template or conversations is moved
-    aside. Everything is kept in `tinytrain.steps.chat_folder`.
+    aside, and so is any if it is ``fresh``. Everything is kept in `tinytrain.steps.chat_folder`.
 
-    Parameters
-    ----------
-    recipe : Recipe
-        The run; see its fields under "tuning on conversations".
-    base : Path, optional
-        A folder with another model, in Hugging Face's format, whose tokenizer has ChatML's tokens;
-        then no text is mixed in. By default the run's own model, trained first if need be.
-    fresh : bool
-        Start over; an earlier tuning is kept aside.
-
-    Returns
-    -------
-    dict
-        ``finished``. If true, the first process adds ``chat_before`` and ``chat_after`` (of
-        `measure_chat`), ``bits_before`` and ``bits_after`` (of `bits_per_character`).
+    ``base`` is a folder with another model than the run's own, in Hugging Face's format, whose
+    tokenizer has ChatML's tokens; then no text is mixed in. Returns ``finished``; if it is true,
+    the first process adds ``chat_before`` and ``chat_after`` (of `measure_chat`), ``bits_before``
+    and ``bits_after`` (per character of held-out text).
     """
-    from tinytrain.checkpoints import train
-
     run = steps.chat_folder(recipe)
     if rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         setup_logging(run / "training.log")
-    own = base is None
+    if base is not None:
+        recipe = replace(recipe, chat_text=0.0)
     base = _base(recipe, base)
     model, tokenizer = _load(recipe, base)
+    recipe = replace(recipe, context_length=min(recipe.context_length, context_of(model)))
     before = _measure(model, tokenizer, recipe) if rank() == 0 else None
 
-    length = min(recipe.context_length, context_of(model))
     found = steps.get_conversations(recipe)
-    blocks = chat_blocks(recipe, found, tokenizer, length, text=own)
+    blocks = chat_blocks(recipe, found, tokenizer)
     precision = runs.agree_on_precision(recipe, fresh)
     tuned = tuning_recipe(recipe, len(blocks["train"]))
     mine = runs.share_recipe(tuned, world_size())
-    tokens = mine.batch_size * mine.gradient_accumulation * length * world_size()
-    watched = tuned, run, tokenizer, model.config.vocab_size, tokens
+    watched = tuned, run, tokenizer, model.config.vocab_size, mine.tokens_per_step * world_size()
     watching = runs.watch(*watched, partial(_write_answers, tokenizer), _questions(recipe, found))
     trainer = runs.assemble(
         mine, run / "checkpoints", precision, watching, steps.prepare(model, recipe), blocks
     )
-    inputs = _inputs(recipe, found, base, own) | {"precision": precision}
-    untrained = partial(_prepared, recipe, base)
+    inputs = _inputs(recipe, found, base) | {"precision": precision}
     files = [run / "model", run / "summary.json"]
-    train(trainer, inputs, fresh, recipe.halve_batch, untrained, files)
+    train(
+        trainer, inputs, fresh, recipe.halve_batch, results=files,
+        make_model=lambda: steps.prepare(_load(recipe, base)[0], recipe),
+    )  # fmt: skip
     average(trainer.model, _load(recipe, base)[0], recipe.chat_average)
     results.save_trained(recipe, trainer, tokenizer, inputs, run)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -193,8 +151,6 @@ def tune_recipe(recipe: Recipe, base: Path | None = None, fresh: bool = False) -
 
 def tune_steps(recipe: Recipe, number: int, mask: bool = True) -> PreTrainedModel:
     """Return the run's model after so many steps of tuning, to compare recipes; keep nothing."""
-    from tinytrain.callbacks import LossGuard
-
     base = _base(recipe, None)
     model, tokenizer = _load(recipe, base)
     blocks = chat_blocks(recipe, steps.get_conversations(recipe), tokenizer, mask=mask)
@@ -213,14 +169,9 @@ def tune_steps(recipe: Recipe, number: int, mask: bool = True) -> PreTrainedMode
 def average(model: PreTrainedModel, before: PreTrainedModel, share: float) -> None:
     """Average a tuned model's weights, in place, with those before; theirs count ``1 - share``.
 
-    The model gets back much of what it has forgotten, and loses little of what it has learned.
-
-    References
-    ----------
-    Wortsman et al., "Robust fine-tuning of zero-shot models", 2022, arXiv:2109.01903.
+    The model remembers more again and loses little of what it has learned (Wortsman et al., "Robust
+    fine-tuning of zero-shot models", 2022, arXiv:2109.01903).
     """
-    import torch
-
     with torch.no_grad():
         for weight, old in zip(model.parameters(), before.parameters(), strict=True):
             weight.lerp_(old.to(weight.device), 1 - share)
@@ -230,7 +181,7 @@ def get_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     """Return the run's model, tuned on its conversations, and the tokenizer; tune it if need be."""
     folder = steps.chat_folder(recipe) / "model"
     made, found = steps.read_inputs(folder), steps.get_conversations(recipe)
-    inputs = _inputs(recipe, found, _base(recipe, None), own=True)
+    inputs = _inputs(recipe, found, _base(recipe, None))
     if made is None or steps.find_damage(folder) or results.differences(made, inputs):
         tune_recipe(recipe)
     return results.load_trained(recipe, folder)
@@ -238,11 +189,9 @@ def get_tuned(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 def _base(recipe: Recipe, base: Path | None) -> Path:
     """Return the folder of the model to tune; the run's own is trained if need be."""
-    if base is None:
-        if not results.is_trained(recipe):
-            runs.get_trained(recipe)
-        base = steps.run_folder(recipe) / "model"
-    return base
+    if base is None and not results.is_trained(recipe):
+        runs.get_trained(recipe)
+    return base or steps.run_folder(recipe) / "model"
 
 
 def _load(recipe: Recipe, base: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -250,77 +199,45 @@ def _load(recipe: Recipe, base: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     return model, chat.add_chat_template(tokenizer)
 
 
-def _prepared(recipe: Recipe, base: Path) -> PreTrainedModel:
-    return steps.prepare(_load(recipe, base)[0], recipe)
-
-
-def _inputs(recipe: Recipe, found: Dataset, base: Path, own: bool) -> dict[str, Any]:
+def _inputs(recipe: Recipe, found: Dataset, base: Path) -> dict[str, Any]:
     """Return what decides the outcome of a tuning, for `tinytrain.checkpoints.train`."""
-    digest = hashlib.sha256()
-    for messages in found["messages"]:
-        digest.update(json.dumps(messages, sort_keys=True).encode())
+    said = "".join(json.dumps(messages, sort_keys=True) for messages in found["messages"])
     values = results.recipe_inputs(tuning_recipe(recipe, 1))
     values |= {"max_steps": recipe.max_steps, "warmup_steps": recipe.warmup_steps}
     return values | {
         "base": results.weights_hash(base),
-        "conversations": digest.hexdigest()[:16],
+        "conversations": hashlib.sha256(said.encode()).hexdigest()[:16],
         "template": hashlib.sha256(chat.CHAT_TEMPLATE.encode()).hexdigest()[:16],
-        "chat_text": recipe.chat_text if own else 0,
+        "chat_text": recipe.chat_text,
         "chat_average": recipe.chat_average,
-        "blocks": steps.blocks_hash(recipe) if own and recipe.chat_text else None,
+        "blocks": steps.blocks_hash(recipe) if recipe.chat_text else None,
     }
 
 
-# Measuring
-
-
 def measure_chat(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    limit: int = _QUESTIONS,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, limit: int = 150
 ) -> dict[str, Interval]:
     """Return the shares of right answers by group, and of real subjects it claims not to know.
 
-    Parameters
-    ----------
-    model, tokenizer
-        A model and its tokenizer, with the chat template.
-    recipe : Recipe
-        With conversations of your own (``chats``) there are no questions, and the result is empty.
-    limit : int
-        Questions of each group at most.
-
-    Returns
-    -------
-    dict of str to tinytrain.evaluation.Interval
-        The groups of `tinytrain.conversations.ChatQuestion`, and ``"refused"``.
+    The groups are those of `tinytrain.conversations.ChatQuestion`, and ``"refused"``; each is asked
+    at most ``limit`` questions. With conversations of your own (``chats``) there are none.
     """
     if recipe.chats is not None:
         return {}
     questions = conversations.chat_questions(encyclopedia.read_facts(), limit)
     answers = chat.answer_each(model, tokenizer, [question.question for question in questions])
     pairs = list(zip(questions, answers, strict=True))
-    shares = evaluation.by_kind(
-        questions, [question.is_right(answer) for question, answer in pairs]
-    )
+    shares = evaluation.by_kind(questions, [q.is_right(answer) for q, answer in pairs])
     real = [conversations.UNKNOWN in answer for q, answer in pairs if q.group != "invented"]
     return shares | {"refused": evaluation.share(sum(real), len(real))}
 
 
-def bits_per_character(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, limit: int = 200
-) -> Interval:
-    """Return the bits per character of the run's first held-out documents: forgetting adds some."""
-    texts = steps.get_split(recipe)["test"]["text"][:limit]
-    length = min(recipe.context_length, context_of(model))
-    losses = evaluation.document_losses(model, tokenizer, texts, length)
-    return evaluation.summarize(losses).bits_per_character
-
-
 def _measure(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
-    shares = measure_chat(model, tokenizer, recipe, _QUESTIONS)
-    return {"chat": shares, "bits": bits_per_character(model, tokenizer, recipe)}
+    """Return `measure_chat`, and the bits per character of held-out text: forgetting adds some."""
+    texts = steps.get_split(recipe)["test"]["text"][:200]
+    losses = evaluation.document_losses(model, tokenizer, texts, recipe.context_length)
+    bits = evaluation.summarize(losses).bits_per_character
+    return {"chat": measure_chat(model, tokenizer, recipe, _QUESTIONS), "bits": bits}
 
 
 def _write_answers(tokenizer: Any, model: Any, prompts: list[str]) -> list[str]:
@@ -331,7 +248,5 @@ def _questions(recipe: Recipe, found: Dataset) -> list[str]:
     """Return two questions to ask while training."""
     if recipe.chats is None:
         return ["法国的首都是哪里？", "你好！"]
-    some = found.select(range(2))["messages"]
-    return [
-        next(turn["content"] for turn in messages if turn["role"] == "user") for messages in some
-    ]
+    turns = (turn for messages in found["messages"] for turn in messages if turn["role"] == "user")
+    return [next(turns)["content"] for _ in range(2)]

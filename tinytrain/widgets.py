@@ -1,10 +1,8 @@
 """Sliders and boxes over functions of the other modules: move one, and see what changes.
 
-Nothing is computed here. Each explorer shows what one plain call returns; its docstring names that
-call, for readers without a browser and for programs. Pictures are replaced in place, since a
-drawing that comes and goes flickers, and a slider reports its value when you let it go. Only what
-ipywidgets 7 (Colab) and 8 share is used. All text from outside, a model's too, is escaped before
-it becomes HTML.
+Each explorer shows what one plain call returns; its docstring names that call, for readers without
+a browser. Only what ipywidgets 7 (Colab) and 8 share is used. All text from outside, a model's too,
+is escaped before it becomes HTML.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import ipywidgets as ipw
 from tinytrain.recipes import Recipe
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     from tinytrain.hardware import Hardware
@@ -30,14 +27,7 @@ def memory_explorer(recipe: Recipe, hardware: Hardware) -> ipw.VBox:
     """Show what a model's sizes cost: parameters, memory by component, and time on several cards.
 
     Without a browser: ``plot_memory(recipe, hardware)`` and ``estimate(recipe, hardware).row()``,
-    for a recipe changed with ``dataclasses.replace``.
-
-    Parameters
-    ----------
-    recipe : Recipe
-        Where the sliders begin, and all that they do not change.
-    hardware : tinytrain.hardware.Hardware
-        This machine, from ``this_hardware()``.
+    for a recipe changed with ``dataclasses.replace``. The sliders begin at `recipe`.
     """
     import pandas as pd
 
@@ -62,7 +52,9 @@ def memory_explorer(recipe: Recipe, hardware: Hardware) -> ipw.VBox:
     def show(hidden_size: int, loss_rows: bool, **sizes: Any) -> None:
         sizes["loss_rows"] = (recipe.loss_rows or 512) if loss_rows else None
         changed = replace(with_width(recipe, hidden_size), **sizes)
-        picture.value = _png(plot_memory(changed, hardware))
+        buffer = io.BytesIO()
+        plot_memory(changed, hardware).savefig(buffer, format="png")
+        picture.value = buffer.getvalue()
         costs = [estimate(changed, card).row() for card in (hardware, *KNOWN_GPUS)]
         rows = pd.DataFrame(costs)[["on", "memory", "fits", "time"]]
         table.value = rows.to_html(index=False, border=0, justify="left", col_space=110)
@@ -88,7 +80,7 @@ def token_explorer(
             for name, tokenizer in tokenizers.items()
         )
 
-    return _explorer({"text": _text_box("text", text)}, show, shown)
+    return _explorer({"text": ipw.Textarea(text, description="text", **_WIDE)}, show, shown)
 
 
 def playground(
@@ -100,7 +92,7 @@ def playground(
     """
     from tinytrain.generation import generate
 
-    box = _text_box("prompt", prompt)
+    box = ipw.Textarea(prompt, description="prompt", **_WIDE)
     controls = {
         "temperature": _slider("temperature", 0.8, min=0, max=2, step=0.05),
         "top_k": _slider("top-k (0: all)", 0, min=0, max=200),
@@ -142,14 +134,8 @@ def chat_box(
 ) -> ipw.VBox:
     """Talk to a model that was tuned on conversations; turns that it has dropped are faded.
 
-    Without a browser: ``Chat(model, tokenizer, system).reply(text)`` of `tinytrain.chat`.
-
-    Parameters
-    ----------
-    model, tokenizer, system
-        As for `tinytrain.chat.Chat`.
-    questions : iterable of str
-        Examples, to click instead of typing.
+    Without a browser: ``Chat(model, tokenizer, system).reply(text)`` of `tinytrain.chat`. The
+    questions are examples, to click instead of typing.
     """
     from tinytrain.chat import Chat
 
@@ -162,11 +148,13 @@ def chat_box(
     shown, note = ipw.HTML(), ipw.HTML()
 
     def show(*more: tuple[str, str]) -> None:
-        seen = [(turn["role"], turn["content"]) for turn in chat.messages]
-        shown.value = "".join(
-            [_bubble(*turn, "opacity:0.45") for turn in faded]
-            + [_bubble(*turn) for turn in (*seen, *more) if turn[0] != "system"]
-        )
+        seen = [(turn["role"], turn["content"]) for turn in chat.messages[bool(system) :]]
+        bubbles = [_bubble(*turn, "opacity:0.45") for turn in faded]
+        shown.value = "".join(bubbles + [_bubble(*turn) for turn in (*seen, *more)])
+
+    def disable(disabled: bool) -> None:
+        for button in (send, again, *examples):
+            button.disabled = disabled
 
     def ask(text: str) -> None:
         before, pieces = chat.messages, []
@@ -175,8 +163,7 @@ def chat_box(
             pieces.append(piece)
             show(("user", text), ("assistant", "".join(pieces)))
 
-        for button in (send, again, *examples):
-            button.disabled = True
+        disable(True)
         box.value = note.value = ""
         show(("user", text))
         try:
@@ -189,14 +176,12 @@ def chat_box(
         except Exception as error:  # a traceback would end in a log that nobody sees
             note.value = _error_line(error)  # the question is shown until the next one
         finally:
-            for button in (send, again, *examples):
-                button.disabled = False
+            disable(False)
 
     def start_over(_: Any) -> None:
         chat.reset()
         faded.clear()
-        note.value = ""
-        show()
+        note.value = shown.value = ""
 
     _on_enter(box, ask)
     send.on_click(lambda _: box.value and ask(box.value))
@@ -204,28 +189,6 @@ def chat_box(
     for button in examples:
         button.on_click(lambda clicked: ask(clicked.description))
     return ipw.VBox([shown, note, ipw.HBox([box, send, again]), _in_rows(examples)])
-
-
-def _on_enter(box: ipw.Text, call: Callable[[str], None]) -> None:
-    """Call with the text of a box when Enter is pressed there.
-
-    The browser reports the key first and then the text, unless it has done so before, when the
-    reader clicked elsewhere. (A box that reports each letter may be late with the last one.)
-    """
-    pressed = []
-
-    def on_key(_: Any, content: Mapping[str, Any], __: Any) -> None:
-        if content.get("event") == "submit":
-            pressed.append(True)
-            on_text()
-
-    def on_text(_: Any = None) -> None:
-        if pressed and box.value:
-            pressed.clear()
-            call(box.value)
-
-    box.on_msg(on_key)
-    box.observe(on_text, names="value")
 
 
 def _bubble(role: str, text: str, style: str = "") -> str:
@@ -237,6 +200,7 @@ def _bubble(role: str, text: str, style: str = "") -> str:
 
 
 # Two controls fit in a row even beside the open side bar of a small screen.
+_WIDE = {"rows": 3, "layout": {"width": "98%"}}
 _LOOK = {"style": {"description_width": "120px"}, "layout": {"width": "325px"}}
 
 
@@ -253,10 +217,6 @@ def _choice(description: str, value: int, options: Iterable[int]) -> ipw.Widget:
     return ipw.SelectionSlider(
         description=description, options=numbers, value=value, continuous_update=False, **_LOOK
     )
-
-
-def _text_box(description: str, text: str) -> ipw.Widget:
-    return ipw.Textarea(description=description, value=text, rows=3, layout={"width": "98%"})
 
 
 def _in_rows(controls: Iterable[ipw.Widget]) -> ipw.Widget:
@@ -283,14 +243,30 @@ def _explorer(
     return ipw.VBox([_in_rows(controls.values()), problem, *outputs])
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 def _error_line(error: Exception) -> str:
     """Return what went wrong as a line of HTML."""
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     message = html.escape(f"{kind}{error}")
     return f'<span style="color:var(--jp-error-color1, #d32f2f)">{message}</span>'
+
+
+def _on_enter(box: ipw.Text, call: Callable[[str], None]) -> None:
+    """Call with the text of a box when Enter is pressed there.
+
+    The browser reports the key first and then the text, unless it has done so before, when the
+    reader clicked elsewhere. (A box that reports each letter may be late with the last one.)
+    """
+    pressed = []
+
+    def on_key(_: Any, content: Mapping[str, Any], __: Any) -> None:
+        if content.get("event") == "submit":
+            pressed.append(True)
+            on_text()
+
+    def on_text(_: Any = None) -> None:
+        if pressed and box.value:
+            pressed.clear()
+            call(box.value)
+
+    box.on_msg(on_key)
+    box.observe(on_text, names="value")

@@ -1,15 +1,11 @@
 """What you see of a training run, and how you stop it.
 
-The Trainer calls a callback at every event of the run. Small ones share the work, and each file
-here works in a plain ``transformers.Trainer`` too:
-
-- ``history``: `VerboseTrainingCallback` writes messages, `HistoryCallback` ``history.jsonl``;
-- ``plot``: `LivePlotCallback` draws while the model trains; `replay` and `plot_runs` draw later;
-- ``samples``: `SampleCallback` lets the model write;
-- ``stop``: `StopCallback` ends the run in good order when you ask for it;
-- ``guard``: `LossGuard` stops a run whose loss spikes or is NaN.
+The Trainer calls a callback at every event of the run. Each file here works in a plain
+``transformers.Trainer`` too.
 """
 
+from tinytrain.callbacks.clock import TimeLimit
+from tinytrain.callbacks.cores import ShareCores
 from tinytrain.callbacks.guard import LossError, LossGuard
 from tinytrain.callbacks.history import HistoryCallback, VerboseTrainingCallback
 from tinytrain.callbacks.plot import LivePlotCallback, is_this_normal, plot_runs, replay

@@ -7,35 +7,26 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather, pad_across_processes, reduce
 from torch.nn.utils.rnn import pad_sequence
-from transformers import TrainerCallback
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 
 class LossError(RuntimeError):
-    """The loss of a step is NaN or spikes.
+    """The loss of a step, in nats per token, is NaN or spikes; the step was not made.
 
-    Attributes
-    ----------
-    step : int
-        The step, which has not changed the weights.
-    loss : float
-        Its loss in nats per token.
-    documents : list of int
-        Indices of the batch's documents in the training set; empty if they are not known.
-    checkpoint : Path or None
-        The newest complete checkpoint, from before this step.
+    ``documents`` are the numbers of the batch's documents in the training set, as far as known;
+    ``checkpoint`` is the newest complete one, or None.
     """
 
-    def __init__(self, message: str, step: int, loss: float, documents: list[int], checkpoint):
+    def __init__(
+        self, message: str, step: int, loss: float, documents: list[int], checkpoint: Path | None
+    ):
         super().__init__(message)
         self.step, self.loss, self.documents = step, loss, documents
         self.checkpoint = checkpoint
@@ -44,27 +35,13 @@ class LossError(RuntimeError):
 class LossGuard(TrainerCallback):
     """Stops a run whose loss is NaN or spikes, before the step changes the weights.
 
-    A loss spikes if it exceeds the mean of the last `window` steps by more than `spike` of their
-    standard deviations, and by more than one nat: the model is suddenly e times less sure of every
-    token. While the loss falls steeply, the deviation is large and the guard patient. It sees the
-    ``loss`` that the model returns; where the Trainer computes another one (``compute_loss_func``,
-    label smoothing), it judges the gradients alone.
+    A loss spikes if it exceeds the mean of the last ``window`` steps by more than ``spike`` of
+    their standard deviations, and by more than one nat; the first half of a window is not judged,
+    and with None no spike is. Where the model returns no ``loss``, because the Trainer computes
+    another one (``compute_loss_func``, label smoothing), only the gradients are judged.
 
-    Parameters
-    ----------
-    spike : float, optional
-        Standard deviations. None only looks for what is not a number.
-    window : int
-        Steps to compare with; the first half of a window is not judged.
-    tokenizer : transformers.PreTrainedTokenizerBase, optional
-        To name the documents of the batch.
-    find_checkpoint : callable, optional
-        Takes the output folder and returns the newest complete checkpoint, or None.
-
-    Attributes
-    ----------
-    gradient_norm : torch.Tensor or None
-        Set it before a step, for example from clipping, and the guard does not measure it again.
+    The tokenizer serves to name the documents of the batch; ``find_checkpoint`` takes the output
+    folder and returns the newest complete checkpoint, or None.
     """
 
     def __init__(
@@ -74,11 +51,9 @@ class LossGuard(TrainerCallback):
         tokenizer: PreTrainedTokenizerBase | None = None,
         find_checkpoint: Callable[[str], str | Path | None] = get_last_checkpoint,
     ):
-        self.spike = spike
-        self.window = window
-        self.tokenizer = tokenizer
-        self.find_checkpoint = find_checkpoint
-        self.gradient_norm: torch.Tensor | None = None
+        self.spike, self.window = spike, window
+        self.tokenizer, self.find_checkpoint = tokenizer, find_checkpoint
+        self.gradient_norm: torch.Tensor | None = None  # given before a step, it is not measured
         self._recent: deque[float] = deque(maxlen=window)
         self._hook: RemovableHandle | None = None
 
@@ -119,8 +94,8 @@ class LossGuard(TrainerCallback):
         """Judge the loss and the gradients of a step, the last moment that nothing is changed."""
         loss = self._step_loss(args)
         trouble = self._trouble(loss) if loss is not None else ""
-        # In fp16 gradients overflow now and then; the Trainer then leaves the step out by itself.
         norm, self.gradient_norm = self.gradient_norm, None
+        # In fp16 gradients overflow now and then; the Trainer then leaves the step out by itself.
         if not trouble and not args.fp16:
             if norm is None:
                 gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -159,37 +134,29 @@ class LossGuard(TrainerCallback):
         )
 
     def _error(self, trouble: str, loss: float | None, step: int, args: Any) -> LossError:
-        sentences = [f"step {step}: {trouble}; the step was not made."]
-        blocks = self._gather_blocks(args)
-        rows, documents = self._find(blocks) if len(blocks) else ([], [])
-        if rows:
-            source = f", from documents {_listed(documents)}" if documents else ""
-            sentences.append(f"Its batch is blocks {_listed(rows)} of the training set{source}.")
-        if self.tokenizer is not None and len(blocks):
-            begins = [self.tokenizer.decode(block[:12]) for block in blocks[:4]]
-            sentences.append(f"They begin {', '.join(repr(text) for text in begins)}.")
+        message = f"step {step}: {trouble}; the step was not made."
+        documents: list[int] = []
+        if rows := [row.to(args.device) for ids in self._batch for row in ids]:
+            blocks = pad_sequence(rows, batch_first=True)
+            blocks = gather(pad_across_processes(blocks, dim=1)).cpu()
+            numbers, documents = self._find(blocks)
+            if numbers:
+                source = f", from documents {_listed(documents)}" if documents else ""
+                message += f" Its batch is blocks {_listed(numbers)} of the training set{source}."
+            if self.tokenizer is not None:
+                begins = [repr(self.tokenizer.decode(block[:12])) for block in blocks[:4]]
+                message += f" They begin {', '.join(begins)}."
         found = self.find_checkpoint(args.output_dir)
         checkpoint = Path(found) if found else None
         good = f"is {checkpoint.name}" if checkpoint else "does not exist yet"
-        sentences.append(
-            f"The last good checkpoint {good}. Look at these documents, or halve the learning rate."
-        )
-        loss = math.nan if loss is None else loss
-        return LossError(" ".join(sentences), step, loss, documents, checkpoint)
-
-    def _gather_blocks(self, args: TrainingArguments) -> torch.Tensor:
-        """Return the rows of the step's batch, of all processes, padded to one length."""
-        rows = [row.to(args.device) for ids in self._batch for row in ids]
-        if not rows:
-            return torch.empty(0)
-        blocks = pad_sequence(rows, batch_first=True)
-        return gather(pad_across_processes(blocks, dim=1)).cpu()
+        message += f" The last good checkpoint {good}."
+        message += " Look at these documents, or halve the learning rate."
+        return LossError(message, step, math.nan if loss is None else loss, documents, checkpoint)
 
     def _find(self, wanted: torch.Tensor) -> tuple[list[int], list[int]]:
         """Return the indices of blocks in the training set, and of the documents they come from.
 
-        Packed blocks follow each other as the documents do, so that the number of end-of-text
-        tokens before a block is the number of its first document.
+        The number of end-of-text tokens before a block is the number of its first document.
         """
         if not (hasattr(self._dataset, "with_format") and hasattr(self._dataset, "__len__")):
             return [], []  # not a datasets.Dataset, or one that is streamed

@@ -25,25 +25,16 @@ logger = logging.getLogger(__name__)
 class VerboseTrainingCallback(TrainerCallback):
     """Logs the course of a run: start, epochs, losses, evaluations, speed, time left, end.
 
-    Parameters
-    ----------
-    tokens_per_step : int
-        Tokens that a whole optimiser step learns from; the last of an epoch may have fewer.
-    seconds : float
-        The shortest time between two messages about the loss; the first and the last always come.
-
-    Attributes
-    ----------
-    train_loss : list of float
-        The logged training losses in nats per token, each the mean since the last.
+    ``tokens_per_step`` are those of a whole optimiser step; the last of an epoch may have fewer.
+    Between two messages about the loss are ``seconds`` at least, but the first and last always
+    come.
     """
 
     rank_zero_only = True
 
     def __init__(self, tokens_per_step: int, seconds: float = 10.0):
-        self.tokens_per_step = tokens_per_step
-        self.seconds = seconds
-        self.train_loss: list[float] = []
+        self.tokens_per_step, self.seconds = tokens_per_step, seconds
+        self.train_loss: list[float] = []  # in nats per token, each the mean since the last
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         """Log how large the model is, and how many steps there are."""
@@ -101,25 +92,13 @@ class HistoryCallback(TrainerCallback):
     The first line holds ``max_steps``, ``tokens_per_step`` and the metadata. Every other line holds
     ``step``, ``tokens`` (seen so far), ``seconds`` (of training, over all sittings) and one of:
     ``loss`` with ``learning_rate`` and ``grad_norm``; ``eval_loss``; ``end``, which is ``finished``
-    or ``stopped``.
-
-    Parameters
-    ----------
-    path : str or Path
-        Usually ``history.jsonl`` in the run's folder. A run that starts from nothing replaces the
-        file; a resumed run drops the lines after its checkpoint and goes on.
-    tokens_per_step : int
-        Tokens that a whole optimiser step learns from; the last of an epoch may have fewer.
-    **metadata
-        Kept in the first line, for example ``vocab_size=4096`` and ``name="pocket"``.
+    or ``stopped``. A resumed run drops the lines after its checkpoint and goes on.
     """
 
     rank_zero_only = True
 
     def __init__(self, path: str | Path, tokens_per_step: int, **metadata: Any):
-        self.path = Path(path)
-        self.tokens_per_step = tokens_per_step
-        self.metadata = metadata
+        self.path, self.tokens_per_step, self.metadata = Path(path), tokens_per_step, metadata
         self._running = False
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):

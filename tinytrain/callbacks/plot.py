@@ -1,8 +1,7 @@
 """Draws a training run: while it goes on, from its history, or several runs over one another.
 
 Never with pyplot, whose figures the whole process shares: a widget's event in the middle of a
-drawing would show half of it. Each PNG replaces the one before, so that neither the notebook nor
-the browser grows with the number of points.
+drawing would show half of it.
 """
 
 from __future__ import annotations
@@ -14,9 +13,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
 from transformers import TrainerCallback
 
 from tinytrain.common import (
@@ -33,9 +35,6 @@ from tinytrain.common import (
     read_history,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _TRAIN_COLOR, _HELD_OUT_COLOR = "#2f6fde", "#e4572e"
 _HALF_WINDOW = 4  # logged losses on either side
 
@@ -43,10 +42,9 @@ _HALF_WINDOW = 4  # logged losses on either side
 class LivePlotCallback(TrainerCallback):
     """Shows the run while it goes on: the loss plot, how far, how fast, how much memory.
 
-    In a notebook this is one picture that is replaced; elsewhere only the file is kept, and the
-    messages of `VerboseTrainingCallback` show the progress. Drawing stops the training, so it takes
-    no more than a hundredth of the run's time, more of it at the beginning, which you watch most.
-    The last state is always drawn.
+    In a notebook this is one picture that is replaced; elsewhere only the file is kept. Drawing
+    takes no more than a hundredth of the run's time, more of it at the beginning, which you watch
+    most. The last state is always drawn.
 
     Parameters
     ----------
@@ -61,12 +59,7 @@ class LivePlotCallback(TrainerCallback):
     seconds : float
         The shortest time between two drawings.
     lines : mapping of str to float, optional
-        Losses to compare with, drawn as horizontal lines, for example ``{"counting tokens": 5.1}``.
-
-    Attributes
-    ----------
-    drawing_seconds : float
-        The time that drawing has taken so far.
+        Other losses, drawn as horizontal lines, for example ``{"counting tokens": 5.1}``.
     """
 
     rank_zero_only = True
@@ -80,12 +73,9 @@ class LivePlotCallback(TrainerCallback):
         seconds: float = 1.5,
         lines: Mapping[str, float] | None = None,
     ):
-        self.path = Path(path)
-        self.vocab_size = vocab_size
-        self.tokens_per_step = tokens_per_step
-        self.reference = reference
-        self.seconds = seconds
-        self.lines = lines
+        self.path, self.vocab_size, self.tokens_per_step = Path(path), vocab_size, tokens_per_step
+        self.reference, self.seconds, self.lines = reference, seconds, lines
+        self.drawing_seconds = 0.0  # that drawing has taken
         self._state = None
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -117,30 +107,27 @@ class LivePlotCallback(TrainerCallback):
 
     def close(self) -> None:
         """Draw the last state if that has not been done: a training may end by an error."""
-        if self._state is None:
-            return
-        self._draw()
-        DISPLAYS.discard(self)
-        self._state = None
+        if self._state is not None:
+            self._draw()
+            DISPLAYS.discard(self)
+            self._state = None
 
     def _draw(self) -> None:
         start = time.monotonic()
         state, left = self._state, self._speed.seconds_left(self._state)
-        self._plot.add(state.log_history[self._plot.lines :])
         headline = f"step {state.global_step:,} of {state.max_steps:,}"
         if state.global_step >= state.max_steps:
             headline += ", done"
         elif left:
             headline += f", {format_seconds(left)} left"
-        details = self._plot.latest_losses()
-        details.append(f"{format_count(self._speed.tokens(state.global_step))} tokens seen")
+        details = [f"{format_count(self._speed.tokens(state.global_step))} tokens seen"]
         if left is not None:
             details.append(f"{self._speed.tokens_per_second(state):,.0f} tokens/s")
-        details = " · ".join([*details, _memory_in_use()])
-        self._plot.update(headline, details, state.max_steps)
+        details.append(_memory_in_use())
+        text = self._plot.update(state.log_history, headline, details, state.max_steps)
         png = self._plot.png()
         if self._output:
-            self._output.show(f"{headline} · {details}", png)
+            self._output.show(text, png)
         atomic_write(self.path, png)
         self._last_drawing = time.monotonic()
         self.drawing_seconds += self._last_drawing - start
@@ -152,17 +139,12 @@ def replay(path: str | Path, follow: bool = False, seconds: float = 2.0) -> Figu
     Parameters
     ----------
     path : str or Path
-        The run's folder, or its ``history.jsonl``.
+        The run's folder, or its ``history.jsonl``; without one, it is a FileNotFoundError.
     follow : bool
         In a notebook, draw again whenever something was added, until the run ends or you interrupt
         the cell: a run that was killed never says that it ends.
     seconds : float
         How often to look.
-
-    Raises
-    ------
-    FileNotFoundError
-        If no run has written a history there.
     """
     output = NotebookOutput() if follow and in_notebook() else None
     history: list[dict[str, Any]] = []
@@ -177,44 +159,23 @@ def replay(path: str | Path, follow: bool = False, seconds: float = 2.0) -> Figu
     return plot.figure
 
 
-def plot_runs(paths: Mapping[str, str | Path], x: str = "tokens") -> Figure:
+def plot_runs(paths: Mapping[str, str | Path]) -> Figure:
     """Draw several runs over one another: smoothed training loss as lines, held-out as points.
 
-    Runs with different tokenizers cannot be compared by their loss per token.
-
-    Parameters
-    ----------
-    paths : mapping of str to str or Path
-        What to call each run, and its folder or ``history.jsonl``.
-    x : {"tokens", "seconds", "step"}
-        The horizontal axis.
-
-    Raises
-    ------
-    ValueError
-        If ``x`` is none of the three.
-    FileNotFoundError
-        If a run has not written its history.
-
-    Examples
-    --------
-    >>> plot_runs({"guide": "runs/seed", "ours": "runs/wiki"}, x="seconds")  # doctest: +SKIP
+    ``paths`` holds what to call each run, and its folder or ``history.jsonl``. Runs with different
+    tokenizers cannot be compared by their loss per token.
     """
-    labels = {"tokens": "tokens seen", "seconds": "seconds of training", "step": "step"}
-    if x not in labels:
-        raise ValueError(f"x={x!r} is none of {', '.join(labels)}")
     figure, axes = new_axes(8, 4.5)
     for name, path in paths.items():
         history = read_history(path)
         train = [line for line in history if "loss" in line]
         smoothed = _smooth([line["loss"] for line in train])
-        (drawn,) = axes.plot([line[x] for line in train], smoothed, linewidth=2, label=name)
-        held_out = [(line[x], line["eval_loss"]) for line in history if "eval_loss" in line]
+        (drawn,) = axes.plot([line["tokens"] for line in train], smoothed, linewidth=2, label=name)
+        held_out = [(line["tokens"], line["eval_loss"]) for line in history if "eval_loss" in line]
         axes.plot(*zip(*held_out, strict=True), "o", color=drawn.get_color(), ms=5)
     axes.plot([], [], "o", color="#888888", label="held-out")
-    axes.set(xlabel=labels[x], ylabel="loss (nats per token)")
+    axes.set(xlabel="tokens seen", ylabel="loss (nats per token)", xlim=(0, None))
     axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
-    axes.set_xlim(left=0)
     axes.legend(edgecolor="none")
     return figure
 
@@ -222,15 +183,8 @@ def plot_runs(paths: Mapping[str, str | Path], x: str = "tokens") -> Figure:
 def is_this_normal(history: Sequence[Mapping[str, Any]], reference: Mapping[str, Any]) -> str:
     """Compare the latest training losses with those of other seeds, in a sentence.
 
-    A loss counts as normal within their band, widened by as much again on either side: a few seeds
-    do not show the whole range.
-
-    Parameters
-    ----------
-    history : sequence of dict
-        What `tinytrain.callbacks.read_history` returns.
-    reference : dict
-        As for `LivePlotCallback`.
+    A loss counts as normal within their band (see `LivePlotCallback`), widened by as much again on
+    either side: a few seeds do not show the whole range.
     """
     lines = [line for line in history if "loss" in line]
     band = reference["train"]
@@ -241,19 +195,17 @@ def is_this_normal(history: Sequence[Mapping[str, Any]], reference: Mapping[str,
     loss = np.nanmean([line["loss"] for line in lines[-_HALF_WINDOW - 1 :]])
     latest = slice(max(0, at - _HALF_WINDOW), at + 1)
     low, high = np.mean(band["low"][latest]), np.mean(band["high"][latest])
-    margin = high - low
-    if loss < low - margin:
+    verdict = "normal"
+    if loss < low - (high - low):
         verdict = "lower than usual: a better recipe, or text that was seen before?"
-    elif loss > high + margin:
+    elif loss > high + (high - low):
         verdict = "higher than usual: was something changed?"
-    else:
-        verdict = "normal"
     seeds = len(reference["seeds"])
     return f"step {step:,}: loss {loss:.2f}, {seeds} other seeds {low:.2f} to {high:.2f}: {verdict}"
 
 
 class _LossPlot:
-    """Losses above, the learning rate below; lines that are kept and moved, so that it is fast."""
+    """Losses above, the learning rate below; its lines are kept and moved, which is fast."""
 
     def __init__(
         self,
@@ -262,10 +214,6 @@ class _LossPlot:
         reference: Mapping[str, Any] | None = None,
         lines: Mapping[str, float] | None = None,
     ):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        self.lines = 0  # of the history, that were added
-        self._points = {name: ([], []) for name in ("loss", "eval_loss", "learning_rate")}
         self._background, self._background_limits = None, None
         self.figure = new_figure(8, 5, dpi=96, facecolor="white")
         FigureCanvasAgg(self.figure)
@@ -282,11 +230,12 @@ class _LossPlot:
             style = {"facecolor": "#f2b134", "edgecolor": "#c77f00", "linewidth": 1.5}
             loss.fill_between(band["step"], low, high, alpha=0.7, label=label, **style)
         label = "train, each logged loss"
-        (self._raw,) = loss.plot([], [], color=_TRAIN_COLOR, alpha=0.3, linewidth=1, label=label)
+        (raw,) = loss.plot([], [], color=_TRAIN_COLOR, alpha=0.3, linewidth=1, label=label)
         label = f"train, mean of {2 * _HALF_WINDOW + 1} logged losses around"
-        (self._smoothed,) = loss.plot([], [], color=_TRAIN_COLOR, linewidth=1.5, label=label)
-        (self._held_out,) = loss.plot([], [], "o-", color=_HELD_OUT_COLOR, ms=5, label="held-out")
-        (self._rate,) = rate.plot([], [], color="#555555", linewidth=1.5)
+        (smoothed,) = loss.plot([], [], color=_TRAIN_COLOR, linewidth=1.5, label=label)
+        (held_out,) = loss.plot([], [], "o-", color=_HELD_OUT_COLOR, ms=5, label="held-out")
+        (rates,) = rate.plot([], [], color="#555555", linewidth=1.5)
+        self._drawn = {"loss": raw, "mean": smoothed, "eval_loss": held_out, "learning_rate": rates}
         if vocab_size:
             uniform = math.log(vocab_size)
             label = f"uniform guess: ln({vocab_size:,}) = {uniform:.2f}"
@@ -307,50 +256,36 @@ class _LossPlot:
                 lambda step, _: f"{step:g}\n{format_count(step * tokens_per_step)}"
             )
 
-    def add(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines of the history; a value that is not finite becomes a gap."""
-        self.lines += len(history)
-        for line in history:
-            for name in self._points.keys() & line.keys():
-                steps, values = self._points[name]
-                steps.append(line["step"])
-                values.append(line[name] if math.isfinite(line[name]) else math.nan)
-
-    def latest_losses(self) -> list[str]:
-        """Return the latest training and held-out loss, for reading."""
-        latest = {"train": self._points["loss"][1], "held-out": self._points["eval_loss"][1]}
-        return [f"{label} {values[-1]:.3f}" for label, values in latest.items() if values]
-
-    def update(self, headline: str, details: str, max_steps: int) -> None:
-        """Move the lines to the points added so far."""
-        steps, losses = self._points["loss"]
-        self._raw.set_data(steps, losses)
-        self._smoothed.set_data(steps, _smooth(losses))
-        self._held_out.set_data(*self._points["eval_loss"])
-        steps, rates = self._points["learning_rate"]
-        self._rate.set_data(steps, rates)
-        # Limits that seldom change, so that the background seldom does.
+    def update(
+        self, history: Sequence[Mapping[str, Any]], headline: str, details: list[str], steps: int
+    ) -> str:
+        """Move the lines to the points of a history, and return what is written above them."""
+        points = {}
+        for name in ("loss", "eval_loss", "learning_rate"):
+            lines = [line for line in history if name in line]
+            values = [line[name] if math.isfinite(line[name]) else math.nan for line in lines]
+            points[name] = [line["step"] for line in lines], values
+        points["mean"] = points["loss"][0], _smooth(points["loss"][1])
+        for name, line in self._drawn.items():
+            line.set_data(*points[name])
+        latest = {"train": points["loss"][1], "held-out": points["eval_loss"][1]}
+        latest = [f"{label} {values[-1]:.3f}" for label, values in latest.items() if values]
+        text = " · ".join([*latest, *details])
         loss, rate = self._axes
         loss.relim()
         loss.autoscale_view()
         low, high = loss.get_ylim()
         loss.set_ylim(math.floor(low), math.ceil(high), auto=True)  # and again next time
-        rate.set_ylim(0, 1.1 * max(rates, default=0) or 1)
-        rate.set_xlim(0, max(max_steps, 1))
+        rate.set_ylim(0, 1.1 * max(points["learning_rate"][1], default=0) or 1)
+        rate.set_xlim(0, max(steps, 1))
         self._headline.set_text(plot_label(headline))
-        self._details.set_text(plot_label(details))
+        self._details.set_text(plot_label(text))
+        return f"{headline} · {text}"
 
     def png(self) -> bytes:
-        """Return the plot as a PNG image.
-
-        Axes, labels and legend take most of the time and rarely change: they are kept as a
-        background, before which the moving parts are drawn.
-        """
-        from PIL import Image
-
+        """Return the plot as a PNG image; axes and legend, slow to draw, are kept between calls."""
         canvas = self.figure.canvas
-        lines = [self._raw, self._smoothed, self._held_out, self._rate]
-        moving = [*lines, self._headline, self._details]
+        moving = [*self._drawn.values(), self._headline, self._details]
         limits = [(*axis.get_xlim(), *axis.get_ylim()) for axis in self._axes]
         if limits != self._background_limits:
             for artist in moving:
@@ -374,20 +309,16 @@ def _plot_history(history: Sequence[Mapping[str, Any]]) -> _LossPlot:
     first, last = history[0], history[-1]
     average = last.get("tokens", 0) / max(last["step"], 1) or first.get("tokens_per_step", 0)
     plot = _LossPlot(first.get("vocab_size"), average, lines=first.get("lines"))
-    plot.add(history)
     name = f"{first['name']}: " if "name" in first else ""
     end = f", {last['end']}" if "end" in last else ""
     headline = f"{name}step {last['step']:,} of {first['max_steps']:,}{end}"
     took = f"{format_seconds(last['seconds'])} of training"
-    plot.update(headline, " · ".join([*plot.latest_losses(), took]), first["max_steps"])
+    plot.update(history, headline, [took], first["max_steps"])
     return plot
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Return the mean of each value and its neighbours, as many before as behind; without NaN.
-
-    A mean of earlier values alone would lag behind a falling loss and lie above it.
-    """
+    """Return the mean of each value and as many before as behind it, so that it does not lag."""
     known = np.isfinite(values)
     sums, counts = (np.cumsum([0, *each]) for each in (np.where(known, values, 0), known))
     at = np.arange(len(values))

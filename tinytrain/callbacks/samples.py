@@ -26,20 +26,12 @@ _ROWS = 10  # the most samples shown per prompt; the file keeps all
 
 
 class SampleCallback(TrainerCallback):
-    """Lets the model complete the same few prompts again and again, so you see language appear.
+    """Lets the model complete the same few prompts every so many steps, and at the end.
 
-    Parameters
-    ----------
-    write : callable
-        ``write(model, prompts)`` returns a continuation for each prompt, for example
-        ``functools.partial(complete, tokenizer=tokenizer, max_new_tokens=16)``.
-    prompts : sequence of str
-        The beginnings.
-    every : int
-        Steps between two samples; another one follows at the end.
-    path : str or Path
-        Usually ``samples.jsonl``: a line per sample with ``step`` and ``texts``. A resumed run
-        drops the lines after its checkpoint and goes on.
+    ``write(model, prompts)`` returns a continuation for each prompt, for example
+    ``functools.partial(complete, tokenizer=tokenizer, max_new_tokens=16)``. ``path``, usually
+    ``samples.jsonl``, gets a line per sample with ``step`` and ``texts``; a resumed run drops the
+    lines after its checkpoint and goes on.
     """
 
     rank_zero_only = True
@@ -48,19 +40,15 @@ class SampleCallback(TrainerCallback):
     def __init__(
         self, write: Callable[..., list[str]], prompts: Sequence[str], every: int, path: str | Path
     ):
-        if every < 1:
-            raise ValueError(f"every={every} must be at least 1")
-        self.write = write
-        self.prompts = list(prompts)
-        self.every = every
-        self.path = Path(path)
+        self.write, self.prompts = write, list(prompts)
+        self.every, self.path = every, Path(path)
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Keep the samples of the steps already done."""
         self.samples: list[dict[str, Any]] = []
         if state.global_step and self.path.exists():
-            whole = [s for s in read_json_lines(self.path) if s.keys() >= {"step", "texts"}]
-            self.samples = [sample for sample in whole if sample["step"] <= state.global_step]
+            known = read_json_lines(self.path)
+            self.samples = [sample for sample in known if sample["step"] <= state.global_step]
         write_json_lines(self.path, self.samples)
         self._output = NotebookOutput() if in_notebook() else None
         if self._output:

@@ -24,35 +24,19 @@ _FATAL = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasat
 class StopCallback(TrainerCallback):
     """Ends a run in good order when asked: after the current step, with a checkpoint.
 
-    The interrupt (■ in a notebook, or Ctrl-C) and a stop file end the run with a checkpoint, an
-    evaluation and a last drawing, and your program goes on; a second interrupt stops at once. After
-    SIGTERM, by which a cloud machine announces its end, and SIGHUP (a closed window; SIGBREAK on
-    Windows), there is time for a checkpoint only; then the signal ends the process as usual.
-    ``nohup`` keeps SIGHUP away. Asking one of several processes stops all after the same step.
-
-    Name it last among the callbacks: after such a signal the process ends in this one's
-    ``on_train_end``.
-
-    Parameters
-    ----------
-    stop_file : str or Path, optional
-        ``touch`` it from anywhere. One that is left from before is removed when training begins.
-
-    Attributes
-    ----------
-    reason : str or None
-        Who asked, once somebody has.
+    The interrupt (■ in a notebook, or Ctrl-C) and ``stop_file`` (``touch`` it from anywhere) end
+    the run with a checkpoint, an evaluation and a last drawing, and your program goes on; a second
+    interrupt stops at once. After SIGTERM, by which a cloud machine announces its end, and SIGHUP
+    (a closed window; SIGBREAK on Windows), there is time for a checkpoint only; then the signal
+    ends the process in ``on_train_end``, so name this callback last. Asking one of several
+    processes stops all.
     """
 
     def __init__(self, stop_file: str | Path | None = None):
         self.stop_file = Path(stop_file) if stop_file else None
-        self.reason: str | None = None
+        self.reason: str | None = None  # who asked
         self._fatal: int | None = None  # a signal that must end the process
         self._previous_handlers: dict[int, Any] = {}
-
-    def ask(self, reason: str = "a call of ask()") -> None:
-        """Ask for the end; may be called from any thread."""
-        self.reason = self.reason or reason
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Listen to signals."""
@@ -79,7 +63,7 @@ class StopCallback(TrainerCallback):
         elif self.reason:
             raise KeyboardInterrupt("interrupted a second time: stopped at once")
         else:
-            self.ask("the interrupt")
+            self.reason = "the interrupt"
 
     def _is_training(self, frame: FrameType | None) -> bool:
         """Tell whether the signal came inside ``train()`` of a Trainer with this callback."""
@@ -112,7 +96,7 @@ class StopCallback(TrainerCallback):
             self._last_look = now
             if self._watched.exists():
                 self._watched.unlink(missing_ok=True)
-                self.ask(f"the file {self._watched.name}")
+                self.reason = self.reason or f"the file {self._watched.name}"
         if args.world_size > 1:  # the most urgent request counts for all ranks
             urgency = 2 if self._fatal else 1 if self.reason else 0
             highest = int(gather(torch.tensor(urgency, device=args.device)).max())

@@ -1,0 +1,265 @@
+"""How good a small model becomes from its size and its text: the measurements behind ``--hours``.
+
+``python -m benchmarks.scaling --text prose=FILE`` trains models of all sizes on a text of yours and
+on the built-in one, with `tinytrain`'s own Trainer, each in a process with one thread. It can be
+stopped and called again: a run goes on from its last checkpoint, and what is finished is not done
+twice. ``--fit`` fits the law to what there is and tells how well it predicts runs that it has not
+seen. Results are kept in ``benchmarks/results/scaling.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from benchmarks import ROOT, machine, results
+from tinytrain import planning
+
+RESULT = ROOT / "benchmarks" / "results" / "scaling.json"
+FOLDER = ROOT / "build" / "scaling"
+EVAL_BLOCKS = 512  # 131,072 held-out tokens, the same for all models of a text and vocabulary
+
+
+class Point(NamedTuple):
+    """A run of the study."""
+
+    text: str
+    layers: int
+    hidden: int
+    tokens: float  # in millions
+    vocabulary: int = 4096
+    batch: int = 8  # blocks of 256 tokens
+    rate: float = 1.0  # times the rule's: 8e-3 x 256 / width
+    characters: float | None = None  # millions, of the text that is taken; None: all
+
+    @property
+    def name(self) -> str:
+        """Return a name for its folder."""
+        return "-".join(str(value) for value in self)
+
+    @property
+    def work(self) -> float:
+        """Return about how long it takes: tokens times parameters, embeddings included."""
+        return self.tokens * self.hidden * (12 * self.layers * self.hidden + self.vocabulary)
+
+
+SIZES = {"XS": (2, 64), "S": (3, 128), "M": (4, 256), "L": (6, 384), "XL": (8, 512)}
+# What a text is named in the rows is the name given with --text.
+PLAN = [
+    ("prose", "XS", 0.5), ("prose", "S", 0.5), ("prose", "M", 0.5), ("prose", "XS", 2),
+    ("encyclopedia", "XS", 0.5), ("encyclopedia", "S", 0.5), ("encyclopedia", "M", 0.5),
+    ("prose", "S", 2), ("prose", "L", 0.5), ("encyclopedia", "S", 2), ("prose", "XS", 8),
+    ("prose", "M", 2), ("prose", "S", 8), ("prose", "XL", 0.5), ("encyclopedia", "M", 2),
+    ("prose", "L", 2), ("encyclopedia", "S", 8), ("prose", "M", 8), ("prose", "XS", 40),
+    ("prose", "XL", 2), ("prose", "S", 40), ("prose", "L", 8),
+    ("news", "XS", 0.5), ("news", "S", 0.5), ("news", "S", 2), ("news", "M", 0.5),
+    ("english", "XS", 0.5), ("english", "S", 0.5), ("english", "S", 2),
+]  # fmt: skip
+PLAN = [Point(text, *SIZES[size], tokens) for text, size, tokens in PLAN]
+# One number changed at a time: the vocabulary, the batch, the rate; and a text read many times.
+PLAN += [
+    Point("prose", *SIZES["S"], 2, vocabulary=1024),
+    Point("prose", *SIZES["S"], 2, vocabulary=2048),
+    Point("prose", *SIZES["S"], 2, vocabulary=8192),
+    Point("prose", *SIZES["S"], 4),
+    Point("prose", *SIZES["S"], 0.5, batch=4),
+    Point("prose", *SIZES["S"], 2, batch=16),
+    Point("prose", *SIZES["S"], 2, rate=0.5),
+    Point("prose", *SIZES["S"], 2, rate=2),
+    Point("prose", *SIZES["S"], 2, characters=0.05),
+    Point("prose", *SIZES["S"], 2, characters=0.3),
+    Point("prose", *SIZES["M"], 2, characters=0.3),
+    Point("prose", *SIZES["S"], 8, batch=16),
+    Point("prose", *SIZES["S"], 8, vocabulary=8192),
+]
+
+
+PLAN.sort(key=lambda point: point.work)  # the cheap ones first
+
+
+def base_recipe(point: Point, corpus: str):
+    """Return the recipe of a run without its length: its text, tokenizer and model."""
+    from tinytrain.recipes import RECIPES
+
+    heads = max(1, point.hidden // 64)
+    return replace(
+        RECIPES["pocket"],
+        name="text",
+        corpus=corpus,
+        test_size=0.01 if point.text == "prose" else 0.1,
+        vocab_size=point.vocabulary,
+        hidden_size=point.hidden,
+        intermediate_size=3 * point.hidden,
+        num_hidden_layers=point.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        learning_rate=round(8e-3 * 256 / point.hidden * point.rate, 6),
+        lr_scheduler="linear",
+        batch_size=point.batch,
+    )
+
+
+def run(point: Point, corpus: str) -> dict[str, Any]:
+    """Train one model, or go on with it, and return what came out."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    kept = f"{point.text}-{point.vocabulary}-{point.characters}"
+    os.environ["TINYTRAIN_RUNS"] = str(FOLDER / "texts" / kept)
+    import torch
+
+    from tinytrain import callbacks, runs, steps
+    from tinytrain.checkpoints import train
+    from tinytrain.costs import count_parameters
+    from tinytrain.evaluation import bits_per_character
+    from tinytrain.hardware import choose_precision
+    from tinytrain.tokenization import tokens_per_character
+
+    torch.set_num_threads(1)
+    recipe = base_recipe(point, corpus)
+    if point.characters:
+        recipe = replace(recipe, max_characters=round(point.characters * 1e6))
+    tokenizer = steps.get_tokenizer(recipe)
+    blocks = steps.get_blocks(recipe, tokenizer)
+    held_out = steps.get_split(recipe)["test"]["text"]
+    per_character = tokens_per_character(tokenizer, held_out)
+    training = blocks["train"]
+    test = blocks["test"].select(range(min(EVAL_BLOCKS, len(blocks["test"]))))
+    steps_ = round(point.tokens * 1e6 / recipe.tokens_per_step)
+    recipe = replace(
+        recipe,
+        max_steps=steps_,
+        warmup_steps=min(recipe.warmup_steps, steps_ // 10),
+        logging_steps=max(1, steps_ // 100),
+        save_steps=500,
+        save_total_limit=1,
+    )
+    folder = FOLDER / "runs" / point.name
+    folder.mkdir(parents=True, exist_ok=True)
+    history = callbacks.HistoryCallback(folder / "history.jsonl", recipe.tokens_per_step)
+    precision = choose_precision(recipe.precision).name
+    model = steps.get_model(recipe, steps.get_config(recipe, tokenizer))
+    trainer = runs.assemble(
+        recipe,
+        folder / "checkpoints",
+        precision,
+        [history],
+        model,
+        {"train": training, "test": test},
+        eval_strategy="no",
+    )
+    train(trainer, make_model=lambda: steps.get_model(recipe))
+    loss = trainer.evaluate()["eval_loss"]
+    seen = [line for line in callbacks.read_history(folder) if "loss" in line]
+    counts = count_parameters(model.config)
+    return {
+        **point._asdict(),
+        "parameters": counts["total"],
+        "embeddings": counts["embeddings"],
+        "steps": steps_,
+        "tokens_per_character": per_character,
+        "pair_bits": planning.measure_text(recipe).pair_bits,
+        "text_tokens": len(training) * recipe.context_length,
+        "passes": steps_ * recipe.tokens_per_step / (len(training) * recipe.context_length),
+        "train_loss": sum(line["loss"] for line in seen[-5:]) / len(seen[-5:]),
+        "loss": loss,
+        "bits_per_character": bits_per_character(loss, per_character),
+        "precision": precision,
+        "processor": machine()["processor"],
+    }
+
+
+def _run(task: tuple[Point, str]) -> tuple[Point, dict[str, Any]]:
+    return task[0], run(*task)
+
+
+def law(constants, rows) -> np.ndarray:
+    """Return the bits per character of runs, as `tinytrain.planning.expected_bits` has them."""
+    values = [dict(zip(planning.LAW, constants, strict=True))] * len(rows)
+    return np.array([_expected(row, law) for row, law in zip(rows, values, strict=True)])
+
+
+def _expected(row: dict[str, Any], law: dict[str, float]) -> float:
+    tokens = row["tokens"] * 1e6
+    return planning.expected_bits(
+        row["pair_bits"], row["parameters"], tokens, row["text_tokens"], law
+    )
+
+
+# With few runs, several sets of constants come equally near; these are what others have found.
+LIMITS = {"rest": (0.2, 0.7), "size": (1e-4, 100), "size_power": (0.1, 1)}
+LIMITS |= {"read": (1e-4, 100), "read_power": (0.1, 1), "again": (14.9, 15.1)}
+
+
+def fit(rows: list[dict[str, Any]], start) -> np.ndarray:
+    """Return the constants that come nearest, by the logarithm, with little weight on outliers."""
+    real = np.log([row["bits_per_character"] for row in rows])
+
+    def errors(logarithms):
+        return np.log(law(np.exp(logarithms), rows)) - real
+
+    limits = np.log([LIMITS[name] for name in planning.LAW]).T
+    start = np.clip(np.log(start), *(limits + [[1e-3], [-1e-3]]))
+    found = least_squares(errors, start, bounds=limits, loss="soft_l1", f_scale=0.02)
+    return np.exp(found.x)
+
+
+def report() -> None:
+    """Fit the law, and predict each run from the others."""
+    # One batch, rate and vocabulary, on real text: what a plan can choose from.
+    rows = [
+        r
+        for r in results("scaling")
+        if r["text"] != "encyclopedia" and r["rate"] == 1 and r["batch"] == 8
+    ]
+    start = list(planning.LAW.values())
+    constants = fit(rows, start)
+    named = zip(planning.LAW, constants, strict=True)
+    print(f"{len(rows)} runs:", {name: round(float(value), 4) for name, value in named})
+    errors = []
+    for number, (row, near) in enumerate(zip(rows, law(constants, rows), strict=True)):
+        others = rows[:number] + rows[number + 1 :]
+        [without] = law(fit(others, constants), [row])
+        real = row["bits_per_character"]
+        errors.append(without / real - 1)
+        both = f"fitted {near / real - 1:+.1%}, left out {errors[-1]:+.1%}"
+        print(f"{row['name']:42} {real:.3f}, {both}")
+    print(
+        f"left out: {np.sqrt(np.mean(np.square(errors))):.1%} root mean square, "
+        f"{np.abs(errors).max():.1%} at most"
+    )
+
+
+def main() -> None:
+    """Train what is missing, or fit the law."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", metavar="NAME=FILE", action="append", default=[])
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--fit", action="store_true", help="only fit what is there")
+    options = parser.parse_args()
+    if options.fit:
+        return report()
+    named = dict(text.split("=", 1) for text in options.text)
+    texts = {name: str(Path(path).resolve()) for name, path in named.items()}
+    texts["encyclopedia"] = "encyclopedia"
+    done = {row["name"] for row in results("scaling")}
+    tasks = [(p, texts[p.text]) for p in PLAN if p.text in texts and p.name not in done]
+    print(f"{len(done)} runs are done, {len(tasks)} of {len(PLAN)} can be made", flush=True)
+    context = multiprocessing.get_context("spawn")  # each loads torch itself, with one thread
+    with context.Pool(options.workers, maxtasksperchild=1) as pool:
+        for point, row in pool.imap_unordered(_run, tasks):
+            rows = [*results("scaling"), {"name": point.name, **row}]
+            RESULT.write_text(
+                "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8"
+            )
+            print(point.name, f"{row['bits_per_character']:.3f} bits per character", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinytrain import callbacks, planning
+from tinytrain.checkpoints import train
+from tinytrain.common import read_history
+from tinytrain.recipes import POCKET, Recipe
+
+STUDY = Path(__file__).parents[1] / "benchmarks" / "results" / "scaling.json"
+PROSE = planning.Text(32_000_000, 0.85, 7.9)
+ENDLESS = {"max_steps": 10**9, "save_steps": 10**9, "eval_steps": 10**9, "logging_steps": 1}
+
+
+# --- the clock ------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_its_time_and_the_rate_with_it(small_trainer, tmp_path):
+    history = callbacks.HistoryCallback(tmp_path / "history.jsonl", 512)
+    limit = callbacks.TimeLimit(4, warmup_steps=3, spent=1)
+    trainer = small_trainer(tmp_path / "checkpoints", [limit, history], **ENDLESS)
+    train(trainer)
+    steps_done = trainer.state.global_step
+    assert steps_done == trainer.state.max_steps and limit.used == pytest.approx(4, abs=1)
+    rates = [line["learning_rate"] for line in read_history(tmp_path) if "loss" in line]
+    assert rates[0] < max(rates) and rates[-1] < 0.1 * max(rates)
+    assert max(rates) < 0.8 * trainer.args.learning_rate  # a quarter of the time was gone
+    # A finished run is not trained further.
+    again = small_trainer(tmp_path / "checkpoints", [callbacks.TimeLimit(4)], **ENDLESS)
+    train(again)
+    assert again.state.global_step == steps_done
+
+
+def test_a_run_that_goes_on_has_the_time_that_was_left(small_trainer, tmp_path):
+    class StopAfter(callbacks.StopCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if limit.used > 2:
+                self.reason = "the test"
+            super().on_step_end(args, state, control, **kwargs)
+
+    limit = callbacks.TimeLimit(4)
+    trainer = small_trainer(tmp_path / "checkpoints", [limit, StopAfter()], **ENDLESS)
+    train(trainer)
+    assert trainer.state.global_step < trainer.state.max_steps
+    used, done = limit.used, trainer.state.global_step
+    limit = callbacks.TimeLimit(4)
+    trainer = small_trainer(tmp_path / "checkpoints", [limit], **ENDLESS)
+    train(trainer)
+    assert done < trainer.state.global_step == trainer.state.max_steps
+    assert limit.used == pytest.approx(4, abs=1) and used > 2
+
+
+def test_time_is_left_for_what_follows(small_trainer, tmp_path):
+    ends = []
+    for reserve in (0, 5):
+        limit = callbacks.TimeLimit(3, reserve=reserve)
+        train(small_trainer(tmp_path / str(reserve), [limit], **ENDLESS))
+        ends.append(limit.used + reserve * limit.step_seconds)
+    assert ends == pytest.approx([3, 3], abs=1.5)
+
+
+# --- other programs -------------------------------------------------------------------------------
+
+
+def test_cores_that_others_compute_on_are_left_to_them(small_trainer, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before, seen = torch.get_num_threads(), set()
+
+    class Watch(callbacks.ShareCores):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            seen.add(torch.get_num_threads())
+
+    busy = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(busy) for _ in range(os.cpu_count())]
+    torch.set_num_threads(2)
+    try:
+        watch = Watch(seconds=0.3)
+        trainer = small_trainer(tmp_path, [callbacks.TimeLimit(4), watch], **ENDLESS)
+        train(trainer)
+        assert 1 in seen and torch.get_num_threads() == 2
+        # Who has set the number of threads keeps it.
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        seen.clear()
+        train(small_trainer(tmp_path / "fixed", [callbacks.TimeLimit(2), watch], **ENDLESS))
+        assert seen == {2}
+    finally:
+        torch.set_num_threads(before)
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+# --- the law --------------------------------------------------------------------------------------
+
+
+def test_the_law_describes_the_runs_of_the_study():
+    rows = [row for row in json.loads(STUDY.read_text(encoding="utf-8")) if row["pair_bits"]]
+    errors = [
+        planning.expected_bits(
+            row["pair_bits"], row["parameters"], row["tokens"] * 1e6, row["text_tokens"]
+        )
+        / row["bits_per_character"]
+        - 1
+        for row in rows
+        if row["text"] != "encyclopedia"
+    ]
+    assert len(errors) >= 12 and max(map(abs, errors)) < 2 * planning.EXPECTED_ERROR
+
+
+def test_more_of_everything_is_better_and_a_text_read_again_teaches_less():
+    bits = planning.expected_bits(7.9, 1e6, 1e6)
+    assert planning.expected_bits(7.9, 2e6, 1e6) < bits > planning.expected_bits(7.9, 1e6, 2e6)
+    new, again = (planning.expected_bits(7.9, 1e6, 4e6, there) for there in (4e6, 1e6))
+    assert new < again < bits
+
+
+def test_more_time_wants_a_larger_model():
+    sizes = [planning.sized_recipe(POCKET, width) for width in (64, 128, 256, 384, 512)]
+    speed = planning.Speed(0.05)
+    best = [
+        planning.best_plan(planning.make_plans(seconds, PROSE, sizes, speed))
+        for seconds in (120, 3600, 48 * 3600)
+    ]
+    parameters, bits = [plan.parameters for plan in best], [plan.bits for plan in best]
+    assert parameters == sorted(set(parameters)) and bits == sorted(bits, reverse=True)
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A small text of one's own, English and traditional Chinese."""
+    path = tmp_path_factory.mktemp("text") / "mine.jsonl"
+    lines = [
+        {"text": f"第{n}課：臺灣的圖書館有{n * 37 % 91}本書，學生們讀了{n % 7}本。" * 3}
+        if n % 2
+        else {"text": f"Lesson {n}: the library has {n * 37 % 91} books. Read {n % 7}. " * 3}
+        for n in range(400)
+    ]
+    dumped = (json.dumps(line, ensure_ascii=False) for line in lines)
+    path.write_text("\n".join(dumped), encoding="utf-8")
+    return path
+
+
+def test_a_plan_is_a_recipe_and_stays_what_it_was(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
+    monkeypatch.setenv("TINYTRAIN_CORPUS", str(text))
+    monkeypatch.setenv("TINYTRAIN_HOURS", "0.05")
+    recipe = planning.get_recipe()
+    told = capsys.readouterr().out
+    for words in ("characters", "tokens", "passes", "memory", "bits", "done at"):
+        assert words in told
+    written = told[told.index("replace(") :]
+    assert eval(written, {"replace": replace, "POCKET": POCKET}) == recipe
+    assert isinstance(recipe, Recipe) and recipe.hours == 0.05 and recipe.corpus == str(text)
+    # The second time nothing is measured, and whoever names a recipe gets it.
+    monkeypatch.setattr(planning, "_make_plan", None)
+    assert planning.get_recipe() == recipe and not capsys.readouterr().out
+    assert planning.get_recipe(0.05) == recipe
+    assert planning.get_recipe("smoke").name == "smoke"
+    assert planning.get_recipe(seed=7) == replace(recipe, seed=7)
+
+
+@pytest.mark.parametrize(
+    ("hours", "told"),
+    [
+        ("soon", "'soon'; it must be a number"),
+        ("0.001", "a minute"),
+        ("nan", "no time"),
+        ("inf", "no time"),
+    ],
+)
+def test_a_time_that_is_none_is_refused(hours, told, monkeypatch):
+    monkeypatch.setenv("TINYTRAIN_HOURS", hours)
+    with pytest.raises(ValueError, match=told):
+        planning.get_recipe()
+
+
+def test_a_minute_and_a_half_of_training_from_the_shell(text, tmp_path):
+    command = [sys.executable, "-m", "tinytrain", "train", "--hours", "0.025"]
+    command += ["--corpus", str(text), "--runs", str(tmp_path)]
+    start = time.monotonic()
+    shown = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert not shown.returncode, shown.stdout + shown.stderr
+    assert 90 * 0.9 < time.monotonic() - start < 90 * 1.2
+    assert "bits per character" in shown.stdout
+    shown = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+    assert "this run is finished" in shown.stdout + shown.stderr

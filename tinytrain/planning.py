@@ -1,0 +1,342 @@
+"""From the time you have to a recipe: how large a model to train on a text, and how good it gets.
+
+Scaling laws tell the loss of a model from its size and its text. The well-known ones were fitted to
+models from 44M parameters up and billions of tokens; for a model that a laptop trains in an hour
+they are wrong by far. The law here was fitted to small models (``python -m benchmarks.scaling``;
+the runs are in ``benchmarks/results/scaling.json``), in bits per character, so that vocabularies
+can be compared. This module joins the others: it reads the text and measures this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tinytrain import corpus, costs, evaluation, hardware, recipes, runs, steps, tokenization
+from tinytrain.common import format_seconds, new_axes, world_size, write_json
+from tinytrain.recipes import POCKET, Recipe
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The constants of the law, fitted to the runs of the study; see `expected_bits`.
+LAW = {
+    "rest": 0.2,
+    "size": 0.0086,
+    "size_power": 0.119,
+    "read": 0.0975,
+    "read_power": 0.1488,
+    "again": 15.0,
+}
+EXPECTED_ERROR = 0.055  # twice the root mean square of runs left out of the fit
+LARGEST_MEASURED = 4.2e6  # parameters of the largest model that the law was fitted to
+_WIDTHS = (*range(64, 577, 64), *range(640, 1537, 128))
+_COUNTED_TOKENS = 500_000  # of the training set, to see how hard a text is to predict
+_SAMPLE = 2_000_000  # characters that a tokenizer is trained on at least, if there are so many
+_HELD_OUT = 450_000  # bytes, 150,000 Chinese characters: known to half a per cent, in seconds
+_OWN_FIELDS = ("corpus", "text_field", "chats", "seed")
+
+
+def expected_bits(
+    pair_bits: float,
+    parameters: float,
+    tokens: float,
+    text_tokens: float = math.inf,
+    law: Mapping[str, float] = LAW,
+) -> float:
+    """Return the bits per character that a model will need for held-out text, by the measured law.
+
+    ``pair_bits * (rest + ((size / N) ** (size_power / read_power) + read / D) ** read_power)``, for
+    N million parameters and D million tokens: a small model gains little from more text, and a
+    little text little from a larger model (the form of Kaplan et al., 2020, arXiv:2001.08361). Text
+    that is read again counts for less each time (Muennighoff et al., 2023, arXiv:2305.16264).
+
+    Parameters
+    ----------
+    pair_bits : float
+        What the text costs a model that only counts pairs of tokens; see `measure_text`.
+    parameters : float
+        Size of the model, embeddings included.
+    tokens : float
+        Tokens trained on.
+    text_tokens : float
+        Different tokens there are; beyond them the text is read again.
+    law : mapping
+        The constants.
+    """
+    again = max(tokens / text_tokens - 1, 0.0)
+    if again:
+        tokens = text_tokens * (1 + law["again"] * (1 - math.exp(-again / law["again"])))
+    size = (law["size"] / (parameters / 1e6)) ** (law["size_power"] / law["read_power"])
+    return pair_bits * (law["rest"] + (size + law["read"] / (tokens / 1e6)) ** law["read_power"])
+
+
+class Text(NamedTuple):
+    """What a plan has to know about a text."""
+
+    characters: int  # of the training set
+    tokens_per_character: float
+    pair_bits: float  # per held-out character, of a model that counts pairs of tokens
+
+    @property
+    def tokens(self) -> float:
+        """Return how many different tokens there are to learn from."""
+        return self.characters * self.tokens_per_character
+
+
+class Plan(NamedTuple):
+    """A size of model, and what a time is enough for."""
+
+    recipe: Recipe
+    parameters: int
+    tokens: float
+    bits: float  # expected, per character
+
+
+def measure_text(recipe: Recipe) -> Text:
+    """Read the text of a recipe and tell how much there is of it and how hard it is to predict."""
+    split, tokenizer = steps.get_split(recipe), steps.get_tokenizer(recipe)
+    held_out = list(split["test"]["text"])
+    rate = tokenization.tokens_per_character(tokenizer, held_out)
+    number = min(round(_COUNTED_TOKENS / rate), recipe.max_characters or _SAMPLE)
+    some = steps.first_characters(split["train"], number)["text"]
+    losses = evaluation.count_losses(tokenizer, some, held_out)
+    bits = sum(loss.nats for loss in losses) / math.log(2) / sum(map(len, held_out))
+    return Text(sum(map(len, split["train"]["text"])), rate, bits)
+
+
+def sized_recipe(base: Recipe, width: int, on_gpu: bool = False) -> Recipe:
+    """Return a recipe for a model of a width: depth, heads and learning rate follow by rule.
+
+    There is a layer for every 64 of width, as in ``pocket``, and the rate goes down as the width
+    goes up. A GPU gets longer blocks and more of them at once, or it would be idle.
+    """
+    heads = max(1, width // 64)
+    on_gpu_only = {"context_length": 512, "batch_size": 16, "attention": "sdpa", "compile": True}
+    return replace(
+        base,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=max(2, width // 64),
+        num_attention_heads=heads,
+        num_key_value_heads=math.gcd(heads, 2),
+        learning_rate=float(f"{POCKET.learning_rate * 256 / width:.2g}"),
+        chat_learning_rate=float(f"{POCKET.chat_learning_rate * 256 / width:.2g}"),
+        lr_scheduler="linear",
+        **(on_gpu_only if on_gpu else {}),
+    )
+
+
+def make_plans(
+    seconds: float, text: Text, sizes: Sequence[Recipe], speed: Callable[[Recipe], float]
+) -> list[Plan]:
+    """Return what a time is enough for at each size: the larger the model, the fewer the tokens.
+
+    Parameters
+    ----------
+    seconds : float
+        Time to train.
+    text : Text
+        From `measure_text`.
+    sizes : sequence of Recipe
+        From `sized_recipe`.
+    speed : callable
+        Returns how many tokens of a recipe's training this machine makes in a second.
+    """
+    plans = []
+    for recipe in sizes:
+        parameters, tokens = costs.count_parameters(recipe)["total"], seconds * speed(recipe)
+        bits = expected_bits(text.pair_bits, parameters, tokens, text.tokens)
+        plans.append(Plan(recipe, parameters, tokens, bits))
+    return plans
+
+
+def best_plan(plans: Sequence[Plan]) -> Plan:
+    """Return the plan with the fewest bits."""
+    return min(plans, key=lambda plan: plan.bits)
+
+
+def plot_plans(plans: Mapping[str, Sequence[Plan]]) -> Figure:
+    """Draw the expected bits over the size of the model, a curve and its best size for each time.
+
+    The dotted line leads through the sizes with twenty tokens a parameter, which Hoffmann et al.
+    (2022, arXiv:2203.15556) found best for large models. On grey are models larger than any that
+    the law was fitted to.
+    """
+    figure, axes = new_axes(8, 4.2)
+    twenty = []
+    for name, some in plans.items():
+        best = best_plan(some)
+        label = f"{name}: {best.parameters / 1e6:,.1f}M, {best.tokens / 1e6:,.1f}M tokens"
+        [line] = axes.plot([p.parameters for p in some], [p.bits for p in some], label=label)
+        axes.plot(best.parameters, best.bits, "o", color=line.get_color())
+        near = min(some, key=lambda plan: abs(math.log(plan.tokens / plan.parameters / 20)))
+        twenty.append((near.parameters, near.bits))
+    axes.plot(*zip(*twenty, strict=True), ":", color="0.3", label="20 tokens a parameter")
+    largest = max(plan.parameters for some in plans.values() for plan in some)
+    if largest > LARGEST_MEASURED:
+        label = "larger than measured"
+        axes.axvspan(LARGEST_MEASURED, largest, color="0.93", zorder=0, label=label)
+    axes.set(xscale="log", xlabel="parameters", ylabel="expected bits per character")
+    axes.legend(edgecolor="none", framealpha=1)
+    return figure
+
+
+class Speed:
+    """How many tokens a second this machine trains with, at sizes measured and between them.
+
+    Parameters
+    ----------
+    tflops : float
+        What is assumed of the machine before anything is measured, in 10^12 operations a second.
+    """
+
+    def __init__(self, tflops: float):
+        self.tflops = tflops
+        self.measured: dict[int, float] = {}  # 10^12 operations a second by width
+        self.peak_memory = 0  # bytes of the last one measured
+
+    def __call__(self, recipe: Recipe) -> float:
+        """Return the tokens a second, from the nearest width that was measured."""
+        width = recipe.hidden_size
+        nearest = min(self.measured, key=lambda other: abs(math.log(other / width)), default=None)
+        return self.measured.get(nearest, self.tflops) * 1e12 / self._operations(recipe)
+
+    def measure(self, recipe: Recipe) -> None:
+        """Train a few steps of a model, on random tokens."""
+        precision = hardware.choose_precision(recipe.precision).name
+        seconds, self.peak_memory = runs.probe(recipe, precision, real=False)
+        step = recipe.tokens_per_step * self._operations(recipe)
+        self.measured[recipe.hidden_size] = step / seconds / 1e12
+
+    @staticmethod
+    def _operations(recipe: Recipe) -> int:
+        return costs.flops_per_token(recipe, recipe.context_length)["total"]
+
+
+def get_recipe(
+    name: str | float | Recipe | None = None, has_gpu: bool = False, **changes: Any
+) -> Recipe:
+    """Return the recipe of this run: by its name, or from the hours you have.
+
+    As `tinytrain.recipes.get_recipe`; in place of a name you may give a number of hours, or set
+    ``TINYTRAIN_HOURS``, from which `plan` makes a recipe. Further arguments replace its fields.
+    """
+    hours = name if isinstance(name, int | float) else None
+    if name is None and (value := os.environ.get("TINYTRAIN_HOURS")):
+        try:
+            hours = float(value)
+        except ValueError:
+            raise ValueError(f"TINYTRAIN_HOURS is {value!r}; it must be a number, as 0.5") from None
+    if hours is None:
+        return replace(recipes.get_recipe(name, has_gpu), **changes)
+    return replace(plan(hours, replace(recipes.get_recipe("pocket"), **changes)), **changes)
+
+
+def plan(hours: float, base: Recipe = POCKET) -> Recipe:
+    """Return the recipe that makes the best of so many hours on this machine.
+
+    It is printed, and kept as ``plan.json`` in the run's folder; from then on it stays as it is.
+
+    Parameters
+    ----------
+    hours : float
+        How long to train.
+    base : Recipe
+        Its text counts, its ``text_field``, ``chats`` and ``seed``.
+
+    Raises
+    ------
+    ValueError
+        If the time is too short, or the text does not fill a block.
+    """
+    if not 60 <= 3600 * hours < math.inf:
+        raise ValueError(f"{hours:g} hours are no time to train in; take 0.02, a minute, or more")
+    own = {name: getattr(base, name) for name in _OWN_FIELDS}
+    base = replace(POCKET, name=f"hours-{hours:.3g}", hours=float(hours), **own)
+    file = steps.run_folder(base) / "plan.json"
+    with steps.one_at_a_time(file):  # of several processes, one plans and the others read
+        if not file.is_file():
+            made = _make_plan(base)
+            write_json(file, made)
+            place = f"{file.parent.name}/{file.name}"
+            print(f"The plan for {format_seconds(3600 * hours)}, kept as {place}:")
+            for name, value in made["expected"].items():
+                print(f"  {name:12}{value}")
+            print(f"as a recipe:\n{_as_code(Recipe(**made['recipe']))}", flush=True)
+        found = json.loads(file.read_text(encoding="utf-8"))["recipe"]
+    return Recipe(**found | {"corpus": base.corpus})
+
+
+def _as_code(recipe: Recipe) -> str:
+    """Return a recipe as it would be written in ``recipes.py``."""
+    values = asdict(recipe).items()
+    changed = [f"    {name}={value!r}," for name, value in values if value != getattr(POCKET, name)]
+    return "\n".join(["replace(", "    POCKET,", *changed, ")"])
+
+
+def _make_plan(base: Recipe) -> dict[str, Any]:
+    """Read the text, choose the size by the law and this machine's speed; return it for JSON."""
+    begun, end = time.monotonic(), datetime.now() + timedelta(hours=base.hours)
+    here = hardware.this_hardware(steps.runs_folder())
+    size = sum(file.stat().st_size for file in corpus.text_files(steps.get_text(base)))
+    test_size = float(f"{min(0.1, _HELD_OUT / size):.2g}")
+    base = replace(base, test_size=test_size, max_characters=_SAMPLE)
+    base = replace(base, vocab_size=len(steps.get_tokenizer(base)))  # of a small text fewer
+    text = measure_text(base)
+    speed = Speed(costs.USUAL_SHARE * here.tflops * world_size())
+    sizes = [sized_recipe(base, width, here.is_gpu) for width in _WIDTHS]
+    sizes = [size for size in sizes if costs.estimate(size, here).memory["total"] <= here.memory]
+    while True:
+        seconds = 3600 * base.hours - (time.monotonic() - begun)
+        best = best_plan(make_plans(seconds, text, sizes, speed))
+        if best.recipe.hidden_size in speed.measured:
+            break
+        speed.measure(best.recipe)
+    recipe = _with_rhythm(best, text, best.recipe.tokens_per_step / speed(best.recipe))
+    told = _in_words(best, text, speed.peak_memory, end)
+    known = {"recipe": asdict(recipe), "bits": best.bits, "memory": speed.peak_memory}
+    return known | {"expected": told}
+
+
+def _with_rhythm(best: Plan, text: Text, step_seconds: float) -> Recipe:
+    """Return the recipe of a plan with its length, and as many messages as you like to read."""
+    number = max(1, round(best.tokens / best.recipe.tokens_per_step))
+    needed = 1.3 * best.tokens / text.tokens_per_character  # the machine may become faster
+    eighth, half_a_minute = max(1, number // 8), max(1, round(30 / step_seconds))
+    return replace(
+        best.recipe,
+        max_steps=number,
+        max_characters=max(_SAMPLE, min(round(needed), text.characters)),
+        warmup_steps=min(best.recipe.warmup_steps, number // 10),
+        logging_steps=max(1, number // 200),
+        eval_steps=eighth,
+        save_steps=max(half_a_minute, number // 50),
+        sample_steps=eighth,
+    )
+
+
+def _in_words(best: Plan, text: Text, memory: int, end: datetime) -> dict[str, str]:
+    """Return what a plan comes to, line by line."""
+    recipe, passes = best.recipe, best.tokens / text.tokens
+    low, high = (best.bits * (1 + sign * EXPECTED_ERROR) for sign in (-1, 1))
+    bits = f"{best.bits:.2f} per character expected, {low:.2f} to {high:.2f}"
+    if recipe.corpus == "encyclopedia":
+        bits = "not known ahead for the built-in text, whose sentences follow few patterns"
+    shape = f"{recipe.num_hidden_layers} layers of width {recipe.hidden_size}"
+    return {
+        "text": f"{text.characters:,} characters to learn from",
+        "vocabulary": f"{recipe.vocab_size:,} tokens, {text.tokens_per_character:.2f} a character",
+        "parameters": f"{best.parameters:,}: {shape}",
+        "context": f"{recipe.context_length} tokens",
+        "tokens": f"about {best.tokens / 1e6:,.1f}M, {passes:.2g} passes over the text",
+        "memory": f"{memory / 1e9:.1f} GB",
+        "bits": bits,
+        "done at": f"{end:%Y-%m-%d %H:%M}",
+    }
