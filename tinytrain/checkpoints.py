@@ -324,7 +324,7 @@ def _quiet_transformers() -> None:
 def _is_unexpected(record: logging.LogRecord) -> bool:
     # A tied matrix is stored once; `on_train_begin` sets another rhythm of logging.
     expected = ("checkpoint model loaded: ['lm_head.weight']", "do not match the ones in")
-    return not any(words in record.getMessage() for words in expected)
+    return not any(part in record.getMessage() for part in expected)
 
 
 @contextmanager
