@@ -200,7 +200,7 @@ class Speed:
     def __init__(self, tflops: float):
         self.tflops = tflops
         self.measured: dict[int, float] = {}  # 10^12 operations a second by width
-        self.peak_memory = 0  # bytes of the last one measured
+        self.memory: dict[int, int] = {}  # peak in bytes by width
 
     def __call__(self, recipe: Recipe) -> float:
         """Return the tokens a second, from the nearest width that was measured."""
@@ -211,9 +211,9 @@ class Speed:
     def measure(self, recipe: Recipe) -> None:
         """Train a few steps of a model, on random tokens."""
         precision = hardware.choose_precision(recipe.precision).name
-        seconds, self.peak_memory = runs.probe(recipe, precision, real=False)
-        step = recipe.tokens_per_step * self._operations(recipe)
-        self.measured[recipe.hidden_size] = step / seconds / 1e12
+        width, step = recipe.hidden_size, recipe.tokens_per_step * self._operations(recipe)
+        seconds, self.memory[width] = runs.probe(recipe, precision, real=False)
+        self.measured[width] = step / seconds / 1e12
 
     @staticmethod
     def _operations(recipe: Recipe) -> int:
@@ -292,7 +292,11 @@ def _make_plan(base: Recipe) -> dict[str, Any]:
     text = measure_text(base)
     speed = Speed(costs.USUAL_SHARE * here.tflops * world_size())
     sizes = [sized_recipe(base, width, here.is_gpu) for width in _WIDTHS]
-    sizes = [size for size in sizes if costs.estimate(size, here).memory["total"] <= here.memory]
+    memory = [costs.estimate(size, here).memory["total"] for size in sizes]
+    sizes = [size for size, needed in zip(sizes, memory, strict=True) if needed <= here.memory]
+    if not sizes:
+        least, there_is = memory[0] / 1e9, here.memory / 1e9
+        raise ValueError(f"the smallest model needs {least:.1f} GB and there are {there_is:.1f}")
     while True:
         seconds = 3600 * base.hours - (time.monotonic() - begun)
         best = best_plan(make_plans(seconds, text, sizes, speed))
@@ -300,9 +304,9 @@ def _make_plan(base: Recipe) -> dict[str, Any]:
             break
         speed.measure(best.recipe)
     recipe = _with_rhythm(best, text, best.recipe.tokens_per_step / speed(best.recipe))
-    told = _in_words(best, text, speed.peak_memory, end)
-    known = {"recipe": asdict(recipe), "bits": best.bits, "memory": speed.peak_memory}
-    return known | {"expected": told}
+    memory = speed.memory[best.recipe.hidden_size]
+    told = _in_words(best, text, memory, end)
+    return {"recipe": asdict(recipe), "bits": best.bits, "memory": memory, "expected": told}
 
 
 def _with_rhythm(best: Plan, text: Text, step_seconds: float) -> Recipe:
