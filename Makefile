@@ -85,6 +85,7 @@ benchmark: .venv/ready build/peers/ready  ## measure all that is claimed about s
 	$(BIN)/python -m benchmarks.questions $(if $(TEXT),--text "$$TEXT")
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.estimate
+	$(if $(TEXT),$(BIN)/python -m benchmarks.hours --text "$$TEXT")
 	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && $(BIN)/python -m benchmarks.gpu || true
 	$(BIN)/python -m benchmarks
 

@@ -36,7 +36,9 @@ def train(folder: str, text: str, *options: str) -> dict[str, float]:
 
 def measure(minutes: float, text: str, busy: bool, pocket: bool) -> list[dict]:
     """Train for a time; return rows of what was expected and what came."""
-    name = f"{minutes:g} minutes" + (", one busy program beside" if busy else "")
+    name = f"{minutes:g} minutes, {Path(text).name.split('.')[0]}" + (
+        ", one busy program beside" if busy else ""
+    )
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     hours = str(minutes / 60)
     try:

@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,11 +108,11 @@ def base_recipe(point: Point, corpus: str):
     )
 
 
-def run(point: Point, corpus: str) -> dict[str, Any]:
+def run(point: Point, corpus: str, place: Path = FOLDER) -> dict[str, Any]:
     """Train one model, or go on with it, and return what came out."""
     os.environ["OMP_NUM_THREADS"] = "1"
     kept = f"{point.text}-{point.vocabulary}-{point.characters}"
-    os.environ["TINYTRAIN_RUNS"] = str(FOLDER / "texts" / kept)
+    os.environ["TINYTRAIN_RUNS"] = str(place / "texts" / kept)
     import torch
 
     from tinytrain import callbacks, runs, steps
@@ -140,7 +141,7 @@ def run(point: Point, corpus: str) -> dict[str, Any]:
         save_steps=500,
         save_total_limit=1,
     )
-    folder = FOLDER / "runs" / point.name
+    folder = place / "runs" / point.name
     folder.mkdir(parents=True, exist_ok=True)
     history = callbacks.HistoryCallback(folder / "history.jsonl", recipe.tokens_per_step)
     precision = choose_precision(recipe.precision).name
@@ -242,7 +243,13 @@ def main() -> None:
     parser.add_argument("--text", metavar="NAME=FILE", action="append", default=[])
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--fit", action="store_true", help="only fit what is there")
+    parser.add_argument("--quick", action="store_true", help="one small run, kept nowhere")
     options = parser.parse_args()
+    if options.quick:
+        point = Point("encyclopedia", *SIZES["XS"], 0.02)
+        with tempfile.TemporaryDirectory() as folder:
+            print(run(point, "encyclopedia", Path(folder)))
+        return print("a quick look, nothing is kept")
     if options.fit:
         return report()
     named = dict(text.split("=", 1) for text in options.text)

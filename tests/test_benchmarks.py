@@ -1,5 +1,6 @@
 """The benchmarks run; what they measure is told by running them, never by a timed test."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -31,10 +32,26 @@ def test_a_quick_look_works_and_keeps_nothing(name, tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in RESULTS} == before
 
 
+def test_a_run_of_the_study_tells_what_a_law_needs():
+    command = [sys.executable, "-m", "benchmarks.scaling", "--quick"]
+    shown = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+    assert shown.returncode == 0 and "nothing is kept" in shown.stdout, shown.stderr
+    row = ast.literal_eval(shown.stdout.splitlines()[0])
+    assert row["steps"] == 10 and row["bits_per_character"] > row["pair_bits"] > 0
+    assert row["parameters"] == 369_344 and row["text_tokens"] > 500_000
+    fitted = [sys.executable, "-m", "benchmarks.scaling", "--fit"]
+    shown = subprocess.run(fitted, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+    assert "root mean square" in shown.stdout, shown.stderr
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_kept_results_say_what_was_measured_and_where(path):
     rows = json.loads(path.read_text(encoding="utf-8"))
     assert rows
+    if path.stem == "scaling":  # no comparisons, but runs
+        assert all(row["bits_per_character"] > 0 and row["processor"] for row in rows)
+        assert len({row["name"] for row in rows}) == len(rows)
+        return
     for row in rows:
         assert row["met"] in (True, False) or row["goal"] is None
         assert {"measure", "ours", "peer", "peer_name", "ratio", "goal", "met"} <= set(row)
