@@ -173,7 +173,7 @@ def chain(text, limits=None, own_tokenizer=False):
     with measured("tokens a character", limits):
         rate = tokenization.tokens_per_character(tokenizer, split["test"]["text"])
     with measured("three steps of training", limits):
-        runs.probe(recipe, "float32", steps=3)
+        runs.probe(recipe, "float32", number=3)
     duplicates = len(steps.get_duplicates(recipe))
     tokens = len(blocks["train"]) * recipe.context_length
     found = {"characters": characters, "duplicates": duplicates, "tokens": tokens, "rate": rate}
