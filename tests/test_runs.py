@@ -57,7 +57,7 @@ def test_the_summary_is_written_beside_the_run(built_in):
 def test_a_probe_measures_and_leaves_nothing(built_in):
     folder = steps.run_folder(built_in)
     before = sorted(folder.rglob("*"))
-    seconds, peak = runs.probe(built_in, "float32", steps=4)
+    seconds, peak = runs.probe(built_in, "float32", number=4)
     assert 0.001 < seconds < 60
     assert 100_000_000 < peak < 100_000_000_000
     assert sorted(folder.rglob("*")) == before
