@@ -188,6 +188,7 @@ def probe(recipe: Recipe, precision: str, number: int = 6, real: bool = True) ->
     import numpy as np
 
     from tinytrain import hardware, modeling, training
+    from tinytrain.callbacks import ShareCores
 
     clock = training.StepClock()
     with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +199,7 @@ def probe(recipe: Recipe, precision: str, number: int = 6, real: bool = True) ->
             blocks = [{"input_ids": row} for row in rows]
             short["blocks"] = {"train": blocks, "test": blocks}
             short["model"] = steps.get_model(recipe, modeling.recipe_config(recipe))
-        trainer = assemble(recipe, folder, precision, [clock], **short)
+        trainer = assemble(recipe, folder, precision, [ShareCores(), clock], **short)
         hardware.peak_memory(reset=True)
         trainer.train()
     return clock.seconds(), hardware.peak_memory()

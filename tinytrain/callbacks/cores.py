@@ -32,15 +32,21 @@ class ShareCores(TrainerCallback):
         self._most = torch.get_num_threads()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Begin to look."""
+        """Look for a moment, before this process computes itself."""
         fixed = "OMP_NUM_THREADS" in os.environ or torch.accelerator.is_available()
         self._most = torch.get_num_threads()
         self._last = None if fixed else self._look()
+        if self._last:
+            time.sleep(0.3)
+            self._share()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Count the cores that others use, and leave those."""
-        if self._last is None or time.monotonic() - self._last[0] < self.seconds:
-            return
+        """Look again, every few seconds."""
+        if self._last and time.monotonic() - self._last[0] >= self.seconds:
+            self._share()
+
+    def _share(self) -> None:
+        """Count the cores that others have used since the last look, and leave those."""
         before, self._last = self._last, self._look()
         passed, mine, all_ = (now - then for now, then in zip(self._last, before, strict=True))
         idle = psutil.cpu_count() - (all_ - mine) / passed
@@ -49,6 +55,10 @@ class ShareCores(TrainerCallback):
             torch.set_num_threads(threads)
             why = "other programs compute" if threads < self._most else "the machine is idle again"
             logger.info(f"{why}: {threads} of {self._most} threads from here on")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Take all threads again."""
+        self.close()
 
     def close(self) -> None:
         """Take all threads again."""
