@@ -1,4 +1,4 @@
-"""What ``--hours`` promises beside what comes of it: bits per character, time, memory.
+"""What ``--hours`` expects beside what you get: bits per character, time, memory.
 
 ``python -m benchmarks.hours --text my.jsonl --minutes 5 20 60`` trains for so long each, as a user
 would, on a text that should not be one of the study's. ``--busy`` does it beside a program that
@@ -30,15 +30,14 @@ def train(folder: str, text: str, *options: str) -> dict[str, float]:
     [summary] = Path(folder).glob("*/summary.json")
     found = json.loads(summary.read_text(encoding="utf-8"))
     found["samples"] = found.pop("completions")
-    taken = {"seconds": time.perf_counter() - start, "memory": usage.ru_maxrss / 2**20 * 1.024**2}
+    taken = {"seconds": time.perf_counter() - start, "memory": usage.ru_maxrss * 1024 / 1e9}
     return found | taken
 
 
 def measure(minutes: float, text: str, busy: bool, pocket: bool) -> list[dict]:
-    """Train for a time; return rows of what was expected and what came."""
-    name = f"{minutes:g} minutes, {Path(text).name.split('.')[0]}" + (
-        ", one busy program beside" if busy else ""
-    )
+    """Train for a time; return rows of what was expected and what was measured."""
+    name = f"{minutes:g} minutes, {Path(text).name.split('.')[0]}"
+    name += ", one busy program beside" if busy else ""
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     hours = str(minutes / 60)
     try:
@@ -64,7 +63,7 @@ def measure(minutes: float, text: str, busy: bool, pocket: bool) -> list[dict]:
             "measure": f"{name}: {what}",
             "ours": round(expected, 3),
             "peer": round(real, 3),
-            "peer_name": "what came of it",
+            "peer_name": "measured",
             "ratio": round(expected / real, 3),
             "goal": f"within {goal:.0%}",
             "met": abs(expected / real - 1) <= goal,

@@ -3,8 +3,8 @@
 ``python -m benchmarks.scaling --text prose=FILE`` trains models of all sizes on a text of yours and
 on the built-in one, with `tinytrain`'s own Trainer, each in a process with one thread. It can be
 stopped and called again: a run goes on from its last checkpoint, and what is finished is not done
-twice. ``--fit`` fits the law to what there is and tells how well it predicts runs that it has not
-seen. Results are kept in ``benchmarks/results/scaling.json``.
+twice. ``--fit`` fits the law to what there is and tells how well it predicts runs left out of
+the fit. Results are kept in ``benchmarks/results/scaling.json``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from scipy.optimize import least_squares
 
 from benchmarks import ROOT, machine, results
 from tinytrain import planning
+from tinytrain.recipes import POCKET
 
 RESULT = ROOT / "benchmarks" / "results" / "scaling.json"
 FOLDER = ROOT / "build" / "scaling"
@@ -81,35 +82,28 @@ PLAN += [
     Point("prose", *SIZES["S"], 8, batch=16),
     Point("prose", *SIZES["S"], 8, vocabulary=8192),
 ]
-
-
 PLAN.sort(key=lambda point: point.work)  # the cheap ones first
 
 
 def base_recipe(point: Point, corpus: str):
     """Return the recipe of a run without its length: its text, tokenizer and model."""
-    from tinytrain.recipes import RECIPES
-
-    heads = max(1, point.hidden // 64)
+    sized = planning.sized_recipe(POCKET, point.hidden)
     return replace(
-        RECIPES["pocket"],
+        sized,
         name="text",
         corpus=corpus,
         test_size=0.01 if point.text == "prose" else 0.1,
+        max_characters=point.characters and round(point.characters * 1e6),
         vocab_size=point.vocabulary,
-        hidden_size=point.hidden,
-        intermediate_size=3 * point.hidden,
         num_hidden_layers=point.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        learning_rate=round(8e-3 * 256 / point.hidden * point.rate, 6),
-        lr_scheduler="linear",
+        num_key_value_heads=max(1, sized.num_attention_heads // 2),
+        learning_rate=sized.learning_rate * point.rate,
         batch_size=point.batch,
     )
 
 
 def run(point: Point, corpus: str, place: Path = FOLDER) -> dict[str, Any]:
-    """Train one model, or go on with it, and return what came out."""
+    """Train one model, or go on with it, and return what was measured."""
     os.environ["OMP_NUM_THREADS"] = "1"
     kept = f"{point.text}-{point.vocabulary}-{point.characters}"
     os.environ["TINYTRAIN_RUNS"] = str(place / "texts" / kept)
@@ -117,15 +111,12 @@ def run(point: Point, corpus: str, place: Path = FOLDER) -> dict[str, Any]:
 
     from tinytrain import callbacks, runs, steps
     from tinytrain.checkpoints import train
-    from tinytrain.costs import count_parameters
     from tinytrain.evaluation import bits_per_character
     from tinytrain.hardware import choose_precision
     from tinytrain.tokenization import tokens_per_character
 
     torch.set_num_threads(1)
     recipe = base_recipe(point, corpus)
-    if point.characters:
-        recipe = replace(recipe, max_characters=round(point.characters * 1e6))
     tokenizer = steps.get_tokenizer(recipe)
     blocks = steps.get_blocks(recipe, tokenizer)
     held_out = steps.get_split(recipe)["test"]["text"]
@@ -157,18 +148,13 @@ def run(point: Point, corpus: str, place: Path = FOLDER) -> dict[str, Any]:
     )
     train(trainer, make_model=lambda: steps.get_model(recipe))
     loss = trainer.evaluate()["eval_loss"]
-    seen = [line for line in callbacks.read_history(folder) if "loss" in line]
-    counts = count_parameters(model.config)
     return {
         **point._asdict(),
-        "parameters": counts["total"],
-        "embeddings": counts["embeddings"],
+        "parameters": model.num_parameters(),
         "steps": steps_,
         "tokens_per_character": per_character,
         "pair_bits": planning.measure_text(recipe).pair_bits,
         "text_tokens": len(training) * recipe.context_length,
-        "passes": steps_ * recipe.tokens_per_step / (len(training) * recipe.context_length),
-        "train_loss": sum(line["loss"] for line in seen[-5:]) / len(seen[-5:]),
         "loss": loss,
         "bits_per_character": bits_per_character(loss, per_character),
         "precision": precision,
@@ -181,21 +167,22 @@ def _run(task: tuple[Point, str]) -> tuple[Point, dict[str, Any]]:
 
 
 def law(constants, rows) -> np.ndarray:
-    """Return the bits per character of runs, as `tinytrain.planning.expected_bits` has them."""
-    values = [dict(zip(planning.LAW, constants, strict=True))] * len(rows)
-    return np.array([_expected(row, law) for row, law in zip(rows, values, strict=True)])
-
-
-def _expected(row: dict[str, Any], law: dict[str, float]) -> float:
-    tokens = row["tokens"] * 1e6
-    return planning.expected_bits(
-        row["pair_bits"], row["parameters"], tokens, row["text_tokens"], law
+    """Return the bits per character that `tinytrain.planning.expected_bits` gives for runs."""
+    values = planning.LAW | dict(zip(LIMITS, constants, strict=True))
+    return np.array(
+        [
+            planning.expected_bits(
+                row["pair_bits"], row["parameters"], row["tokens"] * 1e6, row["text_tokens"], values
+            )
+            for row in rows
+        ]
     )
 
 
-# With few runs, several sets of constants come equally near; these are what others have found.
+# Few runs leave several sets of constants equally good, so that some end at a limit. What reading
+# again is worth ("again") is not fitted: hardly a run has read its text twice.
 LIMITS = {"rest": (0.2, 0.7), "size": (1e-4, 100), "size_power": (0.1, 1)}
-LIMITS |= {"read": (1e-4, 100), "read_power": (0.1, 1), "again": (14.9, 15.1)}
+LIMITS |= {"read": (1e-4, 100), "read_power": (0.1, 1)}
 
 
 def fit(rows: list[dict[str, Any]], start) -> np.ndarray:
@@ -205,7 +192,7 @@ def fit(rows: list[dict[str, Any]], start) -> np.ndarray:
     def errors(logarithms):
         return np.log(law(np.exp(logarithms), rows)) - real
 
-    limits = np.log([LIMITS[name] for name in planning.LAW]).T
+    limits = np.log(list(LIMITS.values())).T
     start = np.clip(np.log(start), *(limits + [[1e-3], [-1e-3]]))
     found = least_squares(errors, start, bounds=limits, loss="soft_l1", f_scale=0.02)
     return np.exp(found.x)
@@ -214,14 +201,10 @@ def fit(rows: list[dict[str, Any]], start) -> np.ndarray:
 def report() -> None:
     """Fit the law, and predict each run from the others."""
     # One batch, rate and vocabulary, on real text: what a plan can choose from.
-    rows = [
-        r
-        for r in results("scaling")
-        if r["text"] != "encyclopedia" and r["rate"] == 1 and r["batch"] == 8
-    ]
-    start = list(planning.LAW.values())
-    constants = fit(rows, start)
-    named = zip(planning.LAW, constants, strict=True)
+    rows = [row for row in results("scaling") if row["text"] != "encyclopedia"]
+    rows = [row for row in rows if row["rate"] == 1 and row["batch"] == 8]
+    constants = fit(rows, [planning.LAW[name] for name in LIMITS])
+    named = zip(LIMITS, constants, strict=True)
     print(f"{len(rows)} runs:", {name: round(float(value), 4) for name, value in named})
     errors = []
     for number, (row, near) in enumerate(zip(rows, law(constants, rows), strict=True)):

@@ -75,6 +75,7 @@ def test_a_wrong_call_ends_with_2(arguments, capsys):
     [
         (["data", "--recipe", "pokcet"], "no recipe is called 'pokcet'"),
         (["data", "--corpus", "nowhere.json"], "'nowhere.json' is neither"),
+        (["train", "--hours", "1", "--recipe", "smoke"], "either --hours or --recipe"),
         (["data", "--set", "lerning_rate=1"], "'learning_rate' is near"),
         (["data", "--set", "learning_rate"], "write name=value"),
         (["data", "--set", "max_steps=1.5"], "max_steps is '1.5'; it must be a whole number"),

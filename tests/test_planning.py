@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinytrain import callbacks, planning
+from tinytrain import callbacks, planning, results, runs
 from tinytrain.checkpoints import train
 from tinytrain.common import read_history
 from tinytrain.recipes import POCKET, Recipe
@@ -38,7 +38,7 @@ def test_a_run_ends_with_its_time_and_the_rate_with_it(small_trainer, tmp_path):
     assert again.state.global_step == steps_done
 
 
-def test_a_run_that_goes_on_has_the_time_that_was_left(small_trainer, tmp_path):
+def test_a_run_that_goes_on_has_the_time_that_was_left(small_trainer, tmp_path, caplog):
     class StopAfter(callbacks.StopCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if limit.used > 2:
@@ -49,21 +49,33 @@ def test_a_run_that_goes_on_has_the_time_that_was_left(small_trainer, tmp_path):
     trainer = small_trainer(tmp_path / "checkpoints", [limit, StopAfter()], **ENDLESS)
     train(trainer)
     assert trainer.state.global_step < trainer.state.max_steps
-    used, done = limit.used, trainer.state.global_step
+    done = trainer.state.global_step
     limit = callbacks.TimeLimit(4)
-    trainer = small_trainer(tmp_path / "checkpoints", [limit], **ENDLESS)
+    history = callbacks.HistoryCallback(tmp_path / "history.jsonl", 512)
+    trainer = small_trainer(tmp_path / "checkpoints", [limit, history], **ENDLESS)
     train(trainer)
     assert done < trainer.state.global_step == trainer.state.max_steps
-    assert limit.used == pytest.approx(4, abs=1) and used > 2
+    assert limit.used == pytest.approx(4, abs=1)
+    first, *_, last = [line for line in read_history(tmp_path) if "loss" in line]
+    assert last["seconds"] < 3  # of the second sitting alone
+    assert first["learning_rate"] < 0.55 * trainer.args.learning_rate
 
 
-def test_time_is_left_for_what_follows(small_trainer, tmp_path):
-    ends = []
-    for reserve in (0, 5):
-        limit = callbacks.TimeLimit(3, reserve=reserve)
-        train(small_trainer(tmp_path / str(reserve), [limit], **ENDLESS))
-        ends.append(limit.used + reserve * limit.step_seconds)
-    assert ends == pytest.approx([3, 3], abs=1.5)
+def test_time_is_left_for_what_follows():
+    limit = callbacks.TimeLimit(10, reserve=20)
+    limit.step_seconds = 0.1  # so that two of the ten seconds are left
+    rates = []
+    for limit.used in (0, 4, 8, 9):
+        rates.append(limit(step=100))
+    assert rates == pytest.approx([1, 0.5, 0, 0])
+
+
+def test_a_time_that_is_gone_before_the_training_is_a_line(smoke, monkeypatch):
+    monkeypatch.setenv("TINYTRAIN_RUNS", str(smoke.runs))
+    recipe = replace(smoke.recipe, hours=0.02)
+    with pytest.raises(ValueError, match="1 min 12 s is too short: .* 1 min 10 s already"):
+        runs.time_limit(recipe, spent=70)
+    assert runs.time_limit(smoke.recipe) == []
 
 
 # --- other programs -------------------------------------------------------------------------------
@@ -102,7 +114,7 @@ def test_cores_that_others_compute_on_are_left_to_them(small_trainer, tmp_path, 
 
 
 def test_the_law_describes_the_runs_of_the_study():
-    rows = [row for row in json.loads(STUDY.read_text(encoding="utf-8")) if row["pair_bits"]]
+    rows = [row for row in json.loads(STUDY.read_text(encoding="utf-8"))]
     errors = [
         planning.expected_bits(
             row["pair_bits"], row["parameters"], row["tokens"] * 1e6, row["text_tokens"]
@@ -133,12 +145,39 @@ def test_more_time_wants_a_larger_model():
     assert parameters == sorted(set(parameters)) and bits == sorted(bits, reverse=True)
 
 
+def test_the_plot_marks_the_best_size_and_what_is_beyond_the_study():
+    sizes = [planning.sized_recipe(POCKET, width) for width in (64, 128, 256, 512)]
+    speed = planning.Speed(0.05)
+    plans = {
+        name: planning.make_plans(seconds, PROSE, sizes, speed)
+        for name, seconds in (("1 hour", 3600), ("1 day", 86_400))
+    }
+    [axes] = planning.plot_plans(plans).axes
+    marked = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1]
+    best = [planning.best_plan(some) for some in plans.values()]
+    assert marked == [plan.parameters for plan in best]
+    hour, _, twenty, grey = (text.get_text() for text in axes.get_legend().get_texts())
+    assert hour == f"1 hour: {best[0].parameters / 1e6:.1f}M, {best[0].tokens / 1e6:.1f}M tokens"
+    assert (twenty, grey) == ("20 tokens a parameter", "larger than measured")
+
+
+def test_the_next_size_is_as_fast_as_the_nearest_that_was_measured():
+    small, middle, large = (planning.sized_recipe(POCKET, width) for width in (64, 128, 512))
+    speed = planning.Speed(1.0)
+    before = speed(small), speed(large)
+    assert before[0] > before[1] > 0
+    speed.measured[64] = 0.01
+    assert speed(small) == pytest.approx(0.01 * before[0])
+    speed.measured[512] = 0.1
+    assert speed(large) == pytest.approx(0.1 * before[1]) and speed(middle) < speed(small)
+
+
 # --- plans ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A small text of one's own, English and traditional Chinese."""
+    """A small text of your own, English and traditional Chinese."""
     path = tmp_path_factory.mktemp("text") / "mine.jsonl"
     lines = [
         {"text": f"第{n}課：臺灣的圖書館有{n * 37 % 91}本書，學生們讀了{n % 7}本。" * 3}
@@ -157,11 +196,13 @@ def test_a_plan_is_a_recipe_and_stays_what_it_was(text, tmp_path, monkeypatch, c
     monkeypatch.setenv("TINYTRAIN_HOURS", "0.05")
     recipe = planning.get_recipe()
     told = capsys.readouterr().out
-    for words in ("characters", "tokens", "passes", "memory", "bits", "done at"):
-        assert words in told
+    for part in ("characters", "tokens", "passes", "memory", "bits", "done at"):
+        assert part in told
     written = told[told.index("replace(") :]
     assert eval(written, {"replace": replace, "POCKET": POCKET}) == recipe
     assert isinstance(recipe, Recipe) and recipe.hours == 0.05 and recipe.corpus == str(text)
+    command = results.shell_command(recipe, "generate")
+    assert f"generate --hours 0.05 --corpus {text}" in command and "--set" not in command
     # The second time nothing is measured, and whoever names a recipe gets it.
     monkeypatch.setattr(planning, "_make_plan", None)
     assert planning.get_recipe() == recipe and not capsys.readouterr().out
@@ -174,9 +215,9 @@ def test_a_plan_is_a_recipe_and_stays_what_it_was(text, tmp_path, monkeypatch, c
     ("hours", "told"),
     [
         ("soon", "'soon'; it must be a number"),
-        ("0.001", "a minute"),
-        ("nan", "no time"),
-        ("inf", "no time"),
+        ("0.001", "is 0.001; .* from 0.02 on"),
+        ("nan", "is nan"),
+        ("inf", "is inf"),
     ],
 )
 def test_a_time_that_is_none_is_refused(hours, told, monkeypatch):

@@ -163,3 +163,19 @@ def test_texts_of_the_same_name_have_runs_of_their_own(tmp_path, monkeypatch):
     # Read as lines of plain text it is another one.
     plain = moved.rename(tmp_path / "moved.txt")
     assert not (steps.run_folder(replace(recipe, corpus=str(plain))) / "split").exists()
+
+
+def test_what_the_trainer_was_given_in_place_of_the_recipe_is_kept(built_in):
+    from tinytrain.training import training_arguments
+
+    inputs = results.run_inputs(built_in, "float32")
+
+    def overrides(**given):
+        arguments = training_arguments(built_in, "somewhere", "float32", use_cpu=True, **given)
+        return results._overrides(inputs, arguments)
+
+    assert overrides() == {}
+    assert overrides(learning_rate=1e-4, seed=7) == {"learning_rate": 1e-4, "seed": 7}
+    halved = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    assert overrides(**halved) == {}
+    assert overrides(per_device_train_batch_size=2) == {"batch_size": 2}

@@ -103,7 +103,9 @@ def train(options: argparse.Namespace) -> int:
     recipe = options.recipe
     if options.more is not None:
         if recipe.hours:
-            raise ValueError("--more counts steps and this run goes by hours: name more --hours")
+            raise ValueError(
+                "--more counts steps, but this run goes by the clock: give more --hours"
+            )
         checkpoints = steps.run_folder(recipe) / "checkpoints"
         recipe = replace(recipe, max_steps=longer_run(checkpoints, options.more))
     spent = time.time() - psutil.Process().create_time()  # Python's start and the plan count too
@@ -300,7 +302,7 @@ def _parse_recipe(options: argparse.Namespace) -> Recipe:
 
         has_gpu = torch.cuda.is_available()
     if options.hours is not None and options.recipe:
-        raise ValueError("--hours makes a recipe of its own: leave out --hours or --recipe")
+        raise ValueError("--hours makes a recipe of its own: give either --hours or --recipe")
     changes = dict(_parse_change(text) for text in options.set)
     options.changed = set(changes)
     if options.corpus:

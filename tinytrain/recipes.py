@@ -78,7 +78,7 @@ class Recipe:
     tokenizer: str = "qwen2.5"  # "qwen2.5" (151,665 tokens) or "own" (trained on the text)
     vocab_size: int | None = None  # rows of the embedding; None: all tokens of the tokenizer
     context_length: int = 512  # tokens the model sees at once; memory grows with it
-    max_characters: int | None = None  # tokenized of the training set, which is in random order
+    max_characters: int | None = None  # of the training set, in its random order; None: all
     packing: bool = True  # False: each article by itself, only full chunks
 
     # --- model --------------------------------------------------------------------------------

@@ -23,7 +23,12 @@ from tinytrain.common import hash_file, hash_files, rank, read_history, write_js
 from tinytrain.recipes import CHAT_FIELDS, DISPLAY_AND_SPEED_FIELDS, POCKET, RECIPES, Recipe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Trainer,
+        TrainingArguments,
+    )
 
 
 def run_inputs(recipe: Recipe, precision: str) -> dict[str, Any]:
@@ -66,14 +71,31 @@ def save_trained(
     trainer.save_model(str(folder))
     if rank() == 0:
         tokenizer.save_pretrained(folder)
-        _write_inputs(folder, inputs, trainer.state.global_step, trainer.state.max_steps)
+        state, overrides = trainer.state, _overrides(inputs, trainer.args)
+        _write_inputs(folder, inputs, state.global_step, state.max_steps, overrides)
     return folder
 
 
-def _write_inputs(folder: Path, inputs: dict[str, Any], step: int, max_steps: int) -> None:
+def _write_inputs(
+    folder: Path, inputs: dict[str, Any], step: int, max_steps: int, overrides: dict | None = None
+) -> None:
     files = {n: value for n, value in hash_files(folder).items() if n != "inputs.json"}
-    made = {"inputs": inputs, "step": step, "max_steps": max_steps, "files": files}
-    write_json(folder / "inputs.json", made)
+    made = {"inputs": inputs, "overrides": overrides or {}, "step": step, "max_steps": max_steps}
+    write_json(folder / "inputs.json", {**made, "files": files})
+
+
+def _overrides(inputs: dict[str, Any], args: TrainingArguments) -> dict[str, Any]:
+    """Return the fields of the recipe for which the Trainer was given other values."""
+    names = ("learning_rate", "warmup_steps", "weight_decay", "adam_beta2", "seed")
+    given = {name: getattr(args, name) for name in names}
+    if not inputs["hours"]:  # then there is a number of steps
+        given |= {"max_steps": args.max_steps, "epochs": args.num_train_epochs}
+        given["lr_scheduler"] = args.lr_scheduler_type.value
+    accumulation = args.gradient_accumulation_steps
+    blocks = args.train_batch_size * accumulation * args.world_size
+    if blocks != inputs["batch_size"] * inputs["gradient_accumulation"]:
+        given |= {"batch_size": args.train_batch_size, "gradient_accumulation": accumulation}
+    return {name: value for name, value in given.items() if value != inputs[name]}
 
 
 def weights_hash(folder: Path) -> str:
@@ -214,7 +236,8 @@ def _run_facts(recipe: Recipe) -> dict[str, Any]:
         "documents": (len(split["train"]), len(split["test"])),
         "tokenizer": kind,
         "vocab_size": len(steps.get_tokenizer(recipe)),
-        "recipe": {n: v for n, v in recipe_inputs(recipe).items() if n != "name"},
+        "recipe": {n: v for n, v in recipe_inputs(recipe).items() if n != "name"}
+        | made.get("overrides", {}),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
     if made["step"] < made["max_steps"]:

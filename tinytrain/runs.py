@@ -131,8 +131,8 @@ def time_limit(recipe: Recipe, spent: float = 0.0) -> list[TrainerCallback]:
     seconds, expected = 3600 * recipe.hours, max(2, recipe.max_steps)
     if spent > 0.9 * seconds:
         raise ValueError(
-            f"{format_seconds(seconds)} are too short: to start, and to prepare the text, takes "
-            f"{format_seconds(spent)} here; name more hours or take less text"
+            f"{format_seconds(seconds)} is too short: starting and preparing the text have taken "
+            f"{format_seconds(spent)} already. Name more hours, or take less text"
         )
     return [TimeLimit(seconds, recipe.warmup_steps, spent, measuring, expected)]
 

@@ -13,14 +13,14 @@ from transformers import TrainerCallback
 class TimeLimit(TrainerCallback):
     """Trains for so many seconds: the learning rate falls to 0 just when the time is up.
 
-    A schedule by steps has to know how many there will be, which nobody does on a machine that also
-    does other work. By the clock, a busy machine makes fewer steps, and the last of them is still
-    the one with the lowest rate. `tinytrain.training.build_trainer` takes the rate from here; a
-    Trainer of your own does with ``optimizers=(optimizer, LambdaLR(optimizer, limit))``.
+    A schedule by steps has to know their number, which nobody can on a machine that does other work
+    too. By the clock, a busy machine makes fewer steps, and the rate still falls to 0 in the last.
+    `tinytrain.training.build_trainer` takes the rate from here; a Trainer of your own does so with
+    ``optimizers=(optimizer, LambdaLR(optimizer, limit))``.
 
     The time used is stored in checkpoints, with the scheduler: a run that goes on has what was
-    left. ``state.max_steps`` is kept at the steps there will be at the present speed, so that plots
-    and messages show the way to go.
+    left. ``state.max_steps`` follows the present speed, so that plots and messages show how much is
+    left to do.
 
     Parameters
     ----------
@@ -31,8 +31,7 @@ class TimeLimit(TrainerCallback):
     spent : float
         Seconds of it that are gone before the training begins.
     reserve : float
-        Time to leave for the work after the training, such as measuring the held-out loss: as many
-        steps as take as long.
+        Time to leave for what follows, such as measuring the held-out loss, in steps.
     expected_steps : int
         What to show before the first step tells the speed.
 
@@ -72,7 +71,7 @@ class TimeLimit(TrainerCallback):
         self._first = state.global_step + 1
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Look at the clock; end the run with its last step."""
+        """Count the time that is left; end the run when there is none."""
         now = time.monotonic() - self._start
         if args.world_size > 1:  # all processes go by the clock of the first
             now = float(broadcast(torch.tensor(now, device=args.device, dtype=torch.float32)))

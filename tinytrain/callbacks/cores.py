@@ -1,4 +1,4 @@
-"""Leaves the cores that other programs compute on alone, which is faster for both."""
+"""Leaves busy cores to other programs, which is faster for both."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ class ShareCores(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Look for a moment, before this process computes itself."""
         fixed = "OMP_NUM_THREADS" in os.environ or torch.accelerator.is_available()
-        self._most = torch.get_num_threads()
         self._last = None if fixed else self._look()
         if self._last:
             time.sleep(0.3)
@@ -53,8 +52,9 @@ class ShareCores(TrainerCallback):
         threads = max(1, min(self._most, int(idle + 0.4)))  # a core that is mostly used is not idle
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
-            why = "other programs compute" if threads < self._most else "the machine is idle again"
-            logger.info(f"{why}: {threads} of {self._most} threads from here on")
+            logger.info(
+                f"training with {threads} of {self._most} threads: {idle:.1f} cores are free"
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         """Take all threads again."""
