@@ -30,7 +30,7 @@ def test_a_run_ends_with_its_time_and_the_rate_with_it(small_trainer, tmp_path):
     steps_done = trainer.state.global_step
     assert steps_done == trainer.state.max_steps and limit.used == pytest.approx(4, abs=1)
     rates = [line["learning_rate"] for line in read_history(tmp_path) if "loss" in line]
-    assert rates[0] < max(rates) and rates[-1] < 0.1 * max(rates)
+    assert rates[0] < max(rates) and rates[-1] < 0.25 * max(rates)
     assert max(rates) < 0.8 * trainer.args.learning_rate  # a quarter of the time was gone
     # A finished run is not trained further.
     again = small_trainer(tmp_path / "checkpoints", [callbacks.TimeLimit(4)], **ENDLESS)

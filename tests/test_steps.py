@@ -83,6 +83,7 @@ def test_a_second_call_uses_what_is_there(mine):
         ({"vocab_size": 300}, {"tokenizer", "blocks"}),
         ({"context_length": 16}, {"blocks"}),
         ({"packing": False}, {"blocks"}),
+        ({"max_characters": 1000}, {"split", "tokenizer", "blocks"}),
         ({"learning_rate": 1.0}, set()),
     ],
 )
@@ -140,6 +141,15 @@ def test_duplicates_are_dropped_or_only_counted(mine):
     dropped = steps.get_split(mine)
     assert len(dropped["test"]) == len(kept["test"]) - len(found)
     assert len(dropped["train"]) == len(kept["train"])
+
+
+def test_of_a_long_text_a_random_part_is_taken(mine):
+    whole, part = (steps.get_split(replace(mine, max_characters=some)) for some in (None, 500))
+    texts = whole["train"]["text"][: len(part["train"])]
+    assert part["train"]["text"][:] == texts
+    assert 0 <= sum(map(len, texts)) - 500 < len(texts[-1])
+    assert part["test"]["text"][:] == whole["test"]["text"][:]
+    assert texts != sorted(texts, key=lambda text: int(text[1 : text.index("篇")]))
 
 
 def test_a_folder_of_shards_is_a_text_too(mine, tmp_path):

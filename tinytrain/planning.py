@@ -38,7 +38,8 @@ EXPECTED_ERROR = 0.06  # twice the root mean square of runs left out of the fit
 LARGEST_MEASURED = 4.2e6  # parameters of the largest model that the law was fitted to
 _WIDTHS = (*range(64, 577, 64), *range(640, 1537, 128))
 _COUNTED_TOKENS = 500_000  # of the training set, to see how hard a text is to predict
-_SAMPLE = 2_000_000  # characters that a tokenizer is trained on at least, if there are so many
+_TOKENIZER_TEXT = 2_000_000  # characters that a tokenizer is trained on, if there are so many
+_PER_TOKEN = 4  # characters at most: 1.7 in Chinese, 3.5 in English
 _HELD_OUT = 450_000  # bytes, 150,000 Chinese characters: known to half a per cent, in seconds
 _OWN_FIELDS = ("corpus", "text_field", "chats", "seed")
 
@@ -104,8 +105,7 @@ def measure_text(recipe: Recipe) -> Text:
     split, tokenizer = steps.get_split(recipe), steps.get_tokenizer(recipe)
     held_out = list(split["test"]["text"])
     rate = tokenization.tokens_per_character(tokenizer, held_out)
-    number = min(round(_COUNTED_TOKENS / rate), recipe.max_characters or _SAMPLE)
-    some = steps.first_characters(split["train"], number)["text"]
+    some = steps.first_characters(split["train"], round(_COUNTED_TOKENS / rate))["text"]
     losses = evaluation.count_losses(tokenizer, some, held_out)
     bits = sum(loss.nats for loss in losses) / math.log(2) / sum(map(len, held_out))
     return Text(sum(map(len, split["train"]["text"])), rate, bits)
@@ -221,7 +221,8 @@ def get_recipe(
     """Return the recipe of this run: by its name, or from the hours you have.
 
     As `tinytrain.recipes.get_recipe`; in place of a name you may give a number of hours, or set
-    ``TINYTRAIN_HOURS``, from which `plan` makes a recipe. Further arguments replace its fields.
+    ``TINYTRAIN_HOURS``, from which `plan` makes a recipe (``TINYTRAIN_MAX_STEPS`` does not end it).
+    Further arguments replace its fields.
     """
     hours = name if isinstance(name, int | float) else None
     if name is None and (value := os.environ.get("TINYTRAIN_HOURS")):
@@ -282,41 +283,49 @@ def _make_plan(base: Recipe) -> dict[str, Any]:
     """Read the text, choose the size by the law and this machine's speed; return it for JSON."""
     begun, end = time.monotonic(), datetime.now() + timedelta(hours=base.hours)
     here = hardware.this_hardware(steps.runs_folder())
+    speed = Speed(costs.USUAL_SHARE * here.tflops * world_size())
+
+    def choose(base: Recipe, text: Text) -> Plan:
+        """Return the best size that fits into the memory; what looks best is measured first."""
+        sizes = [sized_recipe(base, width, here.is_gpu) for width in _WIDTHS]
+        memory = [costs.estimate(size, here).memory["total"] for size in sizes]
+        sizes = [size for size, needed in zip(sizes, memory, strict=True) if needed <= here.memory]
+        if not sizes:
+            raise ValueError(
+                f"the smallest model takes {memory[0] / 1e9:.1f} GB of memory to train; here are "
+                f"{here.memory / 1e9:.1f}"
+            )
+        while True:
+            seconds = 3600 * base.hours - (time.monotonic() - begun)
+            best = best_plan(make_plans(seconds, text, sizes, speed))
+            if best.recipe.hidden_size in speed.measured:
+                return best
+            speed.measure(best.recipe)
+
+    # Of a long text only as much is prepared as the time is enough for.
+    most = _PER_TOKEN * choose(base, Text(math.inf, 1, 1)).tokens
     size = sum(file.stat().st_size for file in corpus.text_files(steps.get_text(base)))
-    test_size = float(f"{min(0.1, _HELD_OUT / size):.2g}")
-    base = replace(base, test_size=test_size, max_characters=_SAMPLE)
+    base = replace(
+        base,
+        max_characters=max(_TOKENIZER_TEXT, int(float(f"{most:.2g}"))),
+        test_size=float(f"{min(0.1, _HELD_OUT / size):.2g}"),
+    )
     base = replace(base, vocab_size=len(steps.get_tokenizer(base)))  # of a small text fewer
     text = measure_text(base)
-    speed = Speed(costs.USUAL_SHARE * here.tflops * world_size())
-    sizes = [sized_recipe(base, width, here.is_gpu) for width in _WIDTHS]
-    memory = [costs.estimate(size, here).memory["total"] for size in sizes]
-    sizes = [size for size, needed in zip(sizes, memory, strict=True) if needed <= here.memory]
-    if not sizes:
-        least, there_is = memory[0] / 1e9, here.memory / 1e9
-        raise ValueError(
-            f"the smallest model takes {least:.1f} GB of memory to train; here are {there_is:.1f}"
-        )
-    while True:
-        seconds = 3600 * base.hours - (time.monotonic() - begun)
-        best = best_plan(make_plans(seconds, text, sizes, speed))
-        if best.recipe.hidden_size in speed.measured:
-            break
-        speed.measure(best.recipe)
-    recipe = _with_rhythm(best, text, best.recipe.tokens_per_step / speed(best.recipe))
+    best = choose(base, text)
+    recipe = _with_rhythm(best, best.recipe.tokens_per_step / speed(best.recipe))
     memory = speed.memory[best.recipe.hidden_size]
     told = _in_words(best, text, memory, end)
     return {"recipe": asdict(recipe), "bits": best.bits, "memory": memory, "expected": told}
 
 
-def _with_rhythm(best: Plan, text: Text, step_seconds: float) -> Recipe:
+def _with_rhythm(best: Plan, step_seconds: float) -> Recipe:
     """Return the recipe of a plan with its length, and how often to log, evaluate and save."""
     number = max(1, round(best.tokens / best.recipe.tokens_per_step))
-    needed = 1.3 * best.tokens / text.tokens_per_character  # the machine may become faster
     eighth, half_a_minute = max(1, number // 8), max(1, round(30 / step_seconds))
     return replace(
         best.recipe,
         max_steps=number,
-        max_characters=max(_SAMPLE, min(round(needed), text.characters)),
         warmup_steps=min(best.recipe.warmup_steps, number // 10),
         logging_steps=max(1, number // 200),
         eval_steps=eighth,

@@ -71,6 +71,7 @@ class Recipe:
     text_field: str | None = None  # holds the text in JSON and parquet; None: a usual name is found
     max_documents: int | None = None  # take only the first ones; None takes all
     test_size: float = 0.1  # share of the documents that the model never trains on
+    max_characters: int | None = None  # of the rest, in random order, to train on; None takes all
     split_seed: int = 2222  # the guide's
     drop_duplicates: bool = True  # held-out copies of training articles flatter the result
 
@@ -78,7 +79,6 @@ class Recipe:
     tokenizer: str = "qwen2.5"  # "qwen2.5" (151,665 tokens) or "own" (trained on the text)
     vocab_size: int | None = None  # rows of the embedding; None: all tokens of the tokenizer
     context_length: int = 512  # tokens the model sees at once; memory grows with it
-    max_characters: int | None = None  # of the training set, in its random order; None: all
     packing: bool = True  # False: each article by itself, only full chunks
 
     # --- model --------------------------------------------------------------------------------

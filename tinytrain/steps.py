@@ -161,6 +161,7 @@ def _get_split(recipe: Recipe) -> tuple[DatasetDict, list[dict[str, Any]]]:
         if recipe.max_documents is not None and recipe.max_documents < len(documents):
             documents = documents.select(range(recipe.max_documents))
         split = corpus.split_documents(documents, recipe.test_size, recipe.split_seed)
+        split["train"] = first_characters(split["train"], recipe.max_characters)
         found = duplicates.find_duplicates(split)
         rows = [
             {
@@ -186,38 +187,16 @@ def _get_split(recipe: Recipe) -> tuple[DatasetDict, list[dict[str, Any]]]:
 
 
 def _split_inputs(recipe: Recipe, path: Path) -> dict[str, Any]:
-    names = ("text_field", "max_documents", "test_size", "split_seed", "drop_duplicates")
+    names = "text_field", "max_documents", "test_size", "split_seed"
+    names += "max_characters", "drop_duplicates"
     code = _code_hash(
         corpus.load_documents,
         corpus.split_documents,
+        first_characters,
         duplicates.find_duplicates,
         duplicates.drop_duplicates,
     )
     return {"text": text_hash(path), **{n: getattr(recipe, n) for n in names}, "code": code}
-
-
-def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a recipe: Qwen2.5's, full or reduced, or one trained on the text."""
-    if recipe.tokenizer == "qwen2.5" and not is_reduced(recipe):
-        return qwen.qwen_tokenizer()
-
-    def build(folder: Path, inputs: dict[str, Any]) -> None:
-        texts = first_characters(get_split(recipe)["train"], recipe.max_characters)["text"]
-        if recipe.tokenizer == "own":
-            tokenizer = tokenization.train_tokenizer(texts, recipe.vocab_size)
-        else:
-            tokenizer = qwen.reduce_tokenizer(qwen.qwen_tokenizer(), texts, recipe.vocab_size)
-        tokenizer.save_pretrained(folder)
-
-    inputs = {
-        "split": _split_inputs(recipe, get_text(recipe)),
-        "tokenizer": recipe.tokenizer,
-        "vocab_size": recipe.vocab_size,
-        "max_characters": recipe.max_characters,
-        "code": _code_hash(tokenization.train_tokenizer, qwen.reduce_tokenizer),
-    }
-    folder = run_folder(recipe) / "tokenizer"
-    return _build_once(folder, inputs, build, tokenization.load_tokenizer)
 
 
 def first_characters(documents: Dataset, number: int | None) -> Dataset:
@@ -230,6 +209,29 @@ def first_characters(documents: Dataset, number: int | None) -> Dataset:
             break
         kept, number = kept + 1, number - len(text)
     return documents.select(range(kept))
+
+
+def get_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a recipe: Qwen2.5's, full or reduced, or one trained on the text."""
+    if recipe.tokenizer == "qwen2.5" and not is_reduced(recipe):
+        return qwen.qwen_tokenizer()
+
+    def build(folder: Path, inputs: dict[str, Any]) -> None:
+        texts = get_split(recipe)["train"]["text"]
+        if recipe.tokenizer == "own":
+            tokenizer = tokenization.train_tokenizer(texts, recipe.vocab_size)
+        else:
+            tokenizer = qwen.reduce_tokenizer(qwen.qwen_tokenizer(), texts, recipe.vocab_size)
+        tokenizer.save_pretrained(folder)
+
+    inputs = {
+        "split": _split_inputs(recipe, get_text(recipe)),
+        "tokenizer": recipe.tokenizer,
+        "vocab_size": recipe.vocab_size,
+        "code": _code_hash(tokenization.train_tokenizer, qwen.reduce_tokenizer),
+    }
+    folder = run_folder(recipe) / "tokenizer"
+    return _build_once(folder, inputs, build, tokenization.load_tokenizer)
 
 
 def is_reduced(recipe: Recipe) -> bool:
@@ -252,8 +254,6 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
     def build(folder: Path, inputs: dict[str, Any]) -> None:
         blocks = DatasetDict()
         for name, documents in get_split(recipe).items():
-            if name == "train":
-                documents = first_characters(documents, recipe.max_characters)
             part = folder / "parts" / name
             blocks[name] = make_blocks(documents, tokenizer, recipe.context_length, folder=part)
             if not len(blocks[name]):
@@ -267,7 +267,6 @@ def get_blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None)
         "tokenizer": tokenization.fingerprint(tokenizer),
         "context_length": recipe.context_length,
         "packing": recipe.packing,
-        "max_characters": recipe.max_characters,
         "code": _code_hash(make_blocks, encode_each),
     }
     folder = run_folder(recipe) / "blocks"
