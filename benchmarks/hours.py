@@ -1,8 +1,11 @@
-"""What ``--hours`` expects beside what you get: bits per character, time, memory.
+"""What ``--hours`` expects beside what you get, and what others reach in the same time.
 
 ``python -m benchmarks.hours --text my.jsonl --minutes 5 20 60`` trains for so long each, as a user
-would, on a text that should not be one of the study's. ``--busy`` does it beside a program that
-computes all the time; ``--pocket`` trains recipe ``pocket`` as long, to compare.
+would, on a text that should not be one of the study's: bits per character, time, memory. ``--busy``
+does it beside a program that computes all the time. ``--peers`` trains as long, on the same text
+and measured on the same held-out documents: recipe ``pocket``, its model with the guide's numbers,
+and that model by the training commands of litgpt and llms-from-scratch (`make benchmark` installs
+them).
 """
 
 from __future__ import annotations
@@ -15,11 +18,23 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-from benchmarks import ROOT, results, save
+import numpy as np
+
+from benchmarks import ROOT, peers, results, save
+from benchmarks.train_step import PEERS_PYTHON
+
+GUIDE = ("optimizer=adamw", "learning_rate=2e-5", "warmup_steps=200", "adam_beta2=0.999")
+GOALS = {  # bits per character of ours, as a share of theirs
+    "recipe pocket": 0.9,
+    "the guide's optimiser and rate": 0.75,
+    "litgpt": 0.9,
+    "llms-from-scratch": 0.9,
+}
 
 
-def train(folder: str, text: str, *options: str) -> dict[str, float]:
+def train(folder: str, text: str, *options: str) -> dict[str, Any]:
     """Call the command; return how long it took, its peak of memory in GB, and its result."""
     command = [sys.executable, "-m", "tinytrain", "train", "--corpus", text, "--runs", folder]
     start = time.perf_counter()
@@ -34,56 +49,79 @@ def train(folder: str, text: str, *options: str) -> dict[str, float]:
     return found | taken
 
 
-def measure(minutes: float, text: str, busy: bool, pocket: bool) -> list[dict]:
-    """Train for a time; return rows of what was expected and what was measured."""
+def train_peer(name: str, text: str, minutes: float, test_size: float) -> float:
+    """Train as a peer does; return its bits per character."""
+    if name not in peers.MODELS:
+        options = ["--recipe", "pocket", "--set", f"hours={minutes / 60}", f"test_size={test_size}"]
+        options += GUIDE if name != "recipe pocket" else ()
+        with tempfile.TemporaryDirectory() as folder:
+            return train(folder, text, *options)["bits_per_character"]
+    from dataclasses import replace
+
+    from tinytrain import steps
+    from tinytrain.evaluation import bits_per_character
+    from tinytrain.recipes import POCKET
+    from tinytrain.tokenization import tokens_per_character
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TINYTRAIN_RUNS"] = folder
+        recipe = replace(POCKET, corpus=text, test_size=test_size)
+        blocks, file = steps.get_blocks(recipe), Path(folder) / "blocks.npz"
+        np.savez(file, **{key: np.array(rows["input_ids"]) for key, rows in blocks.items()})
+        command = [str(PEERS_PYTHON), peers.__file__, name, str(file), str(60 * minutes)]
+        shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        held_out = steps.get_split(recipe)["test"]["text"]
+        rate = tokens_per_character(steps.get_tokenizer(recipe), held_out)
+    return bits_per_character(json.loads(shown.stdout.splitlines()[-1])["loss"], rate)
+
+
+def row(measure: str, ours: float, peer: float, peer_name: str, goal: str | float) -> dict:
+    """Return a row of the table; a goal in words says how near the two must be."""
+    ratio = ours / peer
+    near = float(goal.split()[-1].rstrip("%")) / 100 if isinstance(goal, str) else 0
+    return {
+        "measure": measure,
+        "ours": round(ours, 3),
+        "peer": round(peer, 3),
+        "peer_name": peer_name,
+        "ratio": round(ratio, 3),
+        "goal": goal,
+        "met": abs(ratio - 1) <= near if near else ratio <= goal,
+    }
+
+
+def compare(minutes: float, text: str, busy: bool, beside: list[str]) -> list[dict]:
+    """Train for a time; return rows of what was expected and measured, and of what peers reach."""
     name = f"{minutes:g} minutes, {Path(text).name.split('.')[0]}"
     name += ", one busy program beside" if busy else ""
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
-    hours = str(minutes / 60)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            found = train(folder, text, "--hours", hours)
+            found = train(folder, text, "--hours", str(minutes / 60))
             [file] = Path(folder).glob("*/plan.json")
             plan = json.loads(file.read_text(encoding="utf-8"))
+        bits, test_size = found["bits_per_character"], plan["recipe"]["test_size"]
         rows = [
-            ("bits per character", plan["bits"], found["bits_per_character"], 0.04),
-            ("seconds", 60 * minutes, found["seconds"], 0.05),
-            ("memory in GB", plan["memory"] / 1e9, found["memory"], 0.15),
+            row(f"{name}: bits per character", plan["bits"], bits, "measured", "within 4%"),
+            row(f"{name}: seconds", 60 * minutes, found["seconds"], "measured", "within 5%"),
+            row(
+                f"{name}: memory in GB",
+                plan["memory"] / 1e9,
+                found["memory"],
+                "measured",
+                "within 15%",
+            ),
         ]
+        rows[0] |= {"samples": found["samples"], "expected": plan["expected"]}
         print(name, json.dumps(found["samples"], ensure_ascii=False), flush=True)
-        if pocket:
-            with tempfile.TemporaryDirectory() as folder:
-                same = f"hours={hours}", f"test_size={plan['recipe']['test_size']}"
-                beside = train(folder, text, "--recipe", "pocket", "--set", *same)
+        for peer in beside:
+            theirs = train_peer(peer, text, minutes, test_size)
+            peer_name = f"{peer}, trained as long"
+            rows.append(row(f"{name}: bits per character", bits, theirs, peer_name, GOALS[peer]))
     finally:
         if other:
             other.kill()
-    rows = [
-        {
-            "measure": f"{name}: {what}",
-            "ours": round(expected, 3),
-            "peer": round(real, 3),
-            "peer_name": "measured",
-            "ratio": round(expected / real, 3),
-            "goal": f"within {goal:.0%}",
-            "met": abs(expected / real - 1) <= goal,
-        }
-        for what, expected, real, goal in rows
-    ]
-    if pocket:
-        ratio = found["bits_per_character"] / beside["bits_per_character"]
-        rows.append(
-            {
-                "measure": f"{name}: bits per character",
-                "ours": round(found["bits_per_character"], 3),
-                "peer": round(beside["bits_per_character"], 3),
-                "peer_name": "recipe pocket, trained as long",
-                "ratio": round(ratio, 3),
-                "goal": 0.9,
-                "met": ratio <= 0.9,
-            }
-        )
-    return [row | {"samples": found["samples"]} for row in rows]
+    return rows
 
 
 def main() -> None:
@@ -92,14 +130,15 @@ def main() -> None:
     parser.add_argument("--text", required=True, metavar="FILE")
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 20, 60])
     parser.add_argument("--busy", action="store_true")
-    parser.add_argument("--pocket", action="store_true")
+    parser.add_argument("--peers", nargs="*", choices=GOALS, metavar="NAME", help=", ".join(GOALS))
     options = parser.parse_args()
+    beside = list(GOALS) if options.peers == [] else options.peers or []
     text = str(Path(options.text).resolve())
-    rows = []
     for minutes in options.minutes:
-        rows += measure(minutes, text, options.busy, options.pocket)
-    names = {row["measure"] for row in rows}
-    save("hours", [row for row in results("hours") if row["measure"] not in names] + rows)
+        rows = compare(minutes, text, options.busy, beside)
+        names = {(row["measure"], row["peer_name"]) for row in rows}
+        kept = [row for row in results("hours") if (row["measure"], row["peer_name"]) not in names]
+        save("hours", kept + rows)
 
 
 if __name__ == "__main__":

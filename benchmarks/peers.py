@@ -1,14 +1,17 @@
 """The model of recipe ``pocket`` as litgpt and as llms-from-scratch train it.
 
-Run by ``benchmarks.train_step`` with a Python that has these two and not tinytrain, so nothing of
-this project is imported here: ``python benchmarks/peers.py litgpt`` prints one line of JSON. Both
-get what their own training commands do: litgpt's ``pretrain`` compiles the model and computes in
-bf16 mixed precision, on a CPU too; llms-from-scratch's ``train_model_simple`` does neither.
+Run by ``benchmarks.train_step`` and ``benchmarks.hours`` with a Python that has these two and not
+tinytrain, so nothing of this project is imported here. ``python benchmarks/peers.py litgpt`` prints
+its speed and memory as a line of JSON; with a file of token blocks and a number of seconds it
+trains for so long and prints the held-out loss. Both get what their own training commands do:
+litgpt's ``pretrain`` compiles the model and computes in bf16 mixed precision, on a CPU too, with a
+rate that falls to a tenth by a cosine; llms-from-scratch's ``train_model_simple`` does neither.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import statistics
 import sys
@@ -19,7 +22,7 @@ VOCAB_SIZE, WIDTH, INNER, LAYERS, HEADS, GROUPS = 4096, 256, 768, 4, 4, 2
 
 
 def litgpt():
-    """Return a training step as in ``litgpt/pretrain.py``, with its default precision, on a CPU."""
+    """Return loss and update as in ``litgpt/pretrain.py``, with its default precision, on a CPU."""
     import lightning
     import torch
     from litgpt.config import Config
@@ -49,19 +52,24 @@ def litgpt():
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1, betas=(0.9, 0.95))
     optimizer = fabric.setup_optimizers(optimizer)
 
-    def step(ids):
+    def loss_of(ids):
         logits = model(ids[:, :-1].contiguous())
-        loss = chunked_cross_entropy(logits, ids[:, 1:].contiguous())
+        return chunked_cross_entropy(logits, ids[:, 1:].contiguous())
+
+    def update(loss, done):
+        # Its 2,000 steps of warm-up and its batch of 512 blocks would need days.
+        rate = min(1, 20 * done) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        optimizer.param_groups[0]["lr"] = 4e-4 * rate
         fabric.backward(loss)
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return loss_of, update
 
 
 def llms_from_scratch():
-    """Return a training step as in ``train_model_simple``, for the faster of its Llama models."""
+    """Return loss and update as in ``train_model_simple``, for the faster of its Llama models."""
     import torch
     from llms_from_scratch.llama3 import Llama3ModelFast
 
@@ -81,35 +89,57 @@ def llms_from_scratch():
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1)
 
-    def step(ids):
+    def loss_of(ids):
+        logits, targets = model(ids[:, :-1]), ids[:, 1:]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def update(loss, done):
         optimizer.zero_grad()
-        logits = model(ids[:, :-1])
-        targets = ids[:, 1:]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
         optimizer.step()
 
-    return step
+    return loss_of, update
 
 
 MODELS = {"litgpt": litgpt, "llms-from-scratch": llms_from_scratch}
 
 
-def main() -> None:
-    """Train some steps and print the tokens a second and the peak of memory in GB."""
+def train(name: str, file: str, seconds: float) -> dict[str, float]:
+    """Train on a file's blocks, ``train``, by the clock; return the loss of its ``test``."""
+    import numpy as np
     import torch
 
-    step, times = MODELS[sys.argv[1]](), []
+    blocks = {key: torch.from_numpy(ids).long() for key, ids in np.load(file).items()}
+    torch.manual_seed(0)
+    start, tokens, batches = time.perf_counter(), 0, []
+    loss_of, update = MODELS[name]()
+    while (done := (time.perf_counter() - start) / seconds) < 1:
+        if not batches:  # an epoch, in an order of its own
+            batches = [*torch.randperm(len(blocks["train"])).split(BATCH)]
+            batches = [rows for rows in batches if len(rows) == BATCH]  # one shape for the compiler
+        update(loss_of(blocks["train"][batches.pop()]), done)
+        tokens += BATCH * CONTEXT
+    with torch.no_grad():
+        losses = [loss_of(ids).item() for ids in blocks["test"].split(BATCH) if len(ids) == BATCH]
+    return {"loss": statistics.mean(losses), "tokens": tokens}
+
+
+def measure(name: str) -> dict[str, float]:
+    """Train some steps; return the tokens a second and the peak of memory in GB."""
+    import torch
+
+    (loss_of, update), times = MODELS[name](), []
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
         ids = torch.randint(VOCAB_SIZE, (BATCH, CONTEXT + 1), generator=generator)
         start = time.perf_counter()
-        step(ids)
+        update(loss_of(ids), 0.5)
         times.append(time.perf_counter() - start)
     speed = BATCH * CONTEXT / statistics.median(times[WARM_UP:])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(json.dumps({"tokens_per_second": speed, "peak": peak}))
+    return {"tokens_per_second": speed, "peak": peak}
 
 
 if __name__ == "__main__":
-    main()
+    name, *given = sys.argv[1:]
+    print(json.dumps(train(name, given[0], float(given[1])) if given else measure(name)))

@@ -39,7 +39,7 @@ class Point(NamedTuple):
     tokens: float  # in millions
     vocabulary: int = 4096
     batch: int = 8  # blocks of 256 tokens
-    rate: float = 1.0  # times the rule's: 8e-3 x 256 / width
+    rate: float = 1.0  # times 8e-3 x 256 / width
     characters: float | None = None  # millions, of the text that is taken; None: all
 
     @property
@@ -66,22 +66,31 @@ PLAN = [
     ("english", "XS", 0.5), ("english", "S", 0.5), ("english", "S", 2),
 ]  # fmt: skip
 PLAN = [Point(text, *SIZES[size], tokens) for text, size, tokens in PLAN]
-# One number changed at a time: the vocabulary, the batch, the rate; and a text read many times.
+PLAN.append(Point("prose", *SIZES["S"], 4))
+# One number changed at a time: the vocabulary, the batch, the rate.
+PLAN += [Point("prose", *SIZES["S"], 2, vocabulary=size) for size in (1024, 2048, 8192)]
+PLAN += [Point("prose", *SIZES["S"], 8, vocabulary=8192), Point("prose", *SIZES["S"], 0.5, batch=4)]
+PLAN += [Point("prose", *SIZES["S"], tokens, batch=16) for tokens in (2, 8)]
+PLAN += [Point("prose", *SIZES["S"], 2, rate=rate) for rate in (0.5, 2)]
+# A short text read many times: 300,000 characters, and 50,000.
 PLAN += [
-    Point("prose", *SIZES["S"], 2, vocabulary=1024),
-    Point("prose", *SIZES["S"], 2, vocabulary=2048),
-    Point("prose", *SIZES["S"], 2, vocabulary=8192),
-    Point("prose", *SIZES["S"], 4),
-    Point("prose", *SIZES["S"], 0.5, batch=4),
-    Point("prose", *SIZES["S"], 2, batch=16),
-    Point("prose", *SIZES["S"], 2, rate=0.5),
-    Point("prose", *SIZES["S"], 2, rate=2),
-    Point("prose", *SIZES["S"], 2, characters=0.05),
-    Point("prose", *SIZES["S"], 2, characters=0.3),
-    Point("prose", *SIZES["M"], 2, characters=0.3),
-    Point("prose", *SIZES["S"], 8, batch=16),
-    Point("prose", *SIZES["S"], 8, vocabulary=8192),
+    Point("prose", *SIZES[size], tokens, characters=0.3)
+    for size, some in (("XS", (1, 2)), ("S", (0.5, 1, 2)), ("M", (0.5, 1)))
+    for tokens in some
 ]
+PLAN += [
+    Point("prose", *SIZES[size], tokens, characters=0.05)
+    for size, some in (("XS", (0.25, 0.5, 1)), ("S", (0.25, 0.5, 1, 2)), ("M", (0.25,)))
+    for tokens in some
+]
+PLAN += [
+    Point("prose", *SIZES[size], tokens, vocabulary, batch, characters=0.05)
+    for size, tokens, vocabulary, batch in [
+        ("XS", 0.125, 1024, 2), ("S", 0.03, 512, 1), ("S", 0.03, 1024, 2), ("S", 0.06, 512, 2),
+        ("S", 0.06, 1024, 2), ("S", 0.06, 4096, 2), ("S", 0.125, 1024, 2), ("S", 0.125, 1024, 8),
+        ("M", 0.06, 1024, 2),
+    ]
+]  # fmt: skip
 PLAN.sort(key=lambda point: point.work)  # the cheap ones first
 
 
@@ -97,7 +106,7 @@ def base_recipe(point: Point, corpus: str):
         vocab_size=point.vocabulary,
         num_hidden_layers=point.layers,
         num_key_value_heads=max(1, sized.num_attention_heads // 2),
-        learning_rate=sized.learning_rate * point.rate,
+        learning_rate=8e-3 * 256 / point.hidden * point.rate,
         batch_size=point.batch,
     )
 
@@ -179,10 +188,9 @@ def law(constants, rows) -> np.ndarray:
     )
 
 
-# Few runs leave several sets of constants equally good, so that some end at a limit. What reading
-# again is worth ("again") is not fitted: hardly a run has read its text twice.
+# Few runs leave several sets of constants equally good, so that some end at a limit.
 LIMITS = {"rest": (0.2, 0.7), "size": (1e-4, 100), "size_power": (0.1, 1)}
-LIMITS |= {"read": (1e-4, 100), "read_power": (0.1, 1)}
+LIMITS |= {"read": (1e-4, 100), "read_power": (0.1, 1), "again": (0.3, 100)}
 
 
 def fit(rows: list[dict[str, Any]], start) -> np.ndarray:
@@ -200,9 +208,12 @@ def fit(rows: list[dict[str, Any]], start) -> np.ndarray:
 
 def report() -> None:
     """Fit the law, and predict each run from the others."""
-    # One batch, rate and vocabulary, on real text: what a plan can choose from.
+    # What a plan can choose from: one batch and rate, real text, enough of it, not read too often.
+    most = planning.MOST_PASSES + 0.5
     rows = [row for row in results("scaling") if row["text"] != "encyclopedia"]
     rows = [row for row in rows if row["rate"] == 1 and row["batch"] == 8]
+    rows = [row for row in rows if row["tokens"] >= 0.25]
+    rows = [row for row in rows if row["tokens"] * 1e6 < most * row["text_tokens"]]
     constants = fit(rows, [planning.LAW[name] for name in LIMITS])
     named = zip(LIMITS, constants, strict=True)
     print(f"{len(rows)} runs:", {name: round(float(value), 4) for name, value in named})

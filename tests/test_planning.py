@@ -114,7 +114,7 @@ def test_cores_that_others_compute_on_are_left_to_them(small_trainer, tmp_path, 
 
 
 def test_the_law_describes_the_runs_of_the_study():
-    rows = [row for row in json.loads(STUDY.read_text(encoding="utf-8"))]
+    rows = json.loads(STUDY.read_text(encoding="utf-8"))
     errors = [
         planning.expected_bits(
             row["pair_bits"], row["parameters"], row["tokens"] * 1e6, row["text_tokens"]
@@ -122,9 +122,10 @@ def test_the_law_describes_the_runs_of_the_study():
         / row["bits_per_character"]
         - 1
         for row in rows
-        if row["text"] != "encyclopedia"
+        if row["text"] != "encyclopedia" and row["tokens"] >= 0.25 and row["rate"] <= 1
+        if row["tokens"] * 1e6 < 5 * row["text_tokens"]
     ]
-    assert len(errors) >= 12 and max(map(abs, errors)) < 2 * planning.EXPECTED_ERROR
+    assert len(errors) >= 20 and max(map(abs, errors)) < 2 * planning.EXPECTED_ERROR
 
 
 def test_more_of_everything_is_better_and_a_text_read_again_teaches_less():
@@ -143,6 +144,13 @@ def test_more_time_wants_a_larger_model():
     ]
     parameters, bits = [plan.parameters for plan in best], [plan.bits for plan in best]
     assert parameters == sorted(set(parameters)) and bits == sorted(bits, reverse=True)
+
+
+def test_a_short_text_is_read_four_times_and_no_more():
+    sizes = [planning.sized_recipe(POCKET, width) for width in (64, 256)]
+    short = PROSE._replace(characters=100_000)
+    plans = planning.make_plans(24 * 3600, short, sizes, planning.Speed(0.05))
+    assert [plan.tokens for plan in plans] == [4 * short.tokens] * 2
 
 
 def test_the_plot_marks_the_best_size_and_what_is_beyond_the_study():
@@ -200,7 +208,9 @@ def test_a_plan_is_a_recipe_and_stays_what_it_was(text, tmp_path, monkeypatch, c
         assert part in told
     written = told[told.index("replace(") :]
     assert eval(written, {"replace": replace, "POCKET": POCKET}) == recipe
-    assert isinstance(recipe, Recipe) and recipe.hours == 0.05 and recipe.corpus == str(text)
+    assert isinstance(recipe, Recipe) and recipe.corpus == str(text)
+    # Some 40,000 characters are learned by heart in less than three minutes.
+    assert recipe.hours < 0.05 and "too few for 3 min 00 s, the run is shorter" in told
     command = results.shell_command(recipe, "generate")
     assert f"generate --hours 0.05 --corpus {text}" in command and "--set" not in command
     # The second time nothing is measured, and whoever names a recipe gets it.
