@@ -76,7 +76,7 @@ def train_peer(name: str, text: str, minutes: float, test_size: float) -> float:
 
 
 def row(measure: str, ours: float, peer: float, peer_name: str, goal: str | float) -> dict:
-    """Return a row of the table; a goal in words says how near the two must be."""
+    """Return a row of the table; a goal that is a text says how near the two must be."""
     ratio = ours / peer
     near = float(goal.split()[-1].rstrip("%")) / 100 if isinstance(goal, str) else 0
     return {
