@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Whose language the notebooks have: make lab EDITION=zh, make tutorial EDITION=zh
 EDITION ?= en
+# What the job of the notebooks runs too, so that both jobs take as long.
+LONG := tests/test_default_run.py tests/test_notebooks.py tests/test_planning.py
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=1500 --timeout=1600
 
 .DEFAULT_GOAL := help
@@ -36,10 +38,10 @@ test-notebooks: .venv/ready
 		$(BIN)/python -m pytest -v -n 1 $(NBVAL) notebooks/0[!8]*.ipynb
 	TINYTRAIN_RUNS="$$PWD/build/test-runs" TINYTRAIN_RECIPE=smoke \
 		$(BIN)/python -m pytest -v -n 1 $(NBVAL) notebooks/08*.ipynb notebooks/10*.ipynb
-	TINYTRAIN_RUNS="$$PWD/build/test-runs" $(BIN)/python -m pytest -v tests/test_default_run.py tests/test_notebooks.py
+	TINYTRAIN_RUNS="$$PWD/build/test-runs" $(BIN)/python -m pytest -v $(LONG)
 
 test-package: .venv/ready
-	$(BIN)/python -m pytest -v -n 1 --ignore=tests/test_default_run.py --ignore=tests/test_notebooks.py
+	$(BIN)/python -m pytest -v -n 1 $(LONG:%=--ignore=%)
 
 .venv/browser: .venv/ready
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt playwright

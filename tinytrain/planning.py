@@ -137,7 +137,7 @@ def make_plans(
 ) -> list[Plan]:
     """Return what a time is enough for at each size: the larger the model, the fewer the tokens.
 
-    A short text is read at most `MOST_PASSES` times, however much time there is.
+    A text is read at most `MOST_PASSES` times, however much time there is.
 
     Parameters
     ----------
@@ -251,7 +251,8 @@ def get_recipe(
 def plan(hours: float, base: Recipe = POCKET) -> Recipe:
     """Return the recipe that makes the best of so many hours on this machine.
 
-    It is printed, and kept as ``plan.json`` in the run's folder; from then on it stays as it is.
+    It is printed, and kept as ``plan.json`` in the run's folder; from then on it stays as it is. Of
+    a text too short for the time, less time is planned.
 
     Parameters
     ----------
