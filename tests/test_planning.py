@@ -11,7 +11,7 @@ import torch
 
 from tinytrain import callbacks, planning, results, runs
 from tinytrain.checkpoints import train
-from tinytrain.common import read_history
+from tinytrain.common import Speedometer, read_history
 from tinytrain.recipes import POCKET, Recipe
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "results" / "scaling.json"
@@ -49,6 +49,9 @@ def test_a_run_that_goes_on_has_the_time_that_was_left(small_trainer, tmp_path, 
     trainer = small_trainer(tmp_path / "checkpoints", [limit, StopAfter()], **ENDLESS)
     train(trainer)
     assert trainer.state.global_step < trainer.state.max_steps
+    # What displays say is left goes by the clock too, not by a speed that may have changed.
+    left = Speedometer(512, trainer.state).seconds_left(trainer.state)
+    assert left == pytest.approx(4 - limit.used, abs=0.1)
     done = trainer.state.global_step
     limit = callbacks.TimeLimit(4)
     history = callbacks.HistoryCallback(tmp_path / "history.jsonl", 512)
@@ -183,22 +186,21 @@ def test_the_next_size_is_as_fast_as_the_nearest_that_was_measured():
 # --- plans ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A small text of your own, English and traditional Chinese."""
-    path = tmp_path_factory.mktemp("text") / "mine.jsonl"
+def write_lessons(path, number):
+    """Write a small text of your own, English and traditional Chinese."""
     lines = [
         {"text": f"第{n}課：臺灣的圖書館有{n * 37 % 91}本書，學生們讀了{n % 7}本。" * 3}
         if n % 2
         else {"text": f"Lesson {n}: the library has {n * 37 % 91} books. Read {n % 7}. " * 3}
-        for n in range(400)
+        for n in range(number)
     ]
     dumped = (json.dumps(line, ensure_ascii=False) for line in lines)
     path.write_text("\n".join(dumped), encoding="utf-8")
     return path
 
 
-def test_a_plan_is_a_recipe_and_stays_what_it_was(text, tmp_path, monkeypatch, capsys):
+def test_a_plan_is_a_recipe_and_stays_what_it_was(tmp_path, monkeypatch, capsys):
+    text = write_lessons(tmp_path / "mine.jsonl", 400)
     monkeypatch.setenv("TINYTRAIN_RUNS", str(tmp_path))
     monkeypatch.setenv("TINYTRAIN_CORPUS", str(text))
     monkeypatch.setenv("TINYTRAIN_HOURS", "0.05")
@@ -236,7 +238,8 @@ def test_a_time_that_is_none_is_refused(hours, told, monkeypatch):
         planning.get_recipe()
 
 
-def test_a_minute_and_a_half_of_training_from_the_shell(text, tmp_path):
+def test_a_minute_and_a_half_of_training_from_the_shell(tmp_path):
+    text = write_lessons(tmp_path / "mine.jsonl", 5000)
     command = [sys.executable, "-m", "tinytrain", "train", "--hours", "0.025"]
     command += ["--corpus", str(text), "--runs", str(tmp_path)]
     start = time.monotonic()

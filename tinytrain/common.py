@@ -601,6 +601,8 @@ class Speedometer:
         return (self.tokens(state.global_step) - self.tokens(self._first_step)) / self.seconds()
 
     def seconds_left(self, state: Any) -> float | None:
-        """Return how long the rest will take at this speed; None before the first step."""
+        """Return how long the rest will take at this speed, or by the clock; None at the start."""
+        if hasattr(state, "seconds_left"):  # of `tinytrain.callbacks.TimeLimit`
+            return state.seconds_left
         done = state.global_step - self._first_step
         return (state.max_steps - state.global_step) * self.seconds() / done if done else None

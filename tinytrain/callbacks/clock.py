@@ -93,4 +93,5 @@ class TimeLimit(TrainerCallback):
 
     def _show(self, state) -> None:
         state.max_steps = self.max_steps
+        state.seconds_left = max(0.0, self._end() - self.used)  # `common.Speedometer` tells it
         state.num_train_epochs = math.ceil(self.max_steps / self._epoch)
