@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ import numpy as np
 
 from benchmarks import ROOT, peers, results, save
 from benchmarks.train_step import PEERS_PYTHON
+from tinytrain import steps
+from tinytrain.evaluation import bits_per_character
+from tinytrain.recipes import POCKET
+from tinytrain.tokenization import tokens_per_character
 
 GUIDE = ("optimizer=adamw", "learning_rate=2e-5", "warmup_steps=200", "adam_beta2=0.999")
 GOALS = {  # bits per character of ours, as a share of theirs
@@ -56,13 +61,6 @@ def train_peer(name: str, text: str, minutes: float, test_size: float) -> float:
         options += GUIDE if name != "recipe pocket" else ()
         with tempfile.TemporaryDirectory() as folder:
             return train(folder, text, *options)["bits_per_character"]
-    from dataclasses import replace
-
-    from tinytrain import steps
-    from tinytrain.evaluation import bits_per_character
-    from tinytrain.recipes import POCKET
-    from tinytrain.tokenization import tokens_per_character
-
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TINYTRAIN_RUNS"] = folder
         recipe = replace(POCKET, corpus=text, test_size=test_size)
@@ -90,7 +88,7 @@ def row(measure: str, ours: float, peer: float, peer_name: str, goal: str | floa
     }
 
 
-def compare(minutes: float, text: str, busy: bool, beside: list[str]) -> list[dict]:
+def compare(minutes: float, text: str, busy: bool, beside: bool) -> list[dict]:
     """Train for a time; return rows of what was expected and measured, and of what peers reach."""
     name = f"{minutes:g} minutes, {Path(text).name.split('.')[0]}"
     name += ", one busy program beside" if busy else ""
@@ -101,23 +99,18 @@ def compare(minutes: float, text: str, busy: bool, beside: list[str]) -> list[di
             [file] = Path(folder).glob("*/plan.json")
             plan = json.loads(file.read_text(encoding="utf-8"))
         bits, test_size = found["bits_per_character"], plan["recipe"]["test_size"]
+        memory = plan["memory"] / 1e9
         rows = [
             row(f"{name}: bits per character", plan["bits"], bits, "measured", "within 4%"),
             row(f"{name}: seconds", 60 * minutes, found["seconds"], "measured", "within 5%"),
-            row(
-                f"{name}: memory in GB",
-                plan["memory"] / 1e9,
-                found["memory"],
-                "measured",
-                "within 15%",
-            ),
+            row(f"{name}: memory in GB", memory, found["memory"], "measured", "within 15%"),
         ]
         rows[0] |= {"samples": found["samples"], "expected": plan["expected"]}
         print(name, json.dumps(found["samples"], ensure_ascii=False), flush=True)
-        for peer in beside:
+        for peer, goal in GOALS.items() if beside else ():
             theirs = train_peer(peer, text, minutes, test_size)
             peer_name = f"{peer}, trained as long"
-            rows.append(row(f"{name}: bits per character", bits, theirs, peer_name, GOALS[peer]))
+            rows.append(row(f"{name}: bits per character", bits, theirs, peer_name, goal))
     finally:
         if other:
             other.kill()
@@ -130,12 +123,11 @@ def main() -> None:
     parser.add_argument("--text", required=True, metavar="FILE")
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 20, 60])
     parser.add_argument("--busy", action="store_true")
-    parser.add_argument("--peers", nargs="*", choices=GOALS, metavar="NAME", help=", ".join(GOALS))
+    parser.add_argument("--peers", action="store_true")
     options = parser.parse_args()
-    beside = list(GOALS) if options.peers == [] else options.peers or []
     text = str(Path(options.text).resolve())
     for minutes in options.minutes:
-        rows = compare(minutes, text, options.busy, beside)
+        rows = compare(minutes, text, options.busy, options.peers)
         names = {(row["measure"], row["peer_name"]) for row in rows}
         kept = [row for row in results("hours") if (row["measure"], row["peer_name"]) not in names]
         save("hours", kept + rows)

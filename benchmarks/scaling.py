@@ -206,14 +206,18 @@ def fit(rows: list[dict[str, Any]], start) -> np.ndarray:
     return np.exp(found.x)
 
 
-def report() -> None:
-    """Fit the law, and predict each run from the others."""
-    # What a plan can choose from: one batch and rate, real text, enough of it, not read too often.
+def fitted_rows() -> list[dict[str, Any]]:
+    """Return the runs of the law: one batch and rate, real text, enough, not read too often."""
     most = planning.MOST_PASSES + 0.5
     rows = [row for row in results("scaling") if row["text"] != "encyclopedia"]
     rows = [row for row in rows if row["rate"] == 1 and row["batch"] == 8]
     rows = [row for row in rows if row["tokens"] >= 0.25]
-    rows = [row for row in rows if row["tokens"] * 1e6 < most * row["text_tokens"]]
+    return [row for row in rows if row["tokens"] * 1e6 < most * row["text_tokens"]]
+
+
+def report() -> None:
+    """Fit the law, and predict each run from the others."""
+    rows = fitted_rows()
     constants = fit(rows, [planning.LAW[name] for name in LIMITS])
     named = zip(LIMITS, constants, strict=True)
     print(f"{len(rows)} runs:", {name: round(float(value), 4) for name, value in named})

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -42,6 +43,12 @@ def test_a_run_of_the_study_tells_what_a_law_needs():
     fitted = [sys.executable, "-m", "benchmarks.scaling", "--fit"]
     shown = subprocess.run(fitted, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
     assert "root mean square" in shown.stdout, shown.stderr
+    # Notebook 09 tells the same numbers.
+    text = (ROOT / "notebooks" / "09_scale_out.ipynb").read_text(encoding="utf-8")
+    runs = re.search(r"(\d+) runs:", shown.stdout)[1]
+    usual, most = re.search(r"([\d.]+%) root mean square, ([\d.]+%) at most", shown.stdout).groups()
+    assert f"fitted to {runs} of the runs" in text
+    assert f"{usual} in the root mean square, and {most} at most" in text
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
