@@ -246,7 +246,8 @@ def test_a_time_that_is_none_is_refused(hours, told, monkeypatch):
 
 
 def test_a_minute_and_a_half_of_training_from_the_shell(tmp_path):
-    text = write_lessons(tmp_path / "mine.jsonl", 5000)
+    # So much that it is not read four times in the time, on a fast machine either.
+    text = write_lessons(tmp_path / "mine.jsonl", 40_000)
     command = [sys.executable, "-m", "tinytrain", "train", "--hours", "0.025"]
     command += ["--corpus", str(text), "--runs", str(tmp_path)]
     start = time.monotonic()
