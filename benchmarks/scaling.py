@@ -39,7 +39,7 @@ class Point(NamedTuple):
     tokens: float  # in millions
     vocabulary: int = 4096
     batch: int = 8  # blocks of 256 tokens
-    rate: float = 1.0  # times 8e-3 x 256 / width
+    rate: float = 1.0  # times that of `planning.sized_recipe`
     characters: float | None = None  # millions, of the text that is taken; None: all
 
     @property
@@ -56,22 +56,16 @@ class Point(NamedTuple):
 SIZES = {"XS": (2, 64), "S": (3, 128), "M": (4, 256), "L": (6, 384), "XL": (8, 512)}
 # What a text is named in the rows is the name given with --text.
 PLAN = [
-    ("prose", "XS", 0.5), ("prose", "S", 0.5), ("prose", "M", 0.5), ("prose", "XS", 2),
-    ("encyclopedia", "XS", 0.5), ("encyclopedia", "S", 0.5), ("encyclopedia", "M", 0.5),
-    ("prose", "S", 2), ("prose", "L", 0.5), ("encyclopedia", "S", 2), ("prose", "XS", 8),
-    ("prose", "M", 2), ("prose", "S", 8), ("prose", "XL", 0.5), ("encyclopedia", "M", 2),
-    ("prose", "L", 2), ("encyclopedia", "S", 8), ("prose", "M", 8), ("prose", "XS", 40),
-    ("prose", "XL", 2), ("prose", "S", 40), ("prose", "L", 8),
-    ("news", "XS", 0.5), ("news", "S", 0.5), ("news", "S", 2), ("news", "M", 0.5),
-    ("english", "XS", 0.5), ("english", "S", 0.5), ("english", "S", 2),
+    ("prose", "XS", (0.5, 2, 8, 20)), ("prose", "S", (0.5, 2, 4, 8, 20)), ("prose", "M", (0.5, 2, 8)),
+    ("prose", "L", (1, 4)), ("news", "XS", (0.5,)), ("news", "S", (0.5, 2)), ("news", "M", (0.5,)),
+    ("english", "XS", (0.5,)), ("english", "S", (0.5,)), ("encyclopedia", "S", (0.5, 2)),
 ]  # fmt: skip
-PLAN = [Point(text, *SIZES[size], tokens) for text, size, tokens in PLAN]
-PLAN.append(Point("prose", *SIZES["S"], 4))
+PLAN = [Point(text, *SIZES[size], tokens) for text, size, some in PLAN for tokens in some]
 # One number changed at a time: the vocabulary, the batch, the rate.
-PLAN += [Point("prose", *SIZES["S"], 2, vocabulary=size) for size in (1024, 2048, 8192)]
-PLAN += [Point("prose", *SIZES["S"], 8, vocabulary=8192), Point("prose", *SIZES["S"], 0.5, batch=4)]
-PLAN += [Point("prose", *SIZES["S"], tokens, batch=16) for tokens in (2, 8)]
-PLAN += [Point("prose", *SIZES["S"], 2, rate=rate) for rate in (0.5, 2)]
+PLAN += [Point("prose", *SIZES["S"], 2, vocabulary=size, rate=2.0) for size in (2048, 8192)]
+PLAN += [Point("prose", *SIZES["S"], 8, batch=16), Point("prose", *SIZES["S"], 0.5, batch=4)]
+PLAN += [Point("prose", *SIZES["S"], 2, rate=rate) for rate in (0.5, 2.0, 4.0)]
+PLAN += [Point("prose", *SIZES["XS"], 2, rate=rate) for rate in (2.0, 4.0)]
 # A short text read many times: 300,000 characters, and 50,000.
 PLAN += [
     Point("prose", *SIZES[size], tokens, characters=0.3)
@@ -79,16 +73,9 @@ PLAN += [
     for tokens in some
 ]
 PLAN += [
-    Point("prose", *SIZES[size], tokens, characters=0.05)
-    for size, some in (("XS", (0.25, 0.5, 1)), ("S", (0.25, 0.5, 1, 2)), ("M", (0.25,)))
-    for tokens in some
-]
-PLAN += [
-    Point("prose", *SIZES[size], tokens, vocabulary, batch, characters=0.05)
-    for size, tokens, vocabulary, batch in [
-        ("XS", 0.125, 1024, 2), ("S", 0.03, 512, 1), ("S", 0.03, 1024, 2), ("S", 0.06, 512, 2),
-        ("S", 0.06, 1024, 2), ("S", 0.06, 4096, 2), ("S", 0.125, 1024, 2), ("S", 0.125, 1024, 8),
-        ("M", 0.06, 1024, 2),
+    Point("prose", *SIZES["S"], tokens, vocabulary, batch, characters=0.05)
+    for tokens, vocabulary, batch in [
+        (0.06, 1024, 2), (0.125, 1024, 2), (0.25, 4096, 8), (0.5, 4096, 8)
     ]
 ]  # fmt: skip
 PLAN.sort(key=lambda point: point.work)  # the cheap ones first
@@ -106,7 +93,7 @@ def base_recipe(point: Point, corpus: str):
         vocab_size=point.vocabulary,
         num_hidden_layers=point.layers,
         num_key_value_heads=max(1, sized.num_attention_heads // 2),
-        learning_rate=8e-3 * 256 / point.hidden * point.rate,
+        learning_rate=sized.learning_rate * point.rate,
         batch_size=point.batch,
     )
 

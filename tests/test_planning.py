@@ -112,6 +112,22 @@ def test_cores_that_others_compute_on_are_left_to_them(small_trainer, tmp_path, 
             other.wait()
 
 
+def test_what_others_do_for_a_moment_does_not_count(monkeypatch):
+    """A system still writes a text to disk, say, when the training begins."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("psutil.cpu_count", lambda: 2)
+    # Times, and the seconds that this process and all have computed: both cores busy at first.
+    looks = iter([(0, 0, 0), (0.3, 0, 0.6), (1.3, 0, 1.3), (2.3, 0, 1.3)])
+    monkeypatch.setattr(callbacks.ShareCores, "_look", lambda self: next(looks))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        callbacks.ShareCores().on_train_begin(None, None, None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 # --- the law --------------------------------------------------------------------------------------
 
 

@@ -35,9 +35,11 @@ class ShareCores(TrainerCallback):
         """Look for a moment, before this process computes itself."""
         fixed = "OMP_NUM_THREADS" in os.environ or torch.accelerator.is_available()
         self._last = None if fixed else self._look()
-        if self._last:
-            time.sleep(0.3)
+        for moment in (0.3, 1.0, 1.0) if self._last else ():
+            time.sleep(moment)
             self._share()
+            if torch.get_num_threads() == self._most:  # if not, others may soon have finished
+                break
 
     def on_step_end(self, args, state, control, **kwargs):
         """Look again, every few seconds."""
