@@ -235,7 +235,7 @@ def test_a_plan_is_a_recipe_and_stays_what_it_was(tmp_path, monkeypatch, capsys)
     assert eval(written, {"replace": replace, "POCKET": POCKET}) == recipe
     assert isinstance(recipe, Recipe) and recipe.corpus == str(text)
     # Some 40,000 characters are learned by heart in less than three minutes.
-    assert recipe.hours < 0.05 and "too few for 3 min 00 s, the run is shorter" in told
+    assert recipe.hours is None and "too few for 3 min 00 s, the run is shorter" in told
     command = results.shell_command(recipe, "generate")
     assert f"generate --hours 0.05 --corpus {text}" in command and "--set" not in command
     # The second time nothing is measured, and whoever names a recipe gets it.
@@ -267,6 +267,15 @@ def test_a_time_that_is_none_is_refused(hours, told, monkeypatch):
     monkeypatch.setenv("TINYTRAIN_HOURS", hours)
     with pytest.raises(ValueError, match=told):
         planning.get_recipe()
+
+
+def test_a_text_of_a_few_pages_is_trained_on_in_less_time(tmp_path):
+    text = write_lessons(tmp_path / "mine.jsonl", 400)
+    command = [sys.executable, "-m", "tinytrain", "train", "--hours", "1"]
+    command += ["--corpus", str(text), "--runs", str(tmp_path)]
+    shown = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert not shown.returncode, shown.stdout + shown.stderr
+    assert "the run is shorter" in shown.stdout and "bits per character" in shown.stdout
 
 
 def test_a_minute_and_a_half_of_training_from_the_shell(tmp_path):

@@ -341,13 +341,15 @@ def _make_plan(base: Recipe) -> dict[str, Any]:
         best = choose(base, text)
     recipe = _with_rhythm(best, best.recipe.tokens_per_step / speed(best.recipe))
     if best.tokens == MOST_PASSES * text.tokens:  # a short text: no more time than it is good for
-        seconds = time.monotonic() - begun + best.tokens / speed(best.recipe)
-        recipe = replace(recipe, hours=min(base.hours, float(f"{seconds / 3600:.3g}")))
-        end -= timedelta(hours=base.hours - recipe.hours)
+        taken = (time.monotonic() - begun + best.tokens / speed(best.recipe)) / 3600
+        # With much time to spare it goes by its steps: seconds are never known so exactly.
+        hours = None if taken < base.hours / 2 else min(base.hours, float(f"{taken:.3g}"))
+        recipe = replace(recipe, hours=hours)
+        end -= timedelta(hours=max(0, base.hours - taken))
     # Counting pairs of tokens may have taken more than a small model does.
     memory = max(speed.memory[best.recipe.hidden_size], hardware.peak_memory())
     told = _in_words(best, text, memory, end)
-    if recipe.hours < base.hours:
+    if recipe.hours != base.hours:
         told["text"] += f": too few for {format_seconds(3600 * base.hours)}, the run is shorter"
     return {"recipe": asdict(recipe), "bits": best.bits, "memory": memory, "expected": told}
 

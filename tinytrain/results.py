@@ -168,7 +168,7 @@ def check_held_out(recipe: Recipe, folder: Path) -> None:
 def shell_command(recipe: Recipe, step: str = "train") -> str:
     """Return the command of a step, with all in which the recipe differs from its original."""
     plain = RECIPES.get(recipe.name, recipe)
-    planned = recipe.hours is not None and recipe.name not in RECIPES
+    planned = recipe.name.startswith("hours-")
     named = recipe.name.replace("hours-", "--hours ") if planned else f"--recipe {recipe.name}"
     command = f"python -m tinytrain {step} {named}"
     if recipe.corpus != (POCKET.corpus if planned else plain.corpus):
