@@ -30,7 +30,7 @@ test: .venv/ready lint  ## lint, every notebook (training included) under nbval,
 	@OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --no-print-directory test-notebooks test-package
 
 # Recipe pocket cut to 60 steps, whose losses must be those of the first 60 in the reference curve.
-# 08 and 10, which train anew, run on recipe smoke; so does the Chinese edition, whose code is the
+# 08 and 10, which train again, run on recipe smoke; so does the Chinese edition, whose code is the
 # same, by the tutorial's own command (tests/test_notebooks.py).
 test-notebooks: .venv/ready
 	rm -rf build/test-runs

@@ -205,12 +205,9 @@ def fitted_rows() -> list[dict[str, Any]]:
     rows = [row for row in rows if row["tokens"] * 1e6 < most * row["text_tokens"]]
     rows = [row for row in rows if row["batch"] in (8, planning.batch_size(row["tokens"] * 1e6))]
     # Where larger batches were not tried, the run with 8 blocks a step is all there is.
-    return list(
-        {
-            row["name"].replace(f"-{row['batch']}-1.0-", "-"): row
-            for row in sorted(rows, key=lambda row: row["batch"])
-        }.values()
-    )
+    same = ("text", "hidden", "tokens", "vocabulary", "characters")
+    rows.sort(key=lambda row: row["batch"])
+    return list({tuple(row[name] for name in same): row for row in rows}.values())
 
 
 def report() -> None:

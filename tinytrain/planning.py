@@ -34,7 +34,7 @@ LAW = {
     "read_power": 0.225,
     "again": 7.77,
 }
-EXPECTED_ERROR = 0.06  # the largest of a run that was left out of the fit
+EXPECTED_ERROR = 0.06  # the largest of a run predicted from the others
 LARGEST_MEASURED = 1.22e7  # parameters of the largest model that the law was fitted to
 MOST_PASSES = 4  # over the text; read more often, it is learned by heart, and held-out loss rises
 _WIDTHS = (*range(64, 577, 64), *range(640, 1537, 128))

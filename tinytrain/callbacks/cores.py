@@ -32,7 +32,7 @@ class ShareCores(TrainerCallback):
         self._most = torch.get_num_threads()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Look for a moment, before this process computes itself."""
+        """Look for a moment, longer if others compute, before this process computes itself."""
         fixed = "OMP_NUM_THREADS" in os.environ or torch.accelerator.is_available()
         self._last = None if fixed else self._look()
         for moment in (0.3, 1.0, 1.0) if self._last else ():
