@@ -109,6 +109,7 @@ def compare(minutes: float, text: str, busy: bool, beside: bool) -> list[dict]:
         print(name, json.dumps(found["samples"], ensure_ascii=False), flush=True)
         for peer, goal in GOALS.items() if beside else ():
             theirs = train_peer(peer, text, minutes, test_size)
+            print(f"{name}, {peer}: {theirs:.3f} bits per character", flush=True)
             peer_name = f"{peer}, trained as long"
             rows.append(row(f"{name}: bits per character", bits, theirs, peer_name, goal))
     finally:
