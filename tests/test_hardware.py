@@ -105,10 +105,43 @@ def test_linux_flags_and_a_measurement_decide(monkeypatch, no_gpu, cpuinfo, gain
     assert (f"{gain:.1f} times" in reason) == bool(flags)
 
 
-def test_apples_gpu_computes_float32(monkeypatch, no_gpu):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    name, reason = choose_precision()
-    assert name == "float32" and "MPS" in reason
+@pytest.fixture
+def apples_gpu(monkeypatch, no_gpu):
+    """Give this machine Apple's GPU, as far as questions about it go."""
+
+    def plug_in(macos, gain=1.0):
+        speeds = {"float32": 2.5, "bf16": gain * 2.5}
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *asked: macos >= asked)
+        monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 3 * 10**9)
+        monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2 * 10**9)
+        monkeypatch.setattr(hardware, "matmul_tflops", lambda name, seconds: speeds[name])
+        monkeypatch.setattr(hardware, "_bf16_gain", hardware._bf16_gain.__wrapped__)  # no cache
+
+    return plug_in
+
+
+@pytest.mark.parametrize(
+    ("macos", "gain", "expected", "reason"),
+    [
+        ((13, 6), 2.0, "float32", "from macOS 14 on"),
+        ((14, 0), 1.0, "float32", "1.0 times the speed of float32"),
+        ((26, 1), 1.3, "bf16", "1.3 times the speed of float32"),
+    ],
+)
+def test_on_apples_gpu_macos_and_a_measurement_decide(apples_gpu, macos, gain, expected, reason):
+    apples_gpu(macos, gain)
+    name, because = choose_precision()
+    assert name == expected
+    assert "Apple's GPU" in because and reason in because
+    assert [hardware.computes(p) for p in ("float32", "fp16")] == [True, False]
+    assert hardware.computes("bf16") == (macos >= (14, 0))
+
+
+def test_memory_of_apples_gpu(apples_gpu, tmp_path):
+    apples_gpu((15, 0))
+    assert hardware.this_hardware(tmp_path).memory == 3 * 10**9
+    assert hardware.peak_memory() == 2 * 10**9
 
 
 def test_outside_linux_flags_come_from_pytorch(monkeypatch):

@@ -63,6 +63,39 @@ def clients(server, monkeypatch, tmp_path):
 # --- downloads --------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def other():
+    """Another hub, with the same text."""
+    other = Hub()
+    other.repositories["datasets/pleisto/" + WIKIPEDIA] = {"files": {FILE: TEXT}}
+    threading.Thread(target=other.serve_forever, args=(0.05,), daemon=True).start()
+    yield other
+    other.closing.set()
+    other.shutdown()
+    other.server_close()
+
+
+@pytest.mark.parametrize("variable", ["MODELSCOPE_ENDPOINT", "HF_ENDPOINT"])
+def test_the_hub_that_answers_is_chosen(server, other, tmp_path, monkeypatch, capsys, variable):
+    other.mode = 503
+    monkeypatch.setenv(variable, other.endpoint)
+    assert download_wikipedia(tmp_path).read_bytes() == TEXT
+    shown = capsys.readouterr().out
+    assert f"{server.endpoint}: answers in" in shown and f"{other.endpoint}: no answer" in shown
+
+
+def test_hugging_faces_mirror_stands_in_if_the_hub_cannot_be_reached(
+    server, other, tmp_path, monkeypatch, capsys
+):
+    """ModelScope is down, Hugging Face cannot be reached, and `HF_ENDPOINT` is not set."""
+    server.mode = 503
+    monkeypatch.delenv("HF_ENDPOINT")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub, "_MIRROR", other.endpoint)
+    assert download_wikipedia(tmp_path).read_bytes() == TEXT
+    assert os.environ["HF_ENDPOINT"] == other.endpoint
+
+
 @both_hubs
 def test_wikipedia_alone_is_fetched_and_then_reused_without_the_hub(server, tmp_path, name):
     path = download_wikipedia(tmp_path / "data", name)

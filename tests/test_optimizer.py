@@ -3,6 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tinytrain import runs
 from tinytrain.checkpoints import train
@@ -51,6 +53,21 @@ def test_a_step_is_that_of_torchs_muon(rows, columns, weight_decay):
         torchs.step()
     # torch works in bf16, of 8 bits; ours in float32 on a CPU: 3% of the way is its rounding.
     assert (ours - theirs).norm() < 0.03 * (theirs - before).norm()
+
+
+def test_no_operation_mixes_types():
+    # CUDA and processors convert by themselves; Apple's GPU has stopped at such operations.
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and x.ndim]
+            assert len({x.dtype for x in tensors}) <= 1, operation
+            return operation(*args, **kwargs or {})
+
+    matrix = torch.randn(16, 32, requires_grad=True)
+    matrix.grad = torch.randn(16, 32)
+    group = {"params": [matrix], "muon": True}
+    with Watch():
+        MuonAdamW([group], lr=0.01, dtype=torch.bfloat16).step()
 
 
 def test_what_is_not_a_matrix_of_a_layer_is_stepped_by_adamw():

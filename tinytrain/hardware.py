@@ -72,9 +72,9 @@ def choose_precision(wanted: str | None = None) -> Precision:
     """Choose the precision to train in on this machine.
 
     bf16 where the hardware computes it: half the memory traffic with the range of float32. On a
-    processor, half a second of measuring decides whether that is faster. fp16 on GPUs that have
-    only that: as fast, but small gradients vanish unless the loss is scaled up, which the Trainer
-    does. float32 everywhere else.
+    processor and on Apple's GPU, half a second of measuring decides whether that is faster. fp16 on
+    GPUs that have only that: as fast, but small gradients vanish unless the loss is scaled up,
+    which the Trainer does. float32 everywhere else.
 
     Parameters
     ----------
@@ -102,7 +102,9 @@ def choose_precision(wanted: str | None = None) -> Precision:
             "float32", f"{name} has no bf16 and no tensor cores: fp16 would gain little"
         )
     if torch.backends.mps.is_available():
-        return Precision("float32", "Apple's GPU (MPS) has bf16 only in some versions of macOS")
+        if computes("bf16"):
+            return _the_faster("Apple's GPU (MPS) multiplies bf16")
+        return Precision("float32", "Apple's GPU (MPS) has bf16 from macOS 14 on; this is older")
     return _choose_for_cpu(cpu_flags())
 
 
@@ -112,7 +114,10 @@ def computes(precision: str) -> bool:
 
     if torch.cuda.is_available():
         return precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False)
-    has_bf16 = not cpu_flags().isdisjoint(_BF16_FLAGS)
+    if torch.backends.mps.is_available():
+        has_bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
+    else:
+        has_bf16 = not cpu_flags().isdisjoint(_BF16_FLAGS)
     return precision == "float32" or (precision == "bf16" and has_bf16)
 
 
@@ -126,14 +131,19 @@ def _choose_for_cpu(flags: frozenset[str]) -> Precision:
         reason = "this CPU does not multiply bf16 in hardware (no amx_bf16, no avx512_bf16), "
         return Precision("float32", reason + "and emulating it costs more than it saves")
     # With the flag, some chips still run at half the speed of float32.
+    return _the_faster(f"this CPU multiplies bf16 in hardware ({found})")
+
+
+def _the_faster(found: str) -> Precision:
+    """Return bf16 if this machine multiplies it faster than float32."""
     gain = _bf16_gain()
-    measured = f"bf16 in hardware ({found}), measured at {gain:.1f} times the speed of float32"
-    return Precision("bf16" if gain > 1.1 else "float32", f"this CPU multiplies {measured}")
+    reason = f"{found}, measured at {gain:.1f} times the speed of float32"
+    return Precision("bf16" if gain > 1.1 else "float32", reason)
 
 
 @functools.cache
 def _bf16_gain() -> float:
-    """Measure how many times as fast as float32 this processor multiplies bf16."""
+    """Measure how many times as fast as float32 this machine multiplies bf16."""
     return matmul_tflops("bf16", seconds=0.2) / matmul_tflops("float32", seconds=0.2)
 
 
@@ -195,6 +205,8 @@ def this_hardware(path: str | Path = ".") -> Hardware:
     if is_gpu := torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         name, memory = gpu.name, gpu.total_memory
+    elif torch.backends.mps.is_available():  # it shares the memory, and may use most of it
+        memory = min(memory, torch.mps.recommended_max_memory())
     precision = choose_precision().name
     speed = max(matmul_tflops(precision, seconds=0.3) for _ in range(3))  # others may work here too
     return Hardware(name, memory, precision, speed, _free_disk(path), is_gpu)
@@ -220,8 +232,9 @@ def machine_name() -> str:
 def peak_memory(reset: bool = False) -> int:
     """Return the most memory that this process has used so far, in bytes.
 
-    On a GPU that is what PyTorch has reserved there, elsewhere resident memory. With `reset` it is
-    counted from now on, which only a GPU and Linux can do.
+    On a GPU that is what PyTorch has reserved there (Apple's tells only what it holds now),
+    elsewhere resident memory. With `reset` it is counted from now on, which only CUDA and Linux can
+    do.
     """
     import torch
 
@@ -229,6 +242,8 @@ def peak_memory(reset: bool = False) -> int:
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_reserved()
+    if torch.backends.mps.is_available():
+        return torch.mps.driver_allocated_memory()
     if reset:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")

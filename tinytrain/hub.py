@@ -4,7 +4,8 @@ Two things are added to the clients. One small request asks first whether the hu
 they repeat a failed one for minutes. And an error says what to do next, and never shows your token.
 ModelScope's client also continues a download that was killed.
 
-For a mirror, set ``MODELSCOPE_ENDPOINT`` or ``HF_ENDPOINT``.
+For a mirror, set ``MODELSCOPE_ENDPOINT`` or ``HF_ENDPOINT``; `choose_source` tries one of Hugging
+Face's by itself, since in China the hub often cannot be reached.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from tinytrain.common import EXPORT_MARK, one_line
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 20.0  # seconds for a hub's first answer
+_MIRROR = "https://hf-mirror.com"  # of Hugging Face
 _WIKIPEDIA_FILE = "wikipedia-cn-20230720-filtered.json"
 # Of conversations, as `tinytrain.conversations.load_conversations` reads them.
 _DATA_FILES = [
@@ -33,11 +37,46 @@ _DATA_FILES = [
 _COMMIT = {"commit_message": "Upload of tinytrain"}
 
 
-def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
+def choose_source() -> str:
+    """Return the hub that answers soonest from here, "modelscope" or "huggingface"; print all.
+
+    If Hugging Face does not answer but its mirror does, ``HF_ENDPOINT`` is set to the mirror, for
+    everything that this process downloads later. If none answers, it is "modelscope", whose
+    download then says what to do.
+    """
+    hubs = {name: kind(kind.wikipedia) for name, kind in _HUBS.items()}
+    asked = {client.endpoint: client.dataset_url for client in hubs.values()}
+    usual = hubs["huggingface"].endpoint
+    if not os.environ.get("HF_ENDPOINT"):
+        asked[_MIRROR] = asked[usual].replace(usual, _MIRROR)
+    with ThreadPoolExecutor() as threads:
+        seconds = dict(zip(asked, threads.map(_seconds_to_answer, asked.values()), strict=True))
+    for endpoint, taken in seconds.items():
+        print(f"{endpoint}: " + (f"answers in {taken:.1f} s" if taken < _TIMEOUT else "no answer"))
+    if seconds.get(_MIRROR, _TIMEOUT) < _TIMEOUT == seconds[usual]:
+        os.environ["HF_ENDPOINT"] = usual = _MIRROR
+    slower = seconds[usual] >= seconds[hubs["modelscope"].endpoint]
+    return "modelscope" if slower else "huggingface"
+
+
+def _seconds_to_answer(url: str) -> float:
+    """Return how long a hub takes to show what we want of it, `_TIMEOUT` if it does not."""
+    import requests
+
+    start = time.monotonic()
+    try:
+        with requests.get(url, timeout=_TIMEOUT / 4, stream=True) as response:
+            response.raise_for_status()
+    except requests.RequestException:
+        return _TIMEOUT
+    return time.monotonic() - start
+
+
+def download_wikipedia(folder: str | Path, source: str | None = None) -> Path:
     """Download the guide's text: 254,547 articles of Chinese Wikipedia, 524 MB.
 
     A file that is in the folder already is used without asking the hub, which is "modelscope" or
-    "huggingface".
+    "huggingface"; by default that of `choose_source`.
 
     Raises
     ------
@@ -46,10 +85,12 @@ def download_wikipedia(folder: str | Path, source: str = "modelscope") -> Path:
     ConnectionError
         If the hub cannot be reached or answers with an error, or the transfer stops.
     """
-    hub, path = _find_hub(source), Path(folder) / _WIKIPEDIA_FILE
+    path = Path(folder) / _WIKIPEDIA_FILE
     if path.is_file():
         logger.info("%s: nothing to download", folder)
         return path
+    source = source or choose_source()
+    hub = _find_hub(source)
     (other,) = {*_HUBS} - {source}
     advice = (
         f' Another source is "{other}", a mirror can be named in {hub.endpoint_variable}. Without '

@@ -99,7 +99,9 @@ class MuonAdamW(torch.optim.AdamW):
                 averages.append(ahead.full_tensor() if isinstance(ahead, DTensor) else ahead)
             stacked = torch.stack(averages).to(self.dtype)
             length = 0.2 * math.sqrt(max(matrices[0].shape))
-            for p, direction in zip(matrices, _orthogonalize(stacked), strict=True):
+            # Apple's GPU adds no bf16 to float32, so back to the type of the weights.
+            directions = _orthogonalize(stacked).to(matrices[0].dtype)
+            for p, direction in zip(matrices, directions, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(_shard_like(p, direction), alpha=-group["lr"] * length)
 

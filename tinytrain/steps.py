@@ -93,15 +93,15 @@ def chat_folder(recipe: Recipe) -> Path:
     return run_folder(recipe) / "chat"
 
 
-def get_text(recipe: Recipe, source: str = "modelscope") -> Path:
+def get_text(recipe: Recipe, source: str | None = None) -> Path:
     """Return the file with the text of a recipe: written, downloaded, or your own.
 
     Parameters
     ----------
     recipe : Recipe
         Its ``corpus`` decides.
-    source : {"modelscope", "huggingface"}
-        Where the Chinese Wikipedia comes from.
+    source : {"modelscope", "huggingface"}, optional
+        Where the Chinese Wikipedia comes from; by default from the one that answers sooner.
 
     Returns
     -------

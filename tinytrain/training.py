@@ -188,8 +188,8 @@ class StepClock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Note the time once the GPU has finished the step too."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         self.times.append(time.perf_counter())
 
     def seconds(self) -> float:

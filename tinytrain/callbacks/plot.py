@@ -329,10 +329,12 @@ def _smooth(values: Sequence[float]) -> np.ndarray:
 
 
 def _memory_in_use() -> str:
-    """Return the most GPU memory that PyTorch has reserved so far, or this process's memory now."""
+    """Return the GPU memory that PyTorch has reserved, or this process's memory now."""
     import psutil
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return f"{torch.cuda.max_memory_reserved() / 1e9:.1f} GB of GPU memory"
+    if torch.backends.mps.is_available():  # Apple's
+        return f"{torch.mps.driver_allocated_memory() / 1e9:.1f} GB of GPU memory"
     return f"{psutil.Process().memory_info().rss / 1e9:.1f} GB of memory"
