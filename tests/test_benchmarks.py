@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, reference, train_step
+from benchmarks import gpu, reference, results, train_step
 from benchmarks.__main__ import PAGES, SHOWN, with_tables
 from tinytrain import steps
 
@@ -131,3 +131,20 @@ def test_pages_show_the_results_that_are_kept(page):
     assert all(f"<!-- {name}: begin -->" in text for name in shown)
     assert with_tables(text, "zh" in page) == text
     assert with_tables(text.replace("|", "¦"), "zh" in page) != text.replace("|", "¦")
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_what_a_time_is_enough_for_is_told_as_it_was_measured(page):
+    """Expected and measured bits, and what the model wrote; notebook 09 has the same numbers."""
+    kept = {row["measure"]: row for row in results("hours") if row["peer_name"] == "measured"}
+    text = (ROOT / page).read_text(encoding="utf-8")
+    told = re.findall(
+        r"^\| (\d+) (?:minutes|分钟) \| (.+?)[,，] ?(.+?) \| (.+) \|$", text, re.MULTILINE
+    )
+    assert [minutes for minutes, *_ in told] == ["5", "20", "60"]
+    notebook = (ROOT / "notebooks" / "09_scale_out.ipynb").read_text(encoding="utf-8")
+    for minutes, expected, measured, line in told:
+        row = kept[f"{minutes} minutes, poems: bits per character"]
+        assert float(expected) == pytest.approx(row["ours"], abs=0.006) and expected in notebook
+        assert float(measured) == pytest.approx(row["peer"], abs=0.006) and measured in notebook
+        assert [written for _, written in row["samples"] if written.startswith(line)]

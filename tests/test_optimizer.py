@@ -56,7 +56,7 @@ def test_a_step_is_that_of_torchs_muon(rows, columns, weight_decay):
 
 
 def test_no_operation_mixes_types():
-    # CUDA and processors convert by themselves; Apple's GPU has stopped at such operations.
+    # CUDA and processors convert by themselves; older macOS on Apple's GPU does not.
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and x.ndim]

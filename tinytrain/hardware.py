@@ -232,9 +232,8 @@ def machine_name() -> str:
 def peak_memory(reset: bool = False) -> int:
     """Return the most memory that this process has used so far, in bytes.
 
-    On a GPU that is what PyTorch has reserved there (Apple's tells only what it holds now),
-    elsewhere resident memory. With `reset` it is counted from now on, which only CUDA and Linux can
-    do.
+    On a GPU that is what PyTorch has reserved there (on Apple's, now: it keeps no peak), elsewhere
+    resident memory. With `reset` it is counted from now on, which only CUDA and Linux can do.
     """
     import torch
 

@@ -4,8 +4,8 @@ Two things are added to the clients. One small request asks first whether the hu
 they repeat a failed one for minutes. And an error says what to do next, and never shows your token.
 ModelScope's client also continues a download that was killed.
 
-For a mirror, set ``MODELSCOPE_ENDPOINT`` or ``HF_ENDPOINT``; `choose_source` tries one of Hugging
-Face's by itself, since in China the hub often cannot be reached.
+For a mirror, set ``MODELSCOPE_ENDPOINT`` or ``HF_ENDPOINT``. (None is chosen for you: the client
+would send your token there.)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import errno
 import glob
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -28,7 +29,6 @@ from tinytrain.common import EXPORT_MARK, one_line
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 20.0  # seconds for a hub's first answer
-_MIRROR = "https://hf-mirror.com"  # of Hugging Face
 _WIKIPEDIA_FILE = "wikipedia-cn-20230720-filtered.json"
 # Of conversations, as `tinytrain.conversations.load_conversations` reads them.
 _DATA_FILES = [
@@ -38,37 +38,30 @@ _COMMIT = {"commit_message": "Upload of tinytrain"}
 
 
 def choose_source() -> str:
-    """Return the hub that answers soonest from here, "modelscope" or "huggingface"; print all.
+    """Return the hub that answers sooner from here, "modelscope" or "huggingface"; print how soon.
 
-    If Hugging Face does not answer but its mirror does, ``HF_ENDPOINT`` is set to the mirror, for
-    everything that this process downloads later. If none answers, it is "modelscope", whose
-    download then says what to do.
+    If neither answers, it is "modelscope", whose download then says what to do.
     """
-    hubs = {name: kind(kind.wikipedia) for name, kind in _HUBS.items()}
-    asked = {client.endpoint: client.dataset_url for client in hubs.values()}
-    usual = hubs["huggingface"].endpoint
-    if not os.environ.get("HF_ENDPOINT"):
-        asked[_MIRROR] = asked[usual].replace(usual, _MIRROR)
+    clients = {name: hub(hub.wikipedia) for name, hub in _HUBS.items()}
     with ThreadPoolExecutor() as threads:
-        seconds = dict(zip(asked, threads.map(_seconds_to_answer, asked.values()), strict=True))
-    for endpoint, taken in seconds.items():
-        print(f"{endpoint}: " + (f"answers in {taken:.1f} s" if taken < _TIMEOUT else "no answer"))
-    if seconds.get(_MIRROR, _TIMEOUT) < _TIMEOUT == seconds[usual]:
-        os.environ["HF_ENDPOINT"] = usual = _MIRROR
-    slower = seconds[usual] >= seconds[hubs["modelscope"].endpoint]
-    return "modelscope" if slower else "huggingface"
+        answers = threads.map(_seconds_to_answer, (hub.dataset_url for hub in clients.values()))
+    seconds = dict(zip(clients, answers, strict=True))
+    for name, client in clients.items():
+        said = "no answer" if math.isinf(seconds[name]) else f"answers in {seconds[name]:.1f} s"
+        print(f"{name} ({client.endpoint}): {said}")
+    return min(seconds, key=seconds.get)
 
 
 def _seconds_to_answer(url: str) -> float:
-    """Return how long a hub takes to show what we want of it, `_TIMEOUT` if it does not."""
+    """Return how long a hub takes to show what it is asked for; infinity if it does not."""
     import requests
 
     start = time.monotonic()
     try:
-        with requests.get(url, timeout=_TIMEOUT / 4, stream=True) as response:
+        with requests.get(url, timeout=5, stream=True) as response:
             response.raise_for_status()
     except requests.RequestException:
-        return _TIMEOUT
+        return math.inf
     return time.monotonic() - start
 
 

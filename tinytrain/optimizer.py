@@ -99,7 +99,7 @@ class MuonAdamW(torch.optim.AdamW):
                 averages.append(ahead.full_tensor() if isinstance(ahead, DTensor) else ahead)
             stacked = torch.stack(averages).to(self.dtype)
             length = 0.2 * math.sqrt(max(matrices[0].shape))
-            # Apple's GPU adds no bf16 to float32, so back to the type of the weights.
+            # Back to the type of the weights: older macOS cannot add bf16 to float32 on its GPU.
             directions = _orthogonalize(stacked).to(matrices[0].dtype)
             for p, direction in zip(matrices, directions, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
