@@ -7,6 +7,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +195,23 @@ def test_a_relative_path_is_found_from_the_notebooks_folder(tmp_path, monkeypatc
     assert steps.get_text(recipe) == project / "texts" / "a.txt"
     monkeypatch.delenv("TINYTRAIN_RUNS")
     assert steps.runs_folder() == project / "runs"
+
+
+@pytest.mark.parametrize("long_paths", [0, 1])
+def test_on_windows_a_folder_with_too_long_a_name_is_told_at_once(mine, monkeypatch, long_paths):
+    """This is no Windows: what it says of itself is faked, so only our answer is tested."""
+    system = SimpleNamespace(RtlAreLongPathsEnabled=lambda: long_paths)
+    monkeypatch.setattr("ctypes.WinDLL", lambda name: system, raising=False)
+    monkeypatch.setenv("TINYTRAIN_RUNS", os.environ["TINYTRAIN_RUNS"] + "/" + "long" * 45)
+    folder = steps.run_folder(mine)
+    monkeypatch.setattr(steps.sys, "platform", "win32")
+    if long_paths:
+        assert steps.run_folder(mine) == folder
+    else:
+        with pytest.raises(OSError, match=r"too long for Windows.*TINYTRAIN_RUNS.*LongPaths"):
+            steps.run_folder(mine)
+    monkeypatch.setenv("TINYTRAIN_RUNS", os.path.dirname(os.environ["TINYTRAIN_RUNS"]))
+    assert steps.run_folder(mine).is_dir()
 
 
 def test_the_guides_hyperparameters_reach_the_model():

@@ -83,9 +83,26 @@ def run_folder(recipe: Recipe) -> Path:
         name = re.sub(r"\W+", "_", path.resolve().name.lstrip(".").split(".")[0])[:40]
         earlier = sorted(folder.parent.glob(f"{recipe.name}-*-{digest}"))  # before it was renamed
         folder = earlier[0] if earlier else folder.with_name(f"{recipe.name}-{name}-{digest}")
+    _check_length(folder)
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _check_length(folder: Path) -> None:
+    """Say before the work, not in the middle of it, that a folder's name is too long for Windows.
+
+    That takes 259 characters, of which the files of a run need up to 80, unless long paths are on.
+    """
+    if sys.platform == "win32" and len(str(folder)) > 259 - 80:
+        import ctypes
+
+        if not ctypes.WinDLL("ntdll").RtlAreLongPathsEnabled() & 1:
+            raise OSError(
+                f"{folder}: the name is too long for Windows. Choose a shorter folder "
+                "(TINYTRAIN_RUNS), or allow long paths: set LongPathsEnabled to 1, see "
+                "https://learn.microsoft.com/windows/win32/fileio/maximum-file-path-limitation"
+            )
 
 
 def chat_folder(recipe: Recipe) -> Path:
