@@ -27,8 +27,10 @@ from benchmarks import ROOT, peers, results, save
 from benchmarks.train_step import PEERS_PYTHON
 from tinytrain import steps
 from tinytrain.evaluation import bits_per_character
+from tinytrain.generation import generate
+from tinytrain.modeling import load_model
 from tinytrain.recipes import POCKET
-from tinytrain.tokenization import tokens_per_character
+from tinytrain.tokenization import load_tokenizer, tokens_per_character
 
 GUIDE = ("optimizer=adamw", "learning_rate=2e-5", "warmup_steps=200", "adam_beta2=0.999")
 GOALS = {  # bits per character of ours, as a share of theirs
@@ -47,11 +49,16 @@ def train(folder: str, text: str, *options: str) -> dict[str, Any]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"the training has failed: {os.waitstatus_to_exitcode(status)}")
-    [summary] = Path(folder).glob("*/summary.json")
-    found = json.loads(summary.read_text(encoding="utf-8"))
-    found["samples"] = found.pop("completions")
     taken = {"seconds": time.perf_counter() - start, "memory": usage.ru_maxrss * 1024 / 1e9}
-    return found | taken
+    [summary] = Path(folder).glob("*/summary.json")
+    found = json.loads(summary.read_text(encoding="utf-8")) | taken
+    found["samples"] = found.pop("completions")
+    model, tokenizer = (load(summary.parent / "model") for load in (load_model, load_tokenizer))
+    found["sampled"] = [
+        (prompt, generate(model, tokenizer, prompt, 60, temperature=0.8, top_p=0.9, seed=1))
+        for prompt, _ in found["samples"]
+    ]
+    return found
 
 
 def train_peer(name: str, text: str, minutes: float, test_size: float) -> float:
@@ -105,8 +112,9 @@ def compare(minutes: float, text: str, busy: bool, beside: bool) -> list[dict]:
             row(f"{name}: seconds", 60 * minutes, found["seconds"], "measured", "within 5%"),
             row(f"{name}: memory in GB", memory, found["memory"], "measured", "within 15%"),
         ]
-        rows[0] |= {"samples": found["samples"], "expected": plan["expected"]}
-        print(name, json.dumps(found["samples"], ensure_ascii=False), flush=True)
+        told = {key: found[key] for key in ("samples", "sampled")}
+        rows[0] |= {**told, "expected": plan["expected"]}
+        print(name, json.dumps(told, ensure_ascii=False), flush=True)
         for peer, goal in GOALS.items() if beside else ():
             theirs = train_peer(peer, text, minutes, test_size)
             print(f"{name}, {peer}: {theirs:.3f} bits per character", flush=True)
