@@ -1,6 +1,6 @@
 """Write the results of all benchmarks into the pages that show them, as tables.
 
-``python -m benchmarks`` reads ``benchmarks/results/*.json`` and replaces what stands between the
+``python -m benchmarks`` reads ``benchmarks/results/*.json`` and replaces what is between the
 marks in README.md and docs/questions.md, and in their Chinese editions.
 """
 

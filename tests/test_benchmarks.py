@@ -144,7 +144,12 @@ def test_what_a_time_is_enough_for_is_told_as_it_was_measured(page):
     assert [minutes for minutes, *_ in told] == ["5", "20", "60"]
     notebook = (ROOT / "notebooks" / "09_scale_out.ipynb").read_text(encoding="utf-8")
     for minutes, expected, measured, line in told:
-        row = kept[f"{minutes} minutes, poems: bits per character"]
+        row = kept[f"{minutes} minutes, prose: bits per character"]
         assert float(expected) == pytest.approx(row["ours"], abs=0.006) and expected in notebook
         assert float(measured) == pytest.approx(row["peer"], abs=0.006) and measured in notebook
-        assert [written for _, written in row["samples"] if written.startswith(line)]
+        assert line in dict(row["samples"]).values()
+        written = row["samples"] + row["sampled"]
+        shown = re.findall(rf"\| {minutes} minutes \| (.+?) \| (.+?) \|", notebook)
+        assert len(shown) == 3
+        for prompt, text in shown:
+            assert [w for p, w in written if p == prompt and w.startswith(text)], text
