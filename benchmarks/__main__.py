@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from functools import partial
 
-from benchmarks import ROOT, results
+from benchmarks import ROOT, gpu, results
 
 PAGES = ("README.md", "README.zh-CN.md", "docs/questions.md", "docs/questions.zh-CN.md")
 ORDER = ("train_step", "learning", "tokenization", "overhead", "estimate", "hours", "gpu")
@@ -68,6 +68,10 @@ def benchmark_table() -> str:
                     f"| {row['measure']} | {row['ours']:,} | {row['peer']:,} ({row['peer_name']}) "
                     f"| {row['ratio']:.3g} | {row['goal']}: {met} |"
                 )
+    kept = [row["measure"] for row in results("gpu")]
+    for name, key, beside, goal, _ in gpu.COMPARISONS:
+        if (measure := gpu.label(name, key)) not in kept:
+            lines.append(f"| {measure} | not measured | ({beside}) | | {goal} |")
     lines += [""] + [f"{', '.join(names)}: {machine}." for machine, names in machines.items()]
     return "\n".join(lines)
 

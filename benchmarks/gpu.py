@@ -4,7 +4,8 @@
 in turns, with the batch and the accumulation of its recipe: an optimiser that makes a step seldom
 may cost more. It needs torch and transformers with a CUDA device, and no data. What is known is
 kept after every round, so a run that is cut short leaves a result. The card's peak is looked up in
-``tinytrain.hardware.KNOWN_GPUS``, or given by ``--peak`` in TFLOP/s.
+``tinytrain.hardware.KNOWN_GPUS``, or given by ``--peak`` in TFLOP/s. ``--quick`` does it once and
+keeps nothing; without a GPU, with tiny models on the processor, to see that all of it runs.
 """
 
 from __future__ import annotations
@@ -14,21 +15,55 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 from benchmarks import ROOT, save, train_step
 from benchmarks.train_step import ours, plain
+from tinytrain import loss
 from tinytrain.costs import flops_per_token
-from tinytrain.hardware import KNOWN_GPUS
+from tinytrain.hardware import KNOWN_GPUS, matmul_tflops
 from tinytrain.modeling import recipe_config
 from tinytrain.recipes import RECIPES
+
+
+def torch_loss(hidden, weight, labels, total, *_):
+    """Compute what `tinytrain.loss.linear_cross_entropy` does, by PyTorch's own (from 2.13)."""
+    import torch
+    from torch.nn.functional import linear_cross_entropy
+
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    options = {"reduction": "sum", "options": torch.nn.LinearCrossEntropyOptions()}
+    return linear_cross_entropy(hidden.to(dtype), weight.to(dtype), labels, **options) / total
+
+
+def liger_loss(hidden, weight, labels, total, *_):
+    """Compute it by Liger Kernel's, which is written in Triton (pip install liger-kernel)."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, labels) / total
+
+
+def with_loss(function: Callable) -> Callable:
+    """Return what sets up training as `ours`, with this function for the loss."""
+
+    def set_up(*arguments, **named):
+        loss.linear_cross_entropy = function
+        return ours(*arguments, **named)
+
+    return set_up
+
 
 ROUNDS = 3
 SEED, WIKI, QWEN = (RECIPES[name] for name in ("seed", "wiki", "qwen-0.5b"))
 CONTESTANTS = {
     # how it is set up, the recipe, GB of memory that it may have
-    "guide": (plain, SEED, None),
-    "all tokens": (ours, replace(WIKI, vocab_size=None, loss_rows=QWEN.loss_rows), None),
+    "the guide's code": (plain, SEED, None),
+    "guide's model, all tokens": (
+        ours,
+        replace(WIKI, vocab_size=None, loss_rows=QWEN.loss_rows),
+        None,
+    ),
     "wiki": (ours, WIKI, None),
     "qwen-0.5b": (ours, QWEN, None),
     # The recipes' batches suit small cards; as many tokens a step in fewer and larger ones leave a
@@ -36,6 +71,30 @@ CONTESTANTS = {
     "wiki, 64 at once": (ours, replace(WIKI, batch_size=64, gradient_accumulation=1), None),
     "qwen-0.5b, 16 at once": (ours, replace(QWEN, batch_size=16, gradient_accumulation=4), None),
     "qwen-0.5b in 16 GB": (ours, QWEN, 15.5),  # CUDA itself takes half a GB
+    "wiki in fp16": (ours, replace(WIKI, precision="fp16"), None),  # as a T4 has to
+    "wiki with torch's loss": (with_loss(torch_loss), WIKI, None),
+    "wiki with Liger's loss": (with_loss(liger_loss), WIKI, None),
+}
+ON_GPU_ONLY = ("wiki in fp16", "wiki with Liger's loss")
+COMPARISONS = [
+    # ours, what is compared, beside which contestant or number, the goal, at least or at most
+    ("guide's model, all tokens", "tokens_per_second", "the guide's code", 2.0, "least"),
+    ("guide's model, all tokens", "peak", "the guide's code", 0.35, "most"),
+    ("wiki", "tokens_per_second", "the guide's code", 2.0, "least"),
+    ("wiki", "peak", "the guide's code", 0.35, "most"),
+    ("wiki", "tokens_per_second", "wiki with torch's loss", 1.0, "least"),
+    ("wiki", "tokens_per_second", "wiki with Liger's loss", 1.0, "least"),
+    ("wiki", "tflops", "the card's dense bf16 peak", 0.45, "least"),
+    ("wiki, 64 at once", "tflops", "the card's dense bf16 peak", 0.45, "least"),
+    ("qwen-0.5b", "tflops", "the card's dense bf16 peak", 0.45, "least"),
+    ("qwen-0.5b, 16 at once", "tflops", "the card's dense bf16 peak", 0.45, "least"),
+    ("qwen-0.5b in 16 GB", "peak", "16 GB", 1.0, "most"),
+    ("wiki in fp16", "tokens_per_second", "the guide's code", 2.0, "least"),
+]
+UNITS = {
+    "tokens_per_second": "tokens/s",
+    "peak": "peak memory in GB",
+    "tflops": "TFLOP/s of the model, attention counted",
 }
 
 
@@ -44,6 +103,9 @@ def measure(name: str) -> dict[str, float]:
     import torch
 
     set_up, recipe, limit = CONTESTANTS[name]
+    if not torch.cuda.is_available():
+        tiny = {"batch_size": 2, "gradient_accumulation": 2, "context_length": 64}
+        recipe, limit = replace(recipe, **train_step.TINY, **tiny, compile=False), None
     if limit:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 1e9 / total))
@@ -58,48 +120,35 @@ def measure(name: str) -> dict[str, float]:
     return {**found, "tflops": found["tokens_per_second"] * flops / 1e12}
 
 
-def table(found: dict[str, list[dict[str, float]]], card: str, peak: float) -> list[dict]:
+def label(name: str, key: str) -> str:
+    """Return what a row measures, in words."""
+    return f"{name}, on a GPU: {UNITS[key]}"
+
+
+def table(found: dict[str, list[dict[str, float]]], peak: float) -> list[dict]:
     """Return the rows of the result, from the medians of what was measured so far.
 
     Parameters
     ----------
     found : dict
         Of each contestant, what `measure` returned; a contestant that failed has nothing.
-    card : str
-        The card's name.
     peak : float
-        Its dense peak in bf16, in TFLOP/s.
+        The card's dense peak in bf16, in TFLOP/s.
     """
     median = {
         name: {what: statistics.median(run[what] for run in runs) for what in runs[0]}
         for name, runs in found.items()
         if runs
     }
-    rows = []
-
-    def add(measure: str, mine: float, theirs: float, peer: str, goal: float, least: bool):
+    numbers, rows = {"the card's dense bf16 peak": peak, "16 GB": 16.0}, []
+    for name, key, beside, goal, bound in COMPARISONS:
+        if name not in median or beside not in {**median, **numbers}:
+            continue
+        mine, theirs = median[name][key], numbers.get(beside) or median[beside][key]
         ratio = mine / theirs
-        numbers = {"ours": round(mine, 2), "peer": round(theirs, 2), "peer_name": peer}
-        met = ratio >= goal if least else ratio <= goal
-        shown = {"ratio": round(ratio, 3), "goal": goal, "met": met}
-        rows.append({"measure": measure, **numbers, **shown})
-
-    guide = median.get("guide")
-    for name in ("all tokens", "wiki"):
-        if guide and name in median:
-            label = f"guide's model on a GPU, {name}"
-            speeds = (median[name]["tokens_per_second"], guide["tokens_per_second"])
-            add(f"{label}: tokens/s", *speeds, "the guide's code", 2.0, True)
-            peaks = (median[name]["peak"], guide["peak"])
-            add(f"{label}: peak memory in GB", *peaks, "the guide's code", 0.35, False)
-    for name in ("wiki", "wiki, 64 at once", "qwen-0.5b", "qwen-0.5b, 16 at once"):
-        if name in median:
-            label = f"{name}: TFLOP/s of the model, attention counted"
-            add(label, median[name]["tflops"], peak, f"dense bf16 peak of {card}", 0.45, True)
-    name = "qwen-0.5b in 16 GB"
-    if name in median:
-        speed = f"{median[name]['tokens_per_second']:,.0f} tokens/s"
-        add(f"{name}, {speed}: peak memory in GB", median[name]["peak"], 16.0, "16 GB", 1.0, False)
+        row = {"measure": label(name, key), "ours": round(mine, 2), "peer": round(theirs, 2)}
+        row |= {"peer_name": beside, "ratio": round(ratio, 3), "goal": goal}
+        rows.append(row | {"met": ratio >= goal if bound == "least" else ratio <= goal})
     return rows
 
 
@@ -112,25 +161,32 @@ def main() -> None:
     parser.add_argument("--peak", type=float, help="dense bf16 peak of the card in TFLOP/s")
     parser.add_argument("--run", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu needs a CUDA GPU, and there is none here")
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not options.quick and not options.run:
+        sys.exit("benchmarks.gpu needs a CUDA GPU, and here is none; --quick tries it without")
     if options.run:
         print(json.dumps(measure(options.run)))
         return
-    card = torch.cuda.get_device_name()
-    known = [gpu.tflops for gpu in KNOWN_GPUS if gpu.name.split("-")[0] in card]
-    peak = options.peak or (known[0] if known else None)
-    if peak is None:
-        parser.error(f"the peak of {card} is not known: look up its dense bf16 peak, give --peak")
+    if on_gpu:
+        card = torch.cuda.get_device_name()
+        known = [gpu.tflops for gpu in KNOWN_GPUS if gpu.name.split("-")[0] in card]
+        peak = options.peak or (known[0] if known else None)
+        if peak is None:
+            parser.error(f"the peak of {card} is not known: look it up, and give it as --peak")
+    else:
+        peak = matmul_tflops("bf16")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS}
     for _ in range(1 if options.quick else ROUNDS):
         for name, runs in found.items():
+            if name in ON_GPU_ONLY and not on_gpu:
+                print(f"{name} is left out: only a GPU can do that")
+                continue
             command = [sys.executable, "-m", "benchmarks.gpu", "--run", name]
             shown = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
             if shown.returncode == 0:
                 runs.append(json.loads(shown.stdout.splitlines()[-1]))
             print(name, runs[-1] if shown.returncode == 0 else "failed", flush=True)
-        save("gpu", table(found, card, peak), options.quick)
+        save("gpu", table(found, peak), options.quick)
 
 
 if __name__ == "__main__":

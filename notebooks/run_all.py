@@ -109,7 +109,7 @@ def set_address() -> None:
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     address = project["urls"]["Repository"]
     name = address.removeprefix("https://github.com/")
-    notebooks = [*HERE.glob("[0-9]*.ipynb"), *HERE.glob("zh/[0-9]*.ipynb")]
+    notebooks = [*HERE.glob("*.ipynb"), *HERE.glob("zh/*.ipynb")]
     for path in (*notebooks, *HERE.parent.glob("README*.md")):
         text = path.read_bytes().decode()
         text = re.sub(r"(?<=tinytrain @ git\+)[^\\\"]+", lambda _: address, text)

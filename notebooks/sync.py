@@ -43,7 +43,7 @@ def pictures(cell: nbformat.NotebookNode) -> list[dict]:
 def main() -> int:
     """Write all Chinese notebooks; returns 1 if some text has to be translated."""
     untranslated = 0
-    for path in sorted(HERE.glob("[0-9]*.ipynb")):
+    for path in sorted(HERE.glob("*.ipynb")):
         twin = HERE / "zh" / path.name
         english = nbformat.read(path, as_version=4)
         chinese = nbformat.read(twin, as_version=4) if twin.exists() else nbformat.v4.new_notebook()

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENGLISH = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+ENGLISH = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [path.name for path in ENGLISH]
 PAGES = [("README.md", "README.zh-CN.md"), ("docs/questions.md", "docs/questions.zh-CN.md")]
 PAGES.append(("docs/answers.md", "docs/answers.zh-CN.md"))

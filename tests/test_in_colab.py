@@ -11,11 +11,13 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import psutil
 import pytest
 
 pytestmark = pytest.mark.colab
@@ -107,3 +109,49 @@ def test_the_set_up_cell_adds_the_last_commit_and_moves_nothing(colab):
 def test_each_notebook_runs_alone(colab, name):
     content = run(colab, committed(colab, name), name)
     assert {path.name for path in content.iterdir()} <= {f"{name}.ipynb", "runs", ".pytest_cache"}
+
+
+# Of the package that Colab has and nobody else: what notebook `colab` calls, on this machine.
+GOOGLE = {
+    "drive.py": """
+import pathlib
+def mount(path):
+    pathlib.Path(path, "MyDrive").mkdir(parents=True, exist_ok=True)
+""",
+    "files.py": """
+import shutil
+def download(path):
+    shutil.copy(path, ".")
+""",
+    "__init__.py": "",
+}
+
+
+def test_the_whole_way_in_one_notebook_though_the_machine_is_lost(colab):
+    """Kill everything during the training; a fresh machine goes on from what the Drive has."""
+    packages = next((colab.folder / "env" / "lib").glob("python*")) / "site-packages"
+    for name, source in GOOGLE.items():
+        (packages / "google" / "colab" / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / "google" / "colab" / name).write_text(source, encoding="utf-8")
+    text = nbformat.writes(committed(colab, "colab"))
+    drive = colab.folder / "drive"
+    notebook = nbformat.reads(text.replace("/content/drive", str(drive)), as_version=4)
+    colab.environment |= {"COLAB_RELEASE_TAG": "release", "TINYTRAIN_MAX_STEPS": "300"}
+
+    content = colab.folder / "content" / "killed"
+    content.mkdir(parents=True)
+    nbformat.write(notebook, content / "colab.ipynb")
+    command = [sys.executable, "-m", "nbclient", "--kernel_name=colab", "colab.ipynb"]
+    process = subprocess.Popen(command, cwd=content, env=colab.environment)
+    kept, deadline = drive / "MyDrive" / "tinytrain" / "smoke", time.monotonic() + 300
+    while not list(kept.glob("checkpoints/checkpoint-[4-9]0")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+
+    content = run(colab, notebook, "colab")
+    log = (kept / "training.log").read_text(encoding="utf-8")
+    assert "checkpoint-" in log.split("training starts")[1]
+    assert json.loads((kept / "summary.json").read_text(encoding="utf-8"))["finished"]
+    assert (content / "export.zip").stat().st_size > 100_000

@@ -24,6 +24,9 @@ ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 NOTEBOOKS = {path.stem: nbformat.read(path, as_version=4) for path in PATHS}
 EACH = pytest.mark.parametrize("name", NOTEBOOKS)
+# The whole way in one notebook; it has no outputs, as nobody here has its GPU.
+ALL = NOTEBOOKS | {"colab": nbformat.read(ROOT / "notebooks" / "colab.ipynb", as_version=4)}
+EACH_OF_ALL = pytest.mark.parametrize("name", ALL)
 
 
 def code(notebook):
@@ -43,7 +46,7 @@ def test_they_are_all_here():
 @pytest.mark.parametrize("installed", [True, False])
 def test_the_set_up_cell_installs_what_is_not_installed(installed, monkeypatch):
     """From the address in pyproject.toml; the cell is short, and the same in all notebooks."""
-    (cell,) = {code(notebook)[0].source for notebook in NOTEBOOKS.values()}
+    (cell,) = {code(notebook)[0].source for notebook in ALL.values()}
     assert len([line for line in cell.splitlines() if line]) <= 4
     calls = []
     shell = SimpleNamespace(run_line_magic=lambda *call: calls.append(call))
@@ -76,9 +79,9 @@ def test_another_address_gets_everywhere_and_changes_nothing_else(tmp_path, monk
         assert (tmp_path / name).read_bytes() == before.replace(old, b"someone/else"), name
 
 
-@EACH
+@EACH_OF_ALL
 def test_papermill_finds_the_cell_of_parameters(name):
-    first, *others = code(NOTEBOOKS[name])
+    first, *others = code(ALL[name])
     assert first.metadata.tags == ["parameters"] and "\nrecipe = None " in first.source
     assert [cell for cell in others if "get_recipe(recipe, " in cell.source]
     assert not [cell for cell in others if cell.metadata.get("tags")]
@@ -105,9 +108,9 @@ def client_of(notebook):
     return client
 
 
-@EACH
+@EACH_OF_ALL
 def test_valid_and_small(name):
-    nbformat.validate(NOTEBOOKS[name])
+    nbformat.validate(ALL[name])
     assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size < 500_000
 
 
@@ -147,9 +150,9 @@ def test_opening_and_close(name):
         assert f"]({following[0]}.ipynb)" in texts[-1]
 
 
-@EACH
+@EACH_OF_ALL
 def test_links_between_notebooks_lead_somewhere(name):
-    for link in re.findall(r"\]\(([^)#:]+)\)", "\n".join(prose(NOTEBOOKS[name]))):
+    for link in re.findall(r"\]\(([^)#:]+)\)", "\n".join(prose(ALL[name]))):
         assert (ROOT / "notebooks" / link).exists(), link
 
 
@@ -169,7 +172,7 @@ def test_the_readme_leads_to_each_notebook_here_and_in_colab():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     address = project["urls"]["Repository"].replace("https://github.com/", "")
-    for name in NOTEBOOKS:
+    for name in ALL:
         assert f"](notebooks/{name}.ipynb)" in readme
         assert f"/github/{address}/blob/main/notebooks/{name}.ipynb)" in readme
 
