@@ -68,9 +68,10 @@ def benchmark_table() -> str:
                     f"| {row['measure']} | {row['ours']:,} | {row['peer']:,} ({row['peer_name']}) "
                     f"| {row['ratio']:.3g} | {row['goal']}: {met} |"
                 )
-    kept = [row["measure"] for row in results("gpu")]
+    kept = [(row["measure"], row["peer_name"]) for row in results("gpu")]
     for name, key, beside, goal, _ in gpu.COMPARISONS:
-        if (measure := gpu.label(name, key)) not in kept:
+        measure = gpu.label(name, key)
+        if goal and (measure, beside) not in kept:
             lines.append(f"| {measure} | not measured | ({beside}) | | {goal} |")
     lines += [""] + [f"{', '.join(names)}: {machine}." for machine, names in machines.items()]
     return "\n".join(lines)

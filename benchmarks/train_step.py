@@ -62,29 +62,33 @@ def plain(recipe, folder: str, batch: int, context: int, accumulation: int = 1):
     return Trainer(
         model=Qwen2ForCausalLM(recipe_config(recipe)),
         args=arguments,
-        train_dataset=_blocks(recipe, batch * accumulation, context),
+        train_dataset=[
+            {"input_ids": row["input_ids"].tolist()}  # as datasets hands them over
+            for row in _blocks(recipe, batch * accumulation, context)
+        ],
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
 
 
-def ours(recipe, folder: str, batch: int, context: int, accumulation: int = 1):
+def ours(recipe, folder: str, batch: int, context: int, accumulation: int = 1, fixed: bool = True):
     """Set up the Trainer as notebook 05 does."""
     from tinytrain import runs, steps
     from tinytrain.hardware import choose_precision
     from tinytrain.modeling import recipe_config
 
     blocks = _blocks(recipe, batch * accumulation, context)
+    # Else a GPU with memory to spare gets larger batches.
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     return runs.assemble(
         recipe,
         folder,
         choose_precision(recipe.precision).name,
         model=steps.get_model(recipe, recipe_config(recipe)),
         blocks={"train": blocks, "test": blocks},
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
         max_steps=STEPS,
         save_strategy="no",
         eval_strategy="no",
+        **(sizes if fixed else {}),
     )
 
 
@@ -104,7 +108,7 @@ def _blocks(recipe, blocks_per_step: int, context: int):
 
     shape = (blocks_per_step * STEPS, context)
     ids = np.random.default_rng(0).integers(recipe.vocab_size or 151_665, size=shape)
-    return [{"input_ids": row.tolist()} for row in ids]
+    return [{"input_ids": row} for row in ids]
 
 
 def contestants(quick: bool) -> dict:

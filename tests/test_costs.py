@@ -10,6 +10,7 @@ from tinytrain.costs import (
     count_parameters,
     estimate,
     flops_per_token,
+    larger_batches,
     plot_memory,
     plot_parameters,
 )
@@ -183,3 +184,17 @@ def test_the_memory_bar_is_the_estimate_and_tells_the_cards_that_are_too_small(n
     precision = f"in {RECIPES[name].precision or 'bf16'}"
     millions = f"{cost.parameters['total'] / 1e6:.1f}M parameters"
     assert millions in figure.get_suptitle() and precision in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("gpu", KNOWN_GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("name", ["seed", "wiki", "qwen-0.5b"])
+def test_a_gpu_with_memory_to_spare_gets_larger_batches(name, gpu):
+    recipe = RECIPES[name]
+    larger = larger_batches(recipe, gpu)
+    assert larger.tokens_per_step == recipe.tokens_per_step
+    if larger == recipe:  # the next size would take more than half
+        doubled = replace(recipe, batch_size=2 * recipe.batch_size)
+        assert estimate(doubled, gpu).memory["total"] > gpu.memory / 2
+    else:
+        assert larger.batch_size > recipe.batch_size
+        assert estimate(larger, gpu).memory["total"] < gpu.memory / 2 + 600_000_000  # libraries

@@ -31,6 +31,14 @@ def test_orthogonalizing_keeps_the_directions():
     assert (mixed - torch.diag(mixed.diagonal())).abs().max() < 1e-3
 
 
+def test_fp16_orthogonalizes_gradients_that_it_could_not_hold():
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 20, 60) * 1e-9  # in fp16 all of it would be 0
+    result = _orthogonalize(matrices, dtype=torch.float16)
+    assert result.dtype == torch.float16
+    assert (result.float() - _orthogonalize(matrices)).abs().max() < 0.02
+
+
 def test_zero_gradients():
     assert _orthogonalize(torch.zeros(4, 6)).abs().max() == 0
 

@@ -142,6 +142,7 @@ def _training_memory(config: Qwen2Config, recipe: Recipe, hardware: Any) -> dict
 
     On a CPU, two steps of several small models measured within 3% of this where freed memory went
     back to the system at once, and up to 1.5 times this with Linux's default allocator.
+    On an H200, `wiki` and `qwen-0.5b` took 1.01 to 1.12 times this.
     """
     mixed = (recipe.precision or hardware.precision) != "float32"
     size = 2 if mixed else 4
@@ -149,15 +150,16 @@ def _training_memory(config: Qwen2Config, recipe: Recipe, hardware: Any) -> dict
     hidden, inner, key_value = config.hidden_size, config.intermediate_size, _key_width(config)
     layers, tokens = config.num_hidden_layers, recipe.batch_size * recipe.context_length
 
+    recompute = recipe.compile and not hardware.is_gpu
     if recipe.compile:
-        # The input; queries and the attention's inputs and output, and likewise keys and values;
-        # the output, gate, up and down products.
-        per_layer = 4 * hidden + size * (5 * hidden + 4 * key_value + 2 * inner)
+        # The input, and on a GPU two more of its size; queries and the attention's inputs and
+        # output, and likewise keys and values; the output, gate, up and down products.
+        floats = (4 if recompute else 12) * hidden
+        per_layer = floats + size * (5 * hidden + 4 * key_value + 2 * inner)
     else:
         inputs = (5 if mixed else 2) * hidden
         per_layer = 16 * hidden + size * (inputs + 2 * hidden + 2 * key_value + 4 * inner)
     kept = layers * per_layer
-    recompute = recipe.compile and not hardware.is_gpu
     if recompute:  # the input, what attention made, and all of the layer that recomputes
         attention = size * hidden + 4 * config.num_attention_heads
         kept = layers * (4 * hidden + attention) + per_layer
@@ -181,6 +183,33 @@ def _training_memory(config: Qwen2Config, recipe: Recipe, hardware: Any) -> dict
         "activations": tokens * (kept + last_norm) + copies,
         "logits": logits,
     }
+
+
+def larger_batches(recipe: Recipe, hardware: Any) -> Recipe:
+    """Return the recipe with the blocks of a step in as few batches as half of the memory holds.
+
+    A step learns from the same blocks, and a large GPU is idle less often. An ``Estimate`` may err,
+    so the other half stays free.
+
+    Examples
+    --------
+    >>> from tinytrain.hardware import KNOWN_GPUS
+    >>> from tinytrain.recipes import RECIPES
+    >>> for gpu in KNOWN_GPUS[0], KNOWN_GPUS[-1]:
+    ...     wiki = larger_batches(RECIPES["wiki"], gpu)
+    ...     print(gpu.name, wiki.batch_size, wiki.gradient_accumulation)
+    T4 32 2
+    H100-80G 64 1
+    """
+    blocks = recipe.batch_size * recipe.gradient_accumulation
+    config = replace(recipe, vocab_size=recipe.vocab_size or 151_665)
+    largest = recipe.batch_size
+    for size in range(recipe.batch_size, blocks + 1):
+        if blocks % size == 0:
+            memory = _training_memory(config, replace(config, batch_size=size), hardware)
+            if sum(memory.values()) <= hardware.memory / 2:
+                largest = size
+    return replace(recipe, batch_size=largest, gradient_accumulation=blocks // largest)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(part, narrow.T, out=buffer[: len(part)])
             for first in range(0, len(part), few):
                 piece = logits[first : first + few], label[first : first + few]
+                if compiled:  # the last slice is shorter; a vocabulary of any size would be slow
+                    for tensor in piece:
+                        torch._dynamo.maybe_mark_dynamic(tensor, 0)
                 loss += _compiled()(*piece) if compiled else _to_gradient(*piece, work, needs_grad)
             if needs_grad:
                 grad_hidden[start : start + rows] = logits @ narrow
@@ -91,9 +94,14 @@ class _TiedEmbedding(torch.autograd.Function):
             del narrow
         else:  # nothing was learned from the loss
             grad_table = torch.zeros_like(table)
-        ids, grad_rows = ids.flatten()[None], grad_rows.flatten(0, -2).to(table.dtype)
-        # A sparse tensor, which sums the rows of one token in a fixed order, on a GPU as well.
-        grad_table += torch.sparse_coo_tensor(ids, grad_rows, table.shape, check_invariants=False)
+        ids, grad_rows = ids.flatten(), grad_rows.flatten(0, -2).to(table.dtype)
+        # Both sum the rows of one token in a fixed order; each is slow on the other device.
+        if table.is_cuda:
+            grad_table.index_put_((ids,), grad_rows, accumulate=True)
+        else:
+            grad_table += torch.sparse_coo_tensor(
+                ids[None], grad_rows, table.shape, check_invariants=False
+            )
         return None, grad_table, None
 
 
@@ -128,7 +136,7 @@ def _to_gradient_at_once(logits: torch.Tensor, label: torch.Tensor) -> torch.Ten
 @functools.cache
 def _compiled() -> Any:
     torch._dynamo.config.suppress_errors = True  # where compiling fails, it runs as it is
-    return torch.compile(_to_gradient_at_once, dynamic=True)
+    return torch.compile(_to_gradient_at_once)
 
 
 def linear_cross_entropy(
@@ -196,7 +204,7 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = F
     if not hasattr(model, "model") or head is None or getattr(head, "bias", None) is not None:
         raise ValueError(f"{type(model).__name__} has no parts `model` and `lm_head` without bias")
     # A class of its own, not a function in the model: a copy on a second GPU keeps its own parts.
-    kind = type(model)
+    kind, plain_head = type(model), type(head)
 
     @functools.wraps(kind.forward)  # the Trainer looks at the arguments
     def forward(
@@ -219,10 +227,17 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = F
         hidden = self.model(input_ids, *args, **kwargs).last_hidden_state
         hidden = hidden[:, :-1].flatten(0, 1)  # each position predicts the next token
         labels, total = labels[:, 1:].flatten(), num_items_in_batch
-        options = total, rows, compiled, deferred
-        loss = linear_cross_entropy(hidden, self.lm_head.weight, labels, *options)
-        return CausalLMOutputWithPast(loss=loss)
+        return CausalLMOutputWithPast(loss=self.lm_head(hidden, labels, total, deferred))
+
+    def head_forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None, *options: Any):
+        """Compute the loss here, where FSDP has the whole of the weight."""
+        if labels is None:
+            return plain_head.forward(self, hidden)
+        total, deferred = options
+        return linear_cross_entropy(hidden, self.weight, labels, total, rows, compiled, deferred)
 
     # The same name: it is written into the saved configuration.
-    own = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    model.__class__ = type(kind.__name__, (kind,), own)
+    for part, function in ((model, forward), (head, head_forward)):
+        own = type(part)
+        methods = {"forward": function, "__module__": own.__module__, "__doc__": own.__doc__}
+        part.__class__ = type(own.__name__, (own,), methods)

@@ -18,11 +18,15 @@ from transformers import PreTrainedModel
 
 # Of a polynomial that, applied again and again, drives all singular values to about 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_ELEMENTS_AT_ONCE = 16 * 2**20  # more saves no time, only costs memory
+_ELEMENTS_AT_ONCE = 16 * 2**20  # more saves no time on a processor, only costs memory
 
 
-def _orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def _orthogonalize(
+    matrices: torch.Tensor, steps: int = 5, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Return about ``U V^T`` for each matrix ``U S V^T``, with singular values of 0.7 to 1.2.
+
+    ``dtype`` is what the products are computed in; by default that of the matrices.
 
     By a Newton-Schulz iteration: K. Jordan et al., "Muon: An optimizer for hidden layers in neural
     networks", 2024, https://kellerjordan.github.io/posts/muon/.
@@ -32,7 +36,8 @@ def _orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = matrices.mT if upright else matrices  # the products of the short side are the small ones
     shape = x.shape
     x = x.reshape(-1, *shape[-2:])
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    # Before the type changes: fp16 knows no gradients as small as they are late in a run.
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(dtype or x.dtype)
     for _ in range(steps):
         # x becomes a x + (b p + c p p) x, with the products p = x x^T.
         products = x @ x.mT
@@ -48,7 +53,7 @@ class MuonAdamW(torch.optim.AdamW):
     Both use one learning rate: Muon's step is scaled so that its elements are on average as large
     as AdamW's usually are, 0.2 times the rate (J. Liu et al., "Muon is Scalable for LLM Training",
     2025, arXiv:2502.16982). Its running average remembers 1 / (1 - momentum) steps; its directions
-    are computed in ``dtype``, and rough ones are enough: bfloat16, where that is fast.
+    are computed in ``dtype``, and rough ones are enough: bfloat16 or float16, where that is fast.
     """
 
     def __init__(
@@ -83,27 +88,28 @@ class MuonAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def _muon_step(self, group: dict[str, Any]) -> None:
         for matrices in _batches_of_one_shape(p for p in group["params"] if p.grad is not None):
-            averages = []
             for p in matrices:
-                state = self.state[p]
-                if not state:
+                if not self.state[p]:
                     # AdamW expects a count of steps wherever it loads a state.
-                    state["step"] = torch.tensor(0.0)
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                state["step"] += 1
-                average = state["momentum_buffer"]
-                average.lerp_(p.grad, 1 - group["momentum"])
-                # A look ahead (Nesterov): the average as it will be if the next gradient is this.
-                ahead = p.grad.lerp(average, group["momentum"])
-                # With FSDP this rank holds a shard only.
-                averages.append(ahead.full_tensor() if isinstance(ahead, DTensor) else ahead)
-            stacked = torch.stack(averages).to(self.dtype)
-            length = 0.2 * math.sqrt(max(matrices[0].shape))
+                    self.state[p]["step"] = torch.tensor(0.0)
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                self.state[p]["step"] += 1
+            gradients = [p.grad for p in matrices]
+            averages = [self.state[p]["momentum_buffer"] for p in matrices]
+            # All at once: a GPU would wait for the start of each small operation.
+            torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+            # A look ahead (Nesterov): the average as it will be if the next gradient is this.
+            ahead = torch._foreach_mul(averages, group["momentum"])
+            torch._foreach_add_(ahead, gradients, alpha=1 - group["momentum"])
+            if isinstance(ahead[0], DTensor):  # with FSDP this rank holds a shard only
+                ahead = [shard.full_tensor() for shard in ahead]
+            directions = _orthogonalize(torch.stack(ahead), dtype=self.dtype)
             # Back to the type of the weights: older macOS cannot add bf16 to float32 on its GPU.
-            directions = _orthogonalize(stacked).to(matrices[0].dtype)
-            for p, direction in zip(matrices, directions, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(_shard_like(p, direction), alpha=-group["lr"] * length)
+            directions = directions.to(matrices[0].dtype).unbind()
+            steps = [_shard_like(*pair) for pair in zip(matrices, directions, strict=True)]
+            length = 0.2 * math.sqrt(max(matrices[0].shape))
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, steps, alpha=-group["lr"] * length)
 
 
 def _shard_like(p: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -116,13 +122,14 @@ def _shard_like(p: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _batches_of_one_shape(params: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Return lists of matrices of one shape, of `_ELEMENTS_AT_ONCE` or one matrix at most."""
+    """Return lists of matrices of one shape, of some elements or of one matrix at most."""
     shapes: dict[torch.Size, list[torch.Tensor]] = {}
     for p in params:
         shapes.setdefault(p.shape, []).append(p)
     lists = []
     for shape, same in shapes.items():
-        number = max(1, _ELEMENTS_AT_ONCE // shape.numel())
+        elements = _ELEMENTS_AT_ONCE * (4 if same[0].is_cuda else 1)
+        number = max(1, elements // shape.numel())
         lists += [same[start : start + number] for start in range(0, len(same), number)]
     return lists
 

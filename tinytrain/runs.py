@@ -41,6 +41,8 @@ def assemble(
 ) -> Trainer:
     """Put a run together, ready for its ``train()``.
 
+    On a GPU with memory to spare, the blocks of a step go through it in fewer and larger batches.
+
     Parameters
     ----------
     recipe : Recipe
@@ -63,8 +65,13 @@ def assemble(
     -------
     transformers.Trainer
     """
-    from tinytrain import training
+    import torch
 
+    from tinytrain import costs, hardware, training
+
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        recipe = costs.larger_batches(recipe, hardware.Hardware("this GPU", free, precision, 0))
     if blocks is None:
         blocks = steps.get_blocks(recipe)
         few = min(len(blocks["test"]), recipe.eval_blocks or len(blocks["test"]))
@@ -150,13 +157,14 @@ def get_optimizer(recipe: Recipe) -> Callable[..., Any] | None:
 
         from tinytrain.optimizer import muon_adamw
 
+        half = torch.bfloat16 if arguments.bf16 else torch.float16
         return muon_adamw(
             model,
             lr=arguments.learning_rate,
             weight_decay=arguments.weight_decay,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             eps=arguments.adam_epsilon,
-            dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
+            dtype=half if arguments.bf16 or arguments.fp16 else torch.float32,
         )
 
     return make
@@ -321,7 +329,7 @@ def train_recipe(
     called = time.monotonic()
     # `accelerate launch --use_fsdp` says it so.
     fsdp = fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if fsdp and world_size() == 1:
+    if fsdp and "LOCAL_RANK" not in os.environ:  # which torchrun sets, for a single process too
         raise ValueError(
             "FSDP shares a model out to several processes and here is one: start them with "
             "`torchrun --standalone --nproc-per-node 2 -m tinytrain train --fsdp`"
@@ -367,7 +375,7 @@ def train_recipe(
             result = _measure(recipe, tokenizer, loss, **known)
     # Or NCCL complains at the end. Gloo does not, and were it to go before the model that uses it,
     # the process might never end: PyTorch 2.13 then waits for a thread which waits for Python.
-    if world_size() > 1 and "nccl" in torch.distributed.get_backend():
+    if torch.distributed.is_initialized() and "nccl" in torch.distributed.get_backend():
         torch.distributed.destroy_process_group()
     return result
 

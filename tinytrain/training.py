@@ -296,6 +296,8 @@ def build_trainer(
             raise ValueError(
                 f"the {name} text gives no full block: use more text or a shorter context_length"
             )
+    if hasattr(train_blocks, "with_format"):  # lists of Python's numbers would take longer to make
+        train_blocks = train_blocks.with_format("numpy")
     with writing_to(arguments.output_dir):  # the Trainer makes the folder at once
         Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
     trainer = _PretrainingTrainer(
