@@ -141,7 +141,8 @@ def test_the_whole_way_in_one_notebook_though_the_machine_is_lost(colab):
     content = colab.folder / "content" / "killed"
     content.mkdir(parents=True)
     nbformat.write(notebook, content / "colab.ipynb")
-    command = [sys.executable, "-m", "nbclient", "--kernel_name=colab", "colab.ipynb"]
+    execute = Path(sys.executable).with_name("jupyter-execute")
+    command = [execute, "--kernel_name=colab", "colab.ipynb"]
     process = subprocess.Popen(command, cwd=content, env=colab.environment)
     kept, deadline = drive / "MyDrive" / "tinytrain" / "smoke", time.monotonic() + 300
     while not list(kept.glob("checkpoints/checkpoint-[4-9]0")):
