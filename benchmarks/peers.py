@@ -16,22 +16,22 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 
 BATCH, CONTEXT, STEPS, WARM_UP = 8, 256, 12, 3
 VOCAB_SIZE, WIDTH, INNER, LAYERS, HEADS, GROUPS = 4096, 256, 768, 4, 4, 2
 
 
-def litgpt():
-    """Return loss and update as in ``litgpt/pretrain.py``, with its default precision, on a CPU."""
+def litgpt(precision=None):
+    """Return loss and update as in ``litgpt/pretrain.py`` on a CPU, by default in its precision."""
     import lightning
     import torch
     from litgpt.config import Config
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy, get_default_supported_precision
 
-    fabric = lightning.Fabric(
-        accelerator="cpu", devices=1, precision=get_default_supported_precision(training=True)
-    )
+    precision = precision or get_default_supported_precision(training=True)
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=precision)
     config = Config(
         block_size=CONTEXT,
         padded_vocab_size=VOCAB_SIZE,
@@ -101,7 +101,11 @@ def llms_from_scratch():
     return loss_of, update
 
 
-MODELS = {"litgpt": litgpt, "llms-from-scratch": llms_from_scratch}
+MODELS = {
+    "litgpt": litgpt,
+    "litgpt in float32": partial(litgpt, "32-true"),
+    "llms-from-scratch": llms_from_scratch,
+}
 
 
 def train(name: str, file: str, seconds: float) -> dict[str, float]:

@@ -7,7 +7,8 @@ time), each contestant in a process of its own and in turns:
   with a row for each of the 151,665 tokens and once with as many as the recipe keeps;
 - the model of recipe ``pocket``, by the Trainer with its defaults, by litgpt and by
   llms-from-scratch (see ``benchmarks/peers.py``; `make benchmark` installs them) and by ours, with
-  AdamW like the others, once compiled as litgpt's is, and with the recipe's own optimiser.
+  AdamW like the others, once compiled as litgpt's is, and with the recipe's own optimiser; and in
+  float32, for processors without bf16.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def contestants(quick: bool) -> dict:
     # Muon pays at the recipe's batch, not at one of 4 blocks; the peers use AdamW too.
     wiki = replace(wiki, optimizer="adamw")
     large, small = (QUICK, QUICK) if quick else (GUIDE, POCKET)
+    float32 = replace(pocket, optimizer="adamw", precision="float32")
     return {
         "guide": (plain, seed, large),
         "all tokens": (ours, replace(wiki, vocab_size=seed.vocab_size, loss_rows=rows), large),
@@ -130,7 +132,10 @@ def contestants(quick: bool) -> dict:
         "pocket": (ours, replace(pocket, optimizer="adamw"), small),
         "pocket, compiled": (compiled, replace(pocket, optimizer="adamw"), small),
         "pocket, its optimiser": (ours, pocket, small),
+        "pocket in float32": (ours, float32, small),
+        "pocket in float32, compiled": (compiled, float32, small),
         "litgpt": None,
+        "litgpt in float32": None,
         "llms-from-scratch": None,
     }
 
@@ -161,6 +166,7 @@ def measured_elsewhere(name: str, quick: bool) -> dict[str, float]:
     return json.loads(shown.stdout.splitlines()[-1])
 
 
+FLOAT32 = "pocket's model in float32"
 COMPARISONS = [
     # ours, peer, what is compared, goal, what it is called
     ("all tokens", "guide", "tokens_per_second", 2.5, "guide's model, all 151,665 tokens"),
@@ -171,11 +177,21 @@ COMPARISONS = [
     ("pocket, compiled", "litgpt", "tokens_per_second", 1.3, "pocket's model, compiled as well"),
     ("pocket", "llms-from-scratch", "tokens_per_second", 1.3, "pocket's model"),
     ("pocket, its optimiser", "Trainer", "tokens_per_second", None, "pocket's model with Muon"),
+    ("pocket in float32", "Trainer", "tokens_per_second", 1.3, FLOAT32),
+    ("pocket in float32", "llms-from-scratch", "tokens_per_second", 1.3, FLOAT32),
+    (
+        "pocket in float32, compiled",
+        "litgpt in float32",
+        "tokens_per_second",
+        1.3,
+        f"{FLOAT32}, compiled as well",
+    ),
 ]
 PEER_NAMES = {
     "guide": "the guide's code, with the repair that lets it save",
     "Trainer": "the Trainer with its defaults",
     "litgpt": "litgpt, as its pretrain does on a CPU: bf16, compiled",
+    "litgpt in float32": "litgpt, compiled",
     "llms-from-scratch": "llms-from-scratch, its Llama with its training step",
 }
 
