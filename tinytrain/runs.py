@@ -69,7 +69,7 @@ def assemble(
 
     from tinytrain import costs, hardware, training
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and world_size() == 1:  # several would have to agree
         free, _ = torch.cuda.mem_get_info()
         recipe = costs.larger_batches(recipe, hardware.Hardware("this GPU", free, precision, 0))
     if blocks is None:
