@@ -82,7 +82,7 @@ def test_memory_of_the_guides_model():
     memory = memory_of()
     assert memory["weights"] == memory["gradients"] == 4 * 123_287_552
     assert memory["optimizer"] == 8 * 123_287_552
-    assert memory["logits"] == 3 * 4 * 16 * 512 * 151_665
+    assert memory["logits"] == 4 * 4 * 16 * 512 * 151_665
     assert memory["total"] == sum(memory.values()) - memory["total"]
     assert memory_of(precision="fp16") == memory
     sliced = memory_of(loss_rows=512)

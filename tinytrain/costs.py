@@ -136,7 +136,8 @@ def _training_memory(config: Qwen2Config, recipe: Recipe, hardware: Any) -> dict
     attention's output (``s h``, and a float32 value a head), but no copies of the matrices; what
     one layer holds while it recomputes is counted once.
 
-    Logits take 12 bytes each: float32 log-probabilities and two float32 gradients exist together.
+    Logits take 12 bytes each: float32 log-probabilities and two float32 gradients exist together;
+    and 4 more on a GPU in mixed precision, by what the guide's code was seen to take on an H200.
     With ``loss_rows`` only a slice exists, which becomes its own gradient, and the gradient of the
     output matrix waits for the rest of the backward pass.
 
@@ -171,7 +172,7 @@ def _training_memory(config: Qwen2Config, recipe: Recipe, hardware: Any) -> dict
     if recipe.optimizer == "muon":  # one average of each of the layers' matrices, not two
         averages -= sum(rows * columns for rows, columns in _layer_matrices(config))
 
-    logits = 12 * tokens * config.vocab_size
+    logits = (16 if mixed and hardware.is_gpu else 12) * tokens * config.vocab_size
     if recipe.loss_rows:
         numbers = min(recipe.loss_rows, tokens) * config.vocab_size
         in_float32 = 0 if recipe.compile else 4 * min(numbers, 2**22)
