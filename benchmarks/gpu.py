@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 from benchmarks import ROOT, save, train_step
 from benchmarks.train_step import ours, plain
@@ -74,7 +73,7 @@ def with_loss(function: Callable) -> Callable:
 
 ROUNDS = 2
 SEED, WIKI, QWEN = (RECIPES[name] for name in ("seed", "wiki", "qwen-0.5b"))
-as_it_comes = partial(ours, fixed=False)  # in as few batches as the memory allows
+as_it_comes = functools.partial(ours, fixed=False)  # in as few batches as the memory allows
 CONTESTANTS = {
     # how it is set up, the recipe, GB of memory that it may have
     "the guide's code": (plain, SEED, None),

@@ -43,10 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = torch.mm(part, narrow.T, out=buffer[: len(part)])
             for first in range(0, len(part), few):
                 piece = logits[first : first + few], label[first : first + few]
-                if compiled:  # the last slice is shorter; a vocabulary of any size would be slow
-                    for tensor in piece:
-                        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-                loss += _compiled()(*piece) if compiled else _to_gradient(*piece, work, needs_grad)
+                loss += _fused(*piece) if compiled else _to_gradient(*piece, work, needs_grad)
             if needs_grad:
                 grad_hidden[start : start + rows] = logits @ narrow
                 if dtype == sum_dtype:
@@ -139,6 +136,13 @@ def _compiled() -> Any:
     return torch.compile(_to_gradient_at_once)
 
 
+def _fused(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Compile once for any number of positions; for any vocabulary too, it would be slow."""
+    for tensor in (logits, label):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _compiled()(logits, label)
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -229,11 +233,10 @@ def save_loss_memory(model: PreTrainedModel, rows: int = 512, compiled: bool = F
         labels, total = labels[:, 1:].flatten(), num_items_in_batch
         return CausalLMOutputWithPast(loss=self.lm_head(hidden, labels, total, deferred))
 
-    def head_forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None, *options: Any):
+    def head_forward(self, hidden, labels=None, total=None, deferred=None):
         """Compute the loss here, where FSDP has the whole of the weight."""
         if labels is None:
             return plain_head.forward(self, hidden)
-        total, deferred = options
         return linear_cross_entropy(hidden, self.weight, labels, total, rows, compiled, deferred)
 
     # The same name: it is written into the saved configuration.

@@ -320,7 +320,7 @@ def train_recipe(
     Raises
     ------
     ValueError
-        If ``fsdp`` is asked of a single process.
+        If ``fsdp`` is asked of a process that no launcher has started.
     """
     import torch
 
