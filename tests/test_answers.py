@@ -35,7 +35,7 @@ NUMBERS = {
 
 # What else an answer says, as it is printed; what depends on a full training is left out.
 CLAIMS = {
-    "01.4": r"T4 +20\.9 GB +no .*\n.*\n.*\nA100-40G +20\.9 GB +yes +1[0-9] min",
+    "01.4": r"T4 +25\.9 GB +no .*\n.*\n.*\nA100-40G +25\.9 GB +yes +1[0-9] min",
     "02.3": r"^(8|9)\d%$",
     "02.4": r"broken\.json",
     "03.1": r"\('🐼', \d+\)(, \('<0x[^']+', \d+\)){2}(, \('[149]', \d+\)){4}\]",
