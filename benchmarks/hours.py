@@ -3,9 +3,9 @@
 ``python -m benchmarks.hours --text my.jsonl --minutes 5 20 60`` trains for so long each, as a user
 would, on a text that should not be one of the study's: bits per character, time, memory. ``--busy``
 does it beside a program that computes all the time. ``--peers`` trains as long, on the same text
-and measured on the same held-out documents: recipe ``pocket``, its model with the guide's numbers,
-and that model by the training commands of litgpt and llms-from-scratch (`make benchmark` installs
-them).
+and measured on the same held-out documents: recipe ``pocket`` with four layers, its model with the
+guide's numbers, and that model by the training commands of litgpt and llms-from-scratch (`make
+benchmark` installs them).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import ROOT, peers, results, save
+from benchmarks import FOUR_LAYERS, ROOT, peers, results, save
 from benchmarks.train_step import PEERS_PYTHON
 from tinytrain import steps
 from tinytrain.evaluation import bits_per_character
@@ -32,9 +32,10 @@ from tinytrain.modeling import load_model
 from tinytrain.recipes import POCKET
 from tinytrain.tokenization import load_tokenizer, tokens_per_character
 
+FOUR = "recipe pocket with four layers"
 GUIDE = ("optimizer=adamw", "learning_rate=2e-5", "warmup_steps=200", "adam_beta2=0.999")
 GOALS = {  # bits per character of ours, as a share of theirs
-    "recipe pocket": 0.9,
+    FOUR: 0.9,
     "the guide's optimiser and rate": 0.75,
     "litgpt": 0.9,
     "llms-from-scratch": 0.9,
@@ -65,15 +66,17 @@ def train_peer(name: str, text: str, minutes: float, test_size: float) -> float:
     """Train as a peer does; return its bits per character."""
     if name not in peers.MODELS:
         options = ["--recipe", "pocket", "--set", f"hours={minutes / 60}", f"test_size={test_size}"]
-        options += GUIDE if name != "recipe pocket" else ()
+        options += [f"{field}={value}" for field, value in FOUR_LAYERS.items()]
+        options += GUIDE if name != FOUR else ()
         with tempfile.TemporaryDirectory() as folder:
             return train(folder, text, *options)["bits_per_character"]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TINYTRAIN_RUNS"] = folder
-        recipe = replace(POCKET, corpus=text, test_size=test_size)
+        recipe = replace(POCKET, **FOUR_LAYERS, corpus=text, test_size=test_size)
         blocks, file = steps.get_blocks(recipe), Path(folder) / "blocks.npz"
         np.savez(file, **{key: np.array(rows["input_ids"]) for key, rows in blocks.items()})
-        command = [str(PEERS_PYTHON), peers.__file__, name, str(file), str(60 * minutes)]
+        command = [str(PEERS_PYTHON), peers.__file__, name, *peers.shape(recipe)]
+        command += [str(file), str(60 * minutes)]
         shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         held_out = steps.get_split(recipe)["test"]["text"]
         rate = tokens_per_character(steps.get_tokenizer(recipe), held_out)

@@ -1,9 +1,10 @@
-"""What is learned in equal time: recipe ``pocket`` beside what a reader would otherwise use.
+"""What is learned in equal time, beside what a reader would otherwise use.
 
-``python -m benchmarks.learning --text my.jsonl`` trains models of one shape on one text, five
-minutes of training each, in turns, and compares bits per character on the held-out tenth. Every
-run plans its schedule from its own speed, so that a fast one sees more text. Without ``--text`` it
-reads the built-in text, which is too easy to tell recipes apart.
+``python -m benchmarks.learning --text my.jsonl`` trains recipe ``pocket`` with four layers and
+models of the same shape on one text, five minutes of training each, in turns, and compares bits per
+character on the held-out tenth. Every run plans its schedule from its own speed, so that a fast one
+sees more text. Without ``--text`` it reads the built-in text, which is too easy to tell recipes
+apart.
 
 ``--choices`` instead changes one number of the recipe at a time, which is how they were chosen;
 with ``--width 512`` in a model of that width, its learning rate scaled as the recipes say.
@@ -20,14 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import ROOT, save
+from benchmarks import FOUR_LAYERS, ROOT, save
 from tinytrain import runs, steps
 from tinytrain.callbacks import read_history
 from tinytrain.evaluation import bits_per_character
 from tinytrain.recipes import RECIPES, Recipe
 from tinytrain.tokenization import tokens_per_character
 
-OURS = RECIPES["pocket"]
+OURS = replace(RECIPES["pocket"], **FOUR_LAYERS)
 # What both peers have in common: the Trainer's own loss and optimiser, float32 where no GPU is.
 PLAIN = {"optimizer": "adamw", "precision": "float32", "loss_rows": None, "adam_beta2": 0.999}
 PLAIN |= {"lr_scheduler": "cosine", "attention": "sdpa"}

@@ -1,11 +1,12 @@
 """The model of recipe ``pocket`` as litgpt and as llms-from-scratch train it.
 
 Run by ``benchmarks.train_step`` and ``benchmarks.hours`` with a Python that has these two and not
-tinytrain, so nothing of this project is imported here. ``python benchmarks/peers.py litgpt`` prints
-its speed and memory as a line of JSON; with a file of token blocks and a number of seconds it
-trains for so long and prints the held-out loss. Both get what their own training commands do:
-litgpt's ``pretrain`` compiles the model and computes in bf16 mixed precision, on a CPU too, with a
-rate that falls to a tenth by a cosine; llms-from-scratch's ``train_model_simple`` does neither.
+tinytrain, so nothing of this project is imported here. ``python benchmarks/peers.py litgpt 2 512``
+prints its speed and memory with 2 layers, whose MLPs are 512 wide, as a line of JSON; with a file
+of token blocks and a number of seconds it trains for so long and prints the held-out loss. Both get
+what their own training commands do: litgpt's ``pretrain`` compiles the model and computes in bf16
+mixed precision, on a CPU too, with a rate that falls to a tenth by a cosine; llms-from-scratch's
+``train_model_simple`` does neither.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 
 BATCH, CONTEXT, STEPS, WARM_UP = 8, 256, 12, 3
-VOCAB_SIZE, WIDTH, INNER, LAYERS, HEADS, GROUPS = 4096, 256, 768, 4, 4, 2
+VOCAB_SIZE, WIDTH, HEADS, GROUPS = 4096, 256, 4, 2
 
 
-def litgpt(precision=None):
+def litgpt(layers, inner, precision=None):
     """Return loss and update as in ``litgpt/pretrain.py`` on a CPU, by default in its precision."""
     import lightning
     import torch
@@ -35,11 +37,11 @@ def litgpt(precision=None):
     config = Config(
         block_size=CONTEXT,
         padded_vocab_size=VOCAB_SIZE,
-        n_layer=LAYERS,
+        n_layer=layers,
         n_head=HEADS,
         n_query_groups=GROUPS,
         n_embd=WIDTH,
-        intermediate_size=INNER,
+        intermediate_size=inner,
         rotary_percentage=1.0,
         parallel_residual=False,
         bias=False,
@@ -68,7 +70,7 @@ def litgpt(precision=None):
     return loss_of, update
 
 
-def llms_from_scratch():
+def llms_from_scratch(layers, inner):
     """Return loss and update as in ``train_model_simple``, for the faster of its Llama models."""
     import torch
     from llms_from_scratch.llama3 import Llama3ModelFast
@@ -79,8 +81,8 @@ def llms_from_scratch():
             "context_length": CONTEXT,
             "emb_dim": WIDTH,
             "n_heads": HEADS,
-            "n_layers": LAYERS,
-            "hidden_dim": INNER,
+            "n_layers": layers,
+            "hidden_dim": inner,
             "n_kv_groups": GROUPS,
             "rope_base": 1_000_000.0,
             "rope_freq": None,
@@ -101,14 +103,19 @@ def llms_from_scratch():
     return loss_of, update
 
 
+def shape(recipe) -> list[str]:
+    """Return a recipe's layers and the width of their MLPs, as this command takes them."""
+    return [str(recipe.num_hidden_layers), str(recipe.intermediate_size)]
+
+
 MODELS = {
     "litgpt": litgpt,
-    "litgpt in float32": partial(litgpt, "32-true"),
+    "litgpt in float32": partial(litgpt, precision="32-true"),
     "llms-from-scratch": llms_from_scratch,
 }
 
 
-def train(name: str, file: str, seconds: float) -> dict[str, float]:
+def train(make: Callable, file: str, seconds: float) -> dict[str, float]:
     """Train on a file's blocks ``train`` by the clock; return the loss on its blocks ``test``."""
     import numpy as np
     import torch
@@ -116,7 +123,7 @@ def train(name: str, file: str, seconds: float) -> dict[str, float]:
     blocks = {key: torch.from_numpy(ids).long() for key, ids in np.load(file).items()}
     torch.manual_seed(0)
     start, batches = time.perf_counter(), []
-    loss_of, update = MODELS[name]()
+    loss_of, update = make()
     while (done := (time.perf_counter() - start) / seconds) < 1:
         if not batches:  # an epoch, in an order of its own
             batches = [*torch.randperm(len(blocks["train"])).split(BATCH)]
@@ -127,11 +134,11 @@ def train(name: str, file: str, seconds: float) -> dict[str, float]:
     return {"loss": statistics.mean(losses)}
 
 
-def measure(name: str) -> dict[str, float]:
+def measure(make: Callable) -> dict[str, float]:
     """Train some steps; return the tokens a second and the peak of memory in GB."""
     import torch
 
-    (loss_of, update), times = MODELS[name](), []
+    (loss_of, update), times = make(), []
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
         ids = torch.randint(VOCAB_SIZE, (BATCH, CONTEXT + 1), generator=generator)
@@ -144,5 +151,6 @@ def measure(name: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    name, *given = sys.argv[1:]
-    print(json.dumps(train(name, given[0], float(given[1])) if given else measure(name)))
+    name, layers, inner, *given = sys.argv[1:]
+    make = partial(MODELS[name], int(layers), int(inner))
+    print(json.dumps(train(make, given[0], float(given[1])) if given else measure(make)))

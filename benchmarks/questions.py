@@ -1,7 +1,7 @@
 """What learners ask about the hyperparameters of a run, answered by changing one of them at a time.
 
-``python -m benchmarks.questions --text my.jsonl`` trains the model of recipe ``pocket``, each time
-in a process of its own:
+``python -m benchmarks.questions --text my.jsonl`` trains recipe ``pocket`` with four layers, each
+time in a process of its own:
 
 - context: 64 to 1,024 tokens, always 2,048 a step, and what of the text whole chunks of that length
   (the guide's, with Qwen2.5's tokenizer) would keep;
@@ -26,7 +26,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import ROOT, save
+from benchmarks import FOUR_LAYERS, ROOT, save
 from tinytrain.recipes import RECIPES, Recipe
 
 STEPS, WIDE_STEPS, SECONDS = 200, 100, 60
@@ -37,7 +37,8 @@ def variants(text: str | None, quick: bool) -> dict[str, dict[str, Recipe]]:
     """Return the recipes to compare: by question, then by the value that is asked about."""
     corpus = text or "encyclopedia"
     # Some five million characters of prose: more than any of these runs reads.
-    base = replace(RECIPES["pocket"], name="questions", corpus=corpus, max_documents=1200)
+    base = replace(RECIPES["pocket"], **FOUR_LAYERS, name="questions", corpus=corpus)
+    base = replace(base, max_documents=1200)
     if quick:
         base = replace(base, max_documents=300, vocab_size=1024)
     wide = replace(base, hidden_size=512, intermediate_size=1536, learning_rate=4e-3)

@@ -158,7 +158,9 @@ def measure(set_up, recipe, batch: int, context: int, accumulation: int = 1) -> 
 def measured_elsewhere(name: str, quick: bool) -> dict[str, float]:
     """Measure in a process of its own, with the peers' Python where it is one of theirs."""
     if name in peers.MODELS:
-        command = [str(PEERS_PYTHON), str(Path(peers.__file__)), name]
+        from tinytrain.recipes import RECIPES
+
+        command = [str(PEERS_PYTHON), peers.__file__, name, *peers.shape(RECIPES["pocket"])]
     else:
         command = [sys.executable, "-m", "benchmarks.train_step", "--run", name]
         command += ["--quick"] if quick else []

@@ -208,11 +208,11 @@ def _losses_of_rows(
         ids = [torch.from_numpy(rows[number][begin:end]) for _, number, begin, end, _ in batch]
         ids = pad_sequence(ids, batch_first=True).to(model.device)
         with evaluating(model):
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
             targets = ids[:, 1:]
-            nats = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
-            hits = logits.argmax(-1) == targets
-        found = torch.stack([nats, hits.float()]).cpu().numpy()
+            nats = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
+            hits = logits.argmax(-1) == targets.flatten()
+        found = torch.stack([nats, hits.float()]).unflatten(1, targets.shape).cpu().numpy()
         for line, (_, number, begin, end, first) in enumerate(batch):
             new = slice(first - 1 - begin, end - 1 - begin)
             losses[number][:, first - 1 : end - 1] = found[:, line, new]

@@ -114,20 +114,23 @@ def measure_text(recipe: Recipe) -> Text:
 
 
 def sized_recipe(base: Recipe, width: int, on_gpu: bool = False) -> Recipe:
-    """Return the recipe of a width, made from one with the shape of ``pocket``.
+    """Return the recipe of a width, made from one like ``pocket``.
 
-    There is a layer for every 64 of width. The learning rate is that of ``pocket`` up to its width,
-    and goes down as the width goes up from there. A GPU gets longer blocks and more of them at
-    once, or it would be idle.
+    It has the shape of the models that were measured: a layer for every 64 of width, and MLPs that
+    are three times as wide. The learning rate is that of ``pocket`` up to its width, and goes down
+    as the width goes up from there. A GPU gets longer blocks and more of them at once, or it would
+    be idle.
     """
     slower = min(1, POCKET.hidden_size / width)
-    on_gpu_only = {"context_length": 512, "batch_size": 16, "attention": "sdpa", "compile": True}
+    on_gpu_only = {"context_length": 512, "batch_size": 16, "compile": True}
     return replace(
         recipes.with_width(base, width),
+        intermediate_size=3 * width,
         num_hidden_layers=max(2, width // 64),
         learning_rate=float(f"{POCKET.learning_rate * slower:.2g}"),
         chat_learning_rate=float(f"{POCKET.chat_learning_rate * slower:.2g}"),
         lr_scheduler="linear",
+        attention="sdpa" if on_gpu else "eager",  # a tenth faster with 256 tokens in bf16
         **(on_gpu_only if on_gpu else {}),
     )
 

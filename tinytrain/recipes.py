@@ -104,7 +104,7 @@ class Recipe:
     seed: int = 42  # initial weights and the order of the blocks
     precision: str | None = None  # None: the best that the hardware computes itself
     loss_rows: int | None = None  # positions whose logits exist at once; None: all, as the guide
-    attention: str = "sdpa"  # PyTorch's fused one; "eager": plain products, for short contexts
+    attention: str = "sdpa"  # PyTorch's fused one; "eager": plain products
     compile: bool = False  # fuse the layers' small operations; takes a while at the start
     halve_batch: bool = True  # if the GPU's memory is too small: half the batch, twice as often
 
@@ -164,11 +164,11 @@ def _allowed(name: str, value: object, kind: str) -> str | None:
 
 SEED = Recipe(name="seed", drop_duplicates=False, packing=False)
 
-# The hyperparameters of "wiki" and "qwen-0.5b" are those that learned most in "pocket" on real
-# text, each changed by itself (`python -m benchmarks.learning --choices`; the results are in
-# benchmarks/NOTES.md). One rule carries them over: the learning rate goes down as the width goes up
-# (Yang et al., "Tensor Programs V", 2022, arXiv:2203.03466), 8e-3 x 256 / width. At width 512 half
-# and twice that learned less in 280 steps; a long run has not been measured.
+# The hyperparameters of "wiki" and "qwen-0.5b" are those that learned most in a "pocket" of four
+# layers on real text, each changed by itself (`python -m benchmarks.learning --choices`; the results
+# are in benchmarks/NOTES.md). One rule carries them over: the learning rate goes down as the width
+# goes up (Yang et al., "Tensor Programs V", 2022, arXiv:2203.03466), 8e-3 x 256 / width. At width 512
+# half and twice that learned less in 280 steps; a long run has not been measured.
 WIKI = replace(
     SEED,
     name="wiki",
@@ -205,24 +205,24 @@ POCKET = Recipe(
     vocab_size=4096,  # with 151,665 tokens nearly all of a small model would be embeddings
     context_length=256,  # an article of the built-in text fits in
     hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=4,
+    intermediate_size=384,  # with twice that it knows no more of the built-in text
+    num_hidden_layers=2,  # nor with four layers: facts need width rather than depth
     num_attention_heads=4,  # heads of 64
     num_key_value_heads=2,
     optimizer="muon",  # learned more in equal time than AdamW at its best rate
     learning_rate=8e-3,  # half or twice as much learned less, or no more
+    lr_scheduler="linear",  # to 0, as `wiki`
     warmup_steps=60,
     adam_beta2=0.95,
     batch_size=8,  # a short run learns more from many small steps than from half as many large ones
     gradient_accumulation=1,
-    max_steps=600,  # two to ten minutes on two processor cores, whatever the length of the text
+    max_steps=600,  # one to four minutes on two processor cores, whatever the length of the text
     logging_steps=5,
     eval_steps=100,
     save_steps=100,
     eval_blocks=32,
     sample_steps=60,
     loss_rows=1024,  # the loss in slices that suit a processor's cache
-    attention="eager",  # a tenth faster with 256 tokens in bf16 on a processor
     chat_learning_rate=2e-3,  # half as much learned less, and 1e-3 at width 512 by the rule above
 )
 
