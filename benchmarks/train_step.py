@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 from benchmarks import ROOT, peers, save
 

@@ -164,11 +164,11 @@ def _allowed(name: str, value: object, kind: str) -> str | None:
 
 SEED = Recipe(name="seed", drop_duplicates=False, packing=False)
 
-# The hyperparameters of "wiki" and "qwen-0.5b" are those that learned most in a "pocket" of four
-# layers on real text, each changed by itself (`python -m benchmarks.learning --choices`; the results
-# are in benchmarks/NOTES.md). One rule carries them over: the learning rate goes down as the width
-# goes up (Yang et al., "Tensor Programs V", 2022, arXiv:2203.03466), 8e-3 x 256 / width. At width 512
-# half and twice that learned less in 280 steps; a long run has not been measured.
+# The hyperparameters of "wiki" and "qwen-0.5b" are those that learned most on real text in a
+# "pocket" of four layers, each changed by itself (`python -m benchmarks.learning --choices`; see
+# benchmarks/NOTES.md). One rule carries them over: the learning rate goes down as the width goes up
+# (Yang et al., "Tensor Programs V", 2022, arXiv:2203.03466), 8e-3 x 256 / width. At width 512 half
+# and twice that learned less in 280 steps; a long run has not been measured.
 WIKI = replace(
     SEED,
     name="wiki",
