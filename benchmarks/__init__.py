@@ -19,7 +19,7 @@ print_any_character()  # of tables in Chinese, into a file on Windows
 
 ROOT = Path(__file__).resolve().parent.parent
 # The shape of `pocket` in the hours of comparisons on real text, kept so that their numbers stay
-# comparable. The recipe's own is smaller: it is for the built-in text.
+# comparable. The recipe's own is smaller.
 FOUR_LAYERS = {"num_hidden_layers": 4, "intermediate_size": 768}
 FOUR_LAYERS |= {"lr_scheduler": "cosine", "attention": "eager"}
 
