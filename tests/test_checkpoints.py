@@ -156,6 +156,10 @@ def test_checkpoints_of_another_run_are_kept_aside_and_the_difference_named(
         ({"gradient_accumulation_steps": 2}, "batch of a step was 8, is 16"),
         ({"seed": 1}, "seed was 42, is 1"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type was linear, is cosine"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
+            "lr_scheduler_kwargs was None, is {'power",
+        ),
         ({"max_steps": 9}, "max_steps was 20, is 9"),
         ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, None),
         ({"per_device_eval_batch_size": 4, "weight_decay": 0.10, "optim": "adamw_torch"}, None),

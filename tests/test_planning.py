@@ -12,6 +12,8 @@ from benchmarks.scaling import fitted_rows
 from tinytrain import callbacks, planning, results, runs
 from tinytrain.checkpoints import train
 from tinytrain.common import Speedometer, read_history
+from tinytrain.costs import count_parameters
+from tinytrain.modeling import recipe_config
 from tinytrain.recipes import POCKET, Recipe
 
 PROSE = planning.Text(32_000_000, 0.85, 7.9)
@@ -152,6 +154,14 @@ def test_of_sizes_nearly_as_good_the_smallest_is_taken():
 def test_the_learning_rate_goes_down_only_above_the_width_of_pocket():
     rates = [planning.sized_recipe(POCKET, width).learning_rate for width in (64, 256, 512)]
     assert rates == [POCKET.learning_rate, POCKET.learning_rate, POCKET.learning_rate / 2]
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_a_plan_has_the_shape_that_the_law_was_fitted_to(width):
+    recipe = planning.sized_recipe(POCKET, width)
+    parameters = count_parameters(recipe_config(recipe))["total"]
+    fitted = [row for row in fitted_rows() if row["vocabulary"] == recipe.vocab_size]
+    assert {parameters} == {row["parameters"] for row in fitted if row["hidden"] == width}
 
 
 def test_more_of_everything_is_better_and_a_text_read_again_teaches_less():
