@@ -120,7 +120,7 @@ def main() -> None:
     ours = learn(base, options.seconds)
     show("ours", ours)
     goals = dict(zip(PEERS, (0.75, 0.90), strict=True))
-    measure = f"held-out bits per character after {options.seconds:.0f} s"
+    measure = f"four layers: held-out bits per character after {options.seconds:.0f} s"
     rows = []
     for name in options.only or peers:
         found = learn(replace(base, **peers[name]), options.seconds)
@@ -128,7 +128,7 @@ def main() -> None:
         ratio = ours["bits"] / found["bits"]
         rows.append(
             {
-                "measure": f"four layers: {measure}",
+                "measure": measure,
                 "ours": round(ours["bits"], 3),
                 "peer": round(found["bits"], 3),
                 "peer_name": name,
