@@ -69,6 +69,22 @@ def break_weights():
     Trainer.training_step = broken
 
 
+def interrupt_at_the_worst_moment():
+    """Interrupt this process in step 6, when it has told the others that nobody interrupts it."""
+    from tinytrain.callbacks import stop
+
+    gather, calls = stop.gather, []
+
+    def interrupted(tensor):
+        gathered = gather(tensor)
+        calls.append(tensor)
+        if len(calls) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return gathered
+
+    stop.gather = interrupted
+
+
 def allow_fsdp_on_a_cpu():
     """Let FSDP work on CPUs as it does on GPUs: accelerate offers it only there."""
     from accelerate import PartialState
@@ -235,13 +251,9 @@ def test_a_loss_that_one_process_alone_sees_stops_all(runs):
 
 
 def test_what_interrupts_one_process_stops_all_after_the_same_step(runs):
-    run = Run(runs, 2, *LONG)
-    wait_for(lambda: whole_checkpoints(runs))
-    os.kill(run.processes[1].pid, signal.SIGINT)
-    written = run.end(code=130)
-    assert "by another process; a checkpoint is saved" in written[0]
-    last = whole_checkpoints(runs)[-1]
-    assert f"stopped at step {last}" in written[0]
+    written = Run(runs, 2, *LONG, patches={1: interrupt_at_the_worst_moment}).end(code=130)
+    assert "stopped at step 7 by another process; a checkpoint is saved" in written[0]
+    assert whole_checkpoints(runs) == [5, 7]
     assert (runs / "smoke" / "model" / "model.safetensors").is_file()
 
 

@@ -97,18 +97,20 @@ class StopCallback(TrainerCallback):
             if self._watched.exists():
                 self._watched.unlink(missing_ok=True)
                 self.reason = self.reason or f"the file {self._watched.name}"
-        if args.world_size > 1:  # the most urgent request counts for all ranks
-            urgency = 2 if self._fatal else 1 if self.reason else 0
-            highest = int(gather(torch.tensor(urgency, device=args.device)).max())
-            if highest > urgency:
-                self.reason = "another process"
-                self._fatal = signal.SIGTERM if highest == 2 else None
-        if self.reason and state.global_step < state.max_steps:
+        urgency = 2 if self._fatal else 1 if self.reason else 0
+        # The most urgent request counts for all ranks; a signal that comes from here on waits for
+        # the next step, since no other rank would hear of it in this one.
+        if args.world_size > 1:
+            urgency = int(gather(torch.tensor(urgency, device=args.device)).max())
+        if urgency and state.global_step < state.max_steps:
+            self.reason = self.reason or "another process"
+            if urgency == 2:
+                self._fatal = self._fatal or signal.SIGTERM
             self.on_substep_end(args, state, control)
             control.should_training_stop = True
             control.should_save = True
             control.should_log = True
-            control.should_evaluate = not self._fatal and args.eval_strategy != "no"
+            control.should_evaluate = urgency < 2 and args.eval_strategy != "no"
 
     def on_train_end(self, args, state, control, **kwargs):
         """Log what you can do now, and let a signal take its course."""
