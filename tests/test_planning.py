@@ -119,7 +119,7 @@ def test_what_others_do_for_a_moment_does_not_count(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("psutil.cpu_count", lambda: 2)
     # Times, and the seconds that this process and all have computed: both cores busy at first.
-    looks = iter([(0, 0, 0), (0.3, 0, 0.6), (1.3, 0, 1.3), (2.3, 0, 1.3)])
+    looks = iter([(0, 0, 0), (0.1, 0, 0.2), (1.1, 0, 0.9), (2.1, 0, 0.9)])
     monkeypatch.setattr(callbacks.ShareCores, "_look", lambda self: next(looks))
     before = torch.get_num_threads()
     torch.set_num_threads(2)

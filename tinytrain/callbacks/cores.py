@@ -35,7 +35,7 @@ class ShareCores(TrainerCallback):
         """Look for a moment, longer if others compute, before this process computes itself."""
         fixed = "OMP_NUM_THREADS" in os.environ or torch.accelerator.is_available()
         self._last = None if fixed else self._look()
-        for moment in (0.3, 1.0, 1.0) if self._last else ():
+        for moment in (0.1, 1.0, 1.0) if self._last else ():
             time.sleep(moment)
             self._share()
             if torch.get_num_threads() == self._most:  # if not, others may soon have finished
