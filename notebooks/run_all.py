@@ -28,8 +28,8 @@ LOG_LINE = re.compile(r"^[\d-]+ [\d:]+ - (?:INFO|WARNING): (.*)")
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
-# For the kernels. Python looks through all that it imports for garbage, again and again, and takes it
-# apart at the end, where ipykernel may also wait for itself: two seconds a notebook.
+# For the kernels. Python looks through all that it imports for garbage, again and again, and takes
+# it apart at the end, where ipykernel may also wait for itself: two seconds a notebook.
 FASTER = "import atexit, gc, os; gc.set_threshold(100_000, 50, 50); atexit.register(os._exit, 0);"
 
 
@@ -93,6 +93,7 @@ def run_notebook(path: Path, begun: float) -> nbformat.NotebookNode:
         on_cell_execute=announce,
         record_timing=False,
         coalesce_streams=True,
+        # The kernel's own warnings are not for the reader.
         extra_arguments=["--log-level=40", f"--IPKernelApp.exec_lines={FASTER}"],
     )
     client.begun = begun
