@@ -5,6 +5,7 @@ what is killed runs under the real launcher. Losses are compared in float32 with
 part in ten thousand: sums come about in another order when they are shared.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -69,17 +71,16 @@ def break_weights():
     Trainer.training_step = broken
 
 
-def interrupt_at_the_worst_moment():
-    """Interrupt this process in step 6, when it has told the others that nobody interrupts it."""
+def stop_at_the_worst_moment(number):
+    """Send this process a signal in step 6, just after it has told the others that it has none."""
     from tinytrain.callbacks import stop
 
-    gather, calls = stop.gather, []
+    gather, steps = stop.gather, itertools.count(1)
 
     def interrupted(tensor):
         gathered = gather(tensor)
-        calls.append(tensor)
-        if len(calls) == 6:
-            signal.raise_signal(signal.SIGINT)
+        if next(steps) == 6:
+            signal.raise_signal(number)
         return gathered
 
     stop.gather = interrupted
@@ -250,11 +251,14 @@ def test_a_loss_that_one_process_alone_sees_stops_all(runs):
     assert re.search(r"Its batch is blocks (\d+, ){7}\d+ of the training set", written[0])
 
 
-def test_what_interrupts_one_process_stops_all_after_the_same_step(runs):
-    written = Run(runs, 2, *LONG, patches={1: interrupt_at_the_worst_moment}).end(code=130)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+def test_what_stops_one_process_stops_all_after_the_same_step(number, code, runs):
+    patches = {1: partial(stop_at_the_worst_moment, number)}
+    written = Run(runs, 2, *LONG, patches=patches).end(code)
     assert "stopped at step 7 by another process; a checkpoint is saved" in written[0]
     assert whole_checkpoints(runs) == [5, 7]
-    assert (runs / "smoke" / "model" / "model.safetensors").is_file()
+    # A signal that ends the process leaves time for a checkpoint only.
+    assert (runs / "smoke" / "model").exists() == (number == signal.SIGINT)
 
 
 LAUNCHERS = {

@@ -501,8 +501,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # PyTorch and transformers make a million objects, which Python would look through for garbage
-    # again and again while it imports them, and once more at the end: a second each.
-    gc.set_threshold(100_000, 50, 50)
+    # Importing PyTorch and transformers makes 400,000 objects. The garbage collector would search
+    # them again and again meanwhile, and once more at the end: up to a second each time.
+    gc.set_threshold(100_000)
     atexit.register(gc.freeze)
     sys.exit(main())
