@@ -41,7 +41,7 @@ test-notebooks: .venv/ready
 	TINYTRAIN_RUNS="$$PWD/build/test-runs" $(BIN)/python -m pytest -v $(LONG)
 
 test-package: .venv/ready
-	$(BIN)/python -m pytest -v -n 1 $(LONG:%=--ignore=%)
+	$(BIN)/python -m pytest -v -n 1 --doctest-modules $(LONG:%=--ignore=%) tests tinytrain
 
 .venv/browser: .venv/ready
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt playwright
@@ -95,7 +95,8 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# JupyterLab saves what it runs: copies are the reader's, and the checkout stays as it is.
+# JupyterLab saves what it runs: copies are the reader's, and the checkout stays as it is. What the
+# notebooks link to goes with them.
 lab: .venv/ready  ## open JupyterLab in your own copies of the notebooks, in runs/notebooks
 	@mine="$${TINYTRAIN_RUNS:-runs}/notebooks"; \
 	case "$$mine" in "~/"*) mine="$$HOME/$${mine#*/}";; esac; \
@@ -105,6 +106,7 @@ lab: .venv/ready  ## open JupyterLab in your own copies of the notebooks, in run
 		[ -e "$$copy" ] || cp "$$new" "$$copy"; \
 		[ ! "$$new" -nt "$$copy" ] || echo "$$new is newer than $$copy; delete yours to get it"; \
 	done; \
+	cp -RL docs README*.md "$$mine/.."; \
 	exec $(BIN)/python -m jupyterlab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) "$$mine/$(if $(filter zh,$(EDITION)),zh/)01_gpu_check.ipynb"
 
 notebooks: .venv/ready  ## run the notebooks and keep their outputs in place, to be committed

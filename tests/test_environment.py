@@ -121,7 +121,7 @@ def test_the_targets_in_a_folder_of_any_name(name, tmp_path):
     for neighbour in (tmp_path / "我", checkout.parent / "tiny", checkout.parent / "train"):
         neighbour.mkdir()
     (checkout / "build" / "test-runs" / "smoke").mkdir(parents=True)
-    for file in ("Makefile", "pyproject.toml", "constraints.txt", "notebooks"):
+    for file in ("Makefile", "pyproject.toml", "constraints.txt", "notebooks", "docs", "README.md"):
         (checkout / file).symlink_to(ROOT / file)
     python = checkout / ".venv" / "bin" / "python"  # writes down how it is called
     python.write_text('#!/bin/sh\nprintf "%s\\n" "$TINYTRAIN_RUNS" "$@" >>called\n')
@@ -151,6 +151,7 @@ def test_the_targets_in_a_folder_of_any_name(name, tmp_path):
     make("lab", TINYTRAIN_RUNS="~/mine", HOME=str(checkout / "home"))
     for folder in (checkout / "runs", mine, checkout / "home" / "mine"):
         assert len(list((folder / "notebooks").rglob("*.ipynb"))) == 20  # ten, in two editions
+        assert (folder / "docs" / "glossary.md").is_file() and (folder / "README.md").is_file()
     shutil.rmtree(mine)
     make("clean")
     assert not (checkout / ".venv").exists() and (checkout / "runs").exists()

@@ -30,6 +30,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def larger_batches(recipe: Recipe, precision: str) -> Recipe:
+    """Return the recipe with fewer and larger batches a step, if a GPU has memory to spare."""
+    import torch
+
+    from tinytrain import costs, hardware
+
+    if not torch.cuda.is_available() or world_size() > 1:  # several would have to agree
+        return recipe
+    free, _ = torch.cuda.mem_get_info()
+    return costs.larger_batches(recipe, hardware.Hardware("this GPU", free, precision, 0))
+
+
 def assemble(
     recipe: Recipe,
     folder: str | Path,
@@ -65,13 +77,9 @@ def assemble(
     -------
     transformers.Trainer
     """
-    import torch
+    from tinytrain import training
 
-    from tinytrain import costs, hardware, training
-
-    if torch.cuda.is_available() and world_size() == 1:  # several would have to agree
-        free, _ = torch.cuda.mem_get_info()
-        recipe = costs.larger_batches(recipe, hardware.Hardware("this GPU", free, precision, 0))
+    recipe = larger_batches(recipe, precision)
     if blocks is None:
         blocks = steps.get_blocks(recipe)
         few = min(len(blocks["test"]), recipe.eval_blocks or len(blocks["test"]))

@@ -224,14 +224,14 @@ class _LossPlot:
         loss, rate = self._axes
         if reference:
             band = reference["train"]
-            label = f"normal: between these, {len(reference['seeds'])} other seeds"
+            label = f"normal range ({len(reference['seeds'])} other seeds)"
             low, high = _smooth(band["low"]), _smooth(band["high"])
             # With edges: seeds differ by little, and the line of the run covers the middle.
             style = {"facecolor": "#f2b134", "edgecolor": "#c77f00", "linewidth": 1.5}
             loss.fill_between(band["step"], low, high, alpha=0.7, label=label, **style)
         label = "train, each logged loss"
         (raw,) = loss.plot([], [], color=_TRAIN_COLOR, alpha=0.3, linewidth=1, label=label)
-        label = f"train, mean of {2 * _HALF_WINDOW + 1} logged losses around"
+        label = f"train, mean of the {2 * _HALF_WINDOW + 1} nearest losses"
         (smoothed,) = loss.plot([], [], color=_TRAIN_COLOR, linewidth=1.5, label=label)
         (held_out,) = loss.plot([], [], "o-", color=_HELD_OUT_COLOR, ms=5, label="held-out")
         (rates,) = rate.plot([], [], color="#555555", linewidth=1.5)
