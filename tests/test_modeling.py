@@ -18,7 +18,6 @@ from tinytrain.modeling import (
     QWEN2_5_0_5B,
     build_model,
     compile_layers,
-    expected_initial_loss,
     initial_loss,
     load_model,
     qwen2_config,
@@ -153,7 +152,6 @@ def test_the_initial_loss_is_near_that_of_guessing():
     model = build_model(small_config(vocab_size=5000))
     ids = torch.randint(0, 5000, (8, 64), generator=torch.Generator().manual_seed(0))
     loss = initial_loss(model, ids)
-    assert expected_initial_loss(5000) == math.log(5000)
     assert loss == pytest.approx(math.log(5000), abs=0.15)
     assert initial_loss(model, ids.tolist()) == pytest.approx(loss)
     assert model.training

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,21 +247,13 @@ def _tell_failure_in_a_line(record: logging.LogRecord) -> bool:
     return error is None
 
 
-def expected_initial_loss(vocab_size: int) -> float:
-    """Return the loss of a model that finds all tokens equally likely: ln(vocab_size), in nats.
-
-    >>> round(expected_initial_loss(151_665), 2)
-    11.93
-    """
-    return math.log(vocab_size)
-
-
 def initial_loss(model: PreTrainedModel, input_ids: Sequence[Sequence[int]]) -> float:
     """Return the mean cross-entropy of a model on some blocks, in nats per token.
 
-    For an untrained model it should be a little above `expected_initial_loss`: random logits that
-    vary by ``sigma`` add about ``sigma ** 2 / 2``. Much more points at a mistake in the initial
-    weights, much less at one in the labels. ``input_ids`` has the shape (blocks, context_length).
+    For an untrained model it should be a little above ``ln(vocab_size)``, the loss of a uniform
+    guess: random logits that vary by ``sigma`` add about ``sigma ** 2 / 2``. Much more points at a
+    mistake in the initial weights, much less at one in the labels. ``input_ids`` has the shape
+    (blocks, context_length).
     """
     import torch
 

@@ -184,8 +184,8 @@ def plot_plans(plans: Mapping[str, Sequence[Plan]]) -> Figure:
     """Draw the expected bits over the size of the model, a curve and its best size for each time.
 
     The dotted line leads through the sizes nearest to twenty tokens a parameter, which Hoffmann et
-    al. (2022, arXiv:2203.15556) found best for large models. Models on the grey background are larger
-    than any that the law was fitted to.
+    al. (2022, arXiv:2203.15556) found best for large models. Models on the grey background are
+    larger than any that the law was fitted to.
     """
     figure, axes = new_axes(8, 4.2)
     twenty = []

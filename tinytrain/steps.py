@@ -110,15 +110,13 @@ def chat_folder(recipe: Recipe) -> Path:
     return run_folder(recipe) / "chat"
 
 
-def get_text(recipe: Recipe, source: str | None = None) -> Path:
+def get_text(recipe: Recipe) -> Path:
     """Return the file with the text of a recipe: written, downloaded, or your own.
 
     Parameters
     ----------
     recipe : Recipe
-        Its ``corpus`` decides.
-    source : {"modelscope", "huggingface"}, optional
-        Where the Chinese Wikipedia comes from; by default from the one that answers sooner.
+        Its ``corpus`` decides; the Wikipedia comes from the hub that answers sooner.
 
     Returns
     -------
@@ -138,7 +136,7 @@ def get_text(recipe: Recipe, source: str | None = None) -> Path:
     if recipe.corpus == "wikipedia":
         downloads = runs_folder() / "downloads"
         with one_at_a_time(downloads):
-            return hub.download_wikipedia(downloads, source=source)
+            return hub.download_wikipedia(downloads)
     for path in (Path(recipe.corpus), _project_folder() / recipe.corpus):
         if path.exists() or corpus.matching_files(path):
             return path.absolute()
