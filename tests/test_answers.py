@@ -41,7 +41,8 @@ CLAIMS = {
     "03.1": r"\('🐼', \d+\)(, \('<0x[^']+', \d+\)){2}(, \('[149]', \d+\)){4}\]",
     "03.3": r"qwen: 7 of 151,665.*\nown: \d{3} of",
     "03.4": r"^0 of 1,\d{3}$",
-    "09.4": r"^32 million .* [0-4]\.\d passes\n100,000 .* 4\.0 passes$",
+    "06.3": r"^\d\d% of the loss in a tenth of the tokens$",
+    "09.4": r"^320 million .* [0-4]\.\d passes\n100,000 .* 4\.0 passes$",
 }
 
 
