@@ -132,7 +132,7 @@ def test_plots_of_the_chinese_edition_have_chinese_labels_where_a_font_has_them(
     shown = [axes.get_xlabel(), axes.get_ylabel(), axes.get_legend().texts[0].get_text()]
     shown.append(axes.get_xticklabels()[0].get_text())
     english = ["step", "loss (nats per token)", "recipe smoke", "held-out text"]
-    chinese = ["步数", "损失（每词元 nat）", "配方 smoke", "留出集文本"]
+    chinese = ["步数", "损失（每词元 nat）", "配方 smoke", "留出的文本"]
     assert shown == (chinese if folder == "zh" and has_font else english)
     left = common.plot_label("step 1,240 of 3,600, 2 h 01 min left")
     assert left == ("第 1,240 / 3,600 步, 还剩 2 小时 01 分" if chinese == shown else left)
