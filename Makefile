@@ -96,18 +96,19 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 
 # JupyterLab saves what it runs: copies are the reader's, and the checkout stays as it is. What the
-# notebooks link to goes with them.
+# notebooks link to goes with them, into the folder that JupyterLab shows.
 lab: .venv/ready  ## open JupyterLab in your own copies of the notebooks, in runs/notebooks
-	@mine="$${TINYTRAIN_RUNS:-runs}/notebooks"; \
-	case "$$mine" in "~/"*) mine="$$HOME/$${mine#*/}";; esac; \
+	@runs="$${TINYTRAIN_RUNS:-runs}"; \
+	case "$$runs" in "~/"*) runs="$$HOME/$${runs#*/}";; esac; \
+	mine="$$runs/notebooks"; \
 	mkdir -p "$$mine/zh"; \
 	for new in notebooks/[0-9]*.ipynb notebooks/zh/[0-9]*.ipynb; do \
 		copy="$$mine/$${new#notebooks/}"; \
 		[ -e "$$copy" ] || cp "$$new" "$$copy"; \
 		[ ! "$$new" -nt "$$copy" ] || echo "$$new is newer than $$copy; delete yours to get it"; \
 	done; \
-	cp -RL docs README*.md "$$mine/.."; \
-	exec $(BIN)/python -m jupyterlab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) "$$mine/$(if $(filter zh,$(EDITION)),zh/)01_gpu_check.ipynb"
+	cp -RL docs README*.md "$$runs"; \
+	exec $(BIN)/python -m jupyterlab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$$runs" "$$mine/$(if $(filter zh,$(EDITION)),zh/)01_gpu_check.ipynb"
 
 notebooks: .venv/ready  ## run the notebooks and keep their outputs in place, to be committed
 	@$(BIN)/python notebooks/run_all.py --in-place

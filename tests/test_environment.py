@@ -145,7 +145,9 @@ def test_the_targets_in_a_folder_of_any_name(name, tmp_path):
     assert not (checkout / "build" / "test-runs").exists()
     for target in ("tutorial", "lint", "test-package", "notebooks", "sync"):
         assert make(target)
-    assert "runs/notebooks/zh/01_gpu_check.ipynb" in make("lab", "EDITION=zh")
+    opened = make("lab", "EDITION=zh")
+    assert "runs/notebooks/zh/01_gpu_check.ipynb" in opened
+    assert "--ServerApp.root_dir=runs" in opened  # or links to docs lead out of it
     mine = checkout.parent / "其他 $HOME runs"
     assert f"{mine}/notebooks/01_gpu_check.ipynb" in make("lab", TINYTRAIN_RUNS=str(mine))
     make("lab", TINYTRAIN_RUNS="~/mine", HOME=str(checkout / "home"))
