@@ -100,15 +100,13 @@ lint: .venv/ready
 lab: .venv/ready  ## open JupyterLab in your own copies of the notebooks, in runs/notebooks
 	@runs="$${TINYTRAIN_RUNS:-runs}"; \
 	case "$$runs" in "~/"*) runs="$$HOME/$${runs#*/}";; esac; \
-	mine="$$runs/notebooks"; \
-	mkdir -p "$$mine/zh"; \
-	for new in notebooks/[0-9]*.ipynb notebooks/zh/[0-9]*.ipynb; do \
-		copy="$$mine/$${new#notebooks/}"; \
+	mkdir -p "$$runs/notebooks/zh" "$$runs/docs"; \
+	for new in notebooks/[0-9]*.ipynb notebooks/zh/[0-9]*.ipynb docs/* README*.md; do \
+		copy="$$runs/$$new"; \
 		[ -e "$$copy" ] || cp "$$new" "$$copy"; \
 		[ ! "$$new" -nt "$$copy" ] || echo "$$new is newer than $$copy; delete yours to get it"; \
 	done; \
-	cp -RL docs README*.md "$$runs"; \
-	exec $(BIN)/python -m jupyterlab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$$runs" "$$mine/$(if $(filter zh,$(EDITION)),zh/)01_gpu_check.ipynb"
+	exec $(BIN)/python -m jupyterlab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$$runs" "$$runs/notebooks/$(if $(filter zh,$(EDITION)),zh/)01_gpu_check.ipynb"
 
 notebooks: .venv/ready  ## run the notebooks and keep their outputs in place, to be committed
 	@$(BIN)/python notebooks/run_all.py --in-place

@@ -151,9 +151,24 @@ def test_opening_and_close(name):
 
 
 @EACH_OF_ALL
-def test_links_between_notebooks_lead_somewhere(name):
-    for link in re.findall(r"\]\(([^)#:]+)\)", "\n".join(prose(ALL[name]))):
-        assert (ROOT / "notebooks" / link).exists(), link
+@pytest.mark.parametrize("folder", ["notebooks", "notebooks/zh"])
+def test_links_between_notebooks_lead_somewhere(name, folder):
+    texts = prose(nbformat.read(ROOT / folder / f"{name}.ipynb", as_version=4))
+    for link, anchor in re.findall(r"\]\(([^)#:]+)(?:#([^)]*))?\)", "\n".join(texts)):
+        file = ROOT / folder / link
+        assert file.exists(), link
+        if anchor:  # as GitHub makes them
+            headings = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
+            assert anchor in anchors
+
+
+def test_the_first_notebook_quotes_what_its_samples_say():
+    cells = NOTEBOOKS["01_gpu_check"].cells
+    at = next(i for i, cell in enumerate(cells) if "samples = reference" in cell.source)
+    quoted = re.findall("[\u4e00-\u9fff]{8,}", cells[at + 1].source)
+    shown = cells[at].outputs[0].data["text/plain"]
+    assert quoted and all(quote in shown for quote in quoted)
 
 
 @EACH

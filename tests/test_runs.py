@@ -32,17 +32,17 @@ def test_what_you_watch_does_not_make_another_run(built_in):
     assert same != results.run_inputs(recipe, "bf16")
 
 
-def test_a_gpu_with_memory_to_spare_gets_larger_batches(monkeypatch):
+def test_one_gpu_gets_the_batches_that_its_free_memory_holds(monkeypatch):
     wiki = RECIPES["wiki"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (15_000_000_000, 16_000_000_000))
-    larger = runs.larger_batches(wiki, "fp16")
+    larger = runs.fit_batches(wiki, "fp16")
     assert larger.batch_size > wiki.batch_size and larger.tokens_per_step == wiki.tokens_per_step
     monkeypatch.setenv("WORLD_SIZE", "2")  # the processes might see different free memory
-    assert runs.larger_batches(wiki, "fp16") == wiki
+    assert runs.fit_batches(wiki, "fp16") == wiki
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("WORLD_SIZE")
-    assert runs.larger_batches(wiki, "float32") == wiki
+    assert runs.fit_batches(wiki, "float32") == wiki
 
 
 def test_a_run_keeps_the_precision_that_it_was_begun_in(small_trainer, monkeypatch):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def larger_batches(recipe: Recipe, precision: str) -> Recipe:
+def fit_batches(recipe: Recipe, precision: str) -> Recipe:
     """Return the recipe with fewer and larger batches a step, if a GPU has memory to spare."""
     import torch
 
@@ -79,7 +79,7 @@ def assemble(
     """
     from tinytrain import training
 
-    recipe = larger_batches(recipe, precision)
+    recipe = fit_batches(recipe, precision)
     if blocks is None:
         blocks = steps.get_blocks(recipe)
         few = min(len(blocks["test"]), recipe.eval_blocks or len(blocks["test"]))

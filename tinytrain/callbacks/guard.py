@@ -150,7 +150,7 @@ class LossGuard(TrainerCallback):
         checkpoint = Path(found) if found else None
         good = f"is {checkpoint.name}" if checkpoint else "does not exist yet"
         message += f" The last good checkpoint {good}."
-        message += " Look at these documents; or start over with half the learning rate."
+        message += " Look at these documents, or start over with half the learning rate."
         return LossError(message, step, math.nan if loss is None else loss, documents, checkpoint)
 
     def _find(self, wanted: torch.Tensor) -> tuple[list[int], list[int]]:
