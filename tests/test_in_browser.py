@@ -122,7 +122,7 @@ def menu(page, name, entry):
 def open_notebook(page, lab, name):
     """Open a notebook in a workspace of its own, without the outputs that are committed."""
     workspace = name.replace("/", "-")
-    page.goto(f"{lab.url}lab/workspaces/{workspace}/tree/{name}.ipynb?token={lab.token}")
+    page.goto(f"{lab.url}lab/workspaces/{workspace}/tree/notebooks/{name}.ipynb?token={lab.token}")
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # in the status bar
     menu(page, "Edit", "Clear Outputs of All Cells")
 
@@ -168,6 +168,12 @@ def widget(page, label):
         has=page.locator(f".widget-label:text-is('{label}')")
     )
     return control, page.locator(".widget-vbox").filter(has=control)
+
+
+def test_a_term_leads_to_the_glossary(lab, page):
+    open_notebook(page, lab, "zh/01_gpu_check")
+    page.locator(".jp-Notebook a", has_text="参数").first.click()
+    page.get_by_role("tab", name="glossary.md").wait_for()
 
 
 def test_05_trains_under_the_readers_eyes_and_stops_when_told(lab, page):
